@@ -1,0 +1,4 @@
+//! The hypervisors that Snaptree drives, one folder each, all behind the engine's `Driver` trait.
+
+pub mod qemu;
+pub mod sim;

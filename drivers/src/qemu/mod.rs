@@ -1,0 +1,1 @@
+//! QEMU/KVM on disk images of this host.

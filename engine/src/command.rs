@@ -1,0 +1,141 @@
+//! What can be asked.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::RunState;
+use crate::event::{DeleteScope, DeleteWhat, MergeWish, UnregisterWish};
+use crate::ids::{DiskName, DomainName, SnapshotId, SnapshotName};
+use crate::operation::{Code, Failure};
+use crate::tree::Labels;
+
+/// Which snapshot is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotRef {
+    /// The one of that name.
+    Name(SnapshotName),
+    /// The one with that id.
+    Id(SnapshotId),
+    /// The current one, when the request is decided.
+    Current,
+}
+
+impl SnapshotRef {
+    /// Reads a name or an id; the two cannot be mistaken, as no name looks like a UUID.
+    ///
+    /// # Errors
+    /// The text is neither.
+    pub fn parse(text: &str) -> Result<Self, crate::ids::NameError> {
+        match text.parse() {
+            Ok(id) => Ok(Self::Id(id)),
+            Err(_) => SnapshotName::new(text).map(Self::Name),
+        }
+    }
+}
+
+/// What a snapshot is to hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Content {
+    /// The disks; and the memory where the machine has any and the driver can.
+    #[default]
+    Auto,
+    /// The disks alone.
+    DisksOnly,
+    /// The disks and the memory.
+    WithMemory,
+}
+
+/// Asks for a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Create {
+    /// Its name; left out, the seconds since the epoch.
+    pub name: Option<SnapshotName>,
+    /// What the user writes about it.
+    pub description: Option<String>,
+    /// Labels.
+    pub labels: Labels,
+    /// Whether the memory belongs to it.
+    pub content: Content,
+    /// The disks that it is to hold; none for all.
+    pub disks: Option<BTreeSet<DiskName>>,
+}
+
+/// Asks for a delete.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Delete {
+    /// Which ones.
+    pub snapshots: Vec<SnapshotRef>,
+    /// And what of their descendants.
+    pub scope: DeleteScope,
+    /// Whether the data goes too.
+    pub what: DeleteWhat,
+    /// When the data is to be folded away.
+    pub merge: MergeWish,
+    /// Why; a policy's reasons.
+    pub reasons: Vec<String>,
+}
+
+/// What can be asked of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Command {
+    /// Take a snapshot.
+    Create(Create),
+    /// Go back to one.
+    Revert {
+        /// Where to.
+        snapshot: SnapshotRef,
+        /// The run state asked for; none for the snapshot's.
+        run_state: Option<RunState>,
+    },
+    /// Delete snapshots.
+    Delete(Delete),
+    /// Change what is written about a snapshot.
+    Edit {
+        /// Which one.
+        snapshot: SnapshotRef,
+        /// Its new name.
+        name: Option<SnapshotName>,
+        /// Its new description; empty for none.
+        description: Option<String>,
+        /// Labels to set; an empty value removes the label.
+        labels: Labels,
+    },
+    /// Forbid a snapshot's deletion.
+    Hold {
+        /// Which one.
+        snapshot: SnapshotRef,
+        /// Why.
+        reason: String,
+        /// When the hold ends by itself.
+        until: Option<Timestamp>,
+    },
+    /// Allow a snapshot's deletion again.
+    Release {
+        /// Which one.
+        snapshot: SnapshotRef,
+    },
+    /// Change the domain's name or labels.
+    Set {
+        /// Its new name.
+        name: Option<DomainName>,
+        /// Labels to set; an empty value removes the label.
+        labels: Labels,
+    },
+    /// Let go of the domain.
+    Unregister(UnregisterWish),
+    /// Let an operation that needs attention try again.
+    Retry(crate::ids::OperationId),
+}
+
+/// A request that was turned down; nothing was written.
+pub type Rejection = Failure;
+
+/// A rejection with its code.
+pub(crate) fn reject(code: Code, message: impl Into<String>) -> Rejection {
+    Failure::new(code, message).refused()
+}

@@ -1,0 +1,353 @@
+//! The port to hypervisors.
+//!
+//! # Expected flow
+//! 1. `probe` once, when a domain is registered; its answer goes into the log.
+//! 2. Per operation: `observe`, then `plan` (pure), then each step: journaled start, `execute`, journaled end.
+//! 3. After an interruption: `settle` (nobody is still at work), `observe`, `resolve` (pure), and then on, or `undo`.
+//!
+//! # Guarantees of the engine
+//! * A step is executed only after its `StepStarted` is on disk.
+//! * A step whose end is not known is executed again only after `resolve` said [`Resolution::NotDone`] or
+//!   [`Resolution::HalfDone`].
+//! * One operation at a time per domain.
+//!
+//! # Assumptions about a driver
+//! * `execute` returns `Ok` only when what it made, moved or switched is synced, file and folder.
+//! * `execute` after `HalfDone` finishes what was begun; `undo` takes a step back that was never, half or wholly done.
+//! * `plan` and `resolve` are pure: what they need to know of the world is in the [`Observation`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::{Capabilities, Disk, DriverKind, RunState};
+use crate::event::Hash;
+use crate::ids::{DomainId, DomainName, OperationId, SnapshotId};
+use crate::layer::{FileStamp, LayerChange};
+use crate::operation::{Code, Failure, Request, Step};
+use crate::project::DomainState;
+use crate::tree::SnapshotState;
+
+/// What kind of failure it is; it decides what the engine does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorClass {
+    /// May work the next time.
+    Transient,
+    /// Somebody else is at it; waiting does not count as a failure.
+    Busy,
+    /// Will not work; the step had no effect, or can be undone.
+    Permanent,
+    /// Nobody knows whether the step took place: resolve it first. Timeouts belong here.
+    Unknown,
+}
+
+/// A driver's failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{failure}")]
+pub struct DriverError {
+    /// What the engine does about it.
+    pub class: ErrorClass,
+    /// What goes into the log and to the user.
+    pub failure: Failure,
+    /// What lies below.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl DriverError {
+    /// A failure of that class.
+    pub fn new(class: ErrorClass, code: Code, message: impl Into<String>) -> Self {
+        Self { class, failure: Failure::new(code, message), source: None }
+    }
+
+    /// Will not work.
+    pub fn permanent(code: Code, message: impl Into<String>) -> Self {
+        Self::new(ErrorClass::Permanent, code, message)
+    }
+
+    /// Nobody knows.
+    pub fn unknown(code: Code, message: impl Into<String>) -> Self {
+        Self::new(ErrorClass::Unknown, code, message)
+    }
+
+    /// Adds what can be done about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.failure = self.failure.hint(hint);
+        self
+    }
+
+    /// Adds what lies below.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+}
+
+impl From<Failure> for DriverError {
+    fn from(failure: Failure) -> Self {
+        Self { class: ErrorClass::Permanent, failure, source: None }
+    }
+}
+
+/// What a user says of a domain to be registered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Registration {
+    /// The id that it will have.
+    pub id: DomainId,
+    /// Its name.
+    pub name: DomainName,
+    /// Who runs it.
+    pub driver: DriverKind,
+    /// Its disks by target name, with their paths as given; the driver makes them absolute.
+    pub disks: Vec<(crate::ids::DiskName, PathBuf)>,
+    /// What only the driver understands; see the driver's registration type.
+    pub options: serde_json::Value,
+    /// What the other registered domains have: every file of theirs, with the owner's name.
+    pub taken: BTreeMap<PathBuf, DomainName>,
+}
+
+/// What a driver found of a domain to be registered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Probe {
+    /// Its disks, paths absolute.
+    pub disks: Vec<Disk>,
+    /// What the driver wants to remember.
+    pub config: serde_json::Value,
+    /// What can be done with it.
+    pub capabilities: Capabilities,
+    /// What the user should know: a raw image that was converted, snapshots that the image already has.
+    pub notes: Vec<String>,
+}
+
+/// What an image file looks like.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileFacts {
+    /// Inode, length, time of the last write.
+    pub stamp: FileStamp,
+    /// Permission bits.
+    pub mode: u32,
+    /// Bytes that the file occupies.
+    pub allocated_bytes: u64,
+    /// What it says it is built upon: absolute, unresolved; none for nothing.
+    pub backing: Option<PathBuf>,
+    /// What the guest sees as the disk's size.
+    pub virtual_size_bytes: u64,
+    /// Snapshots inside the image.
+    pub internal_snapshots: u32,
+}
+
+/// A snapshot that the hypervisor itself lists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenSnapshot {
+    /// Ours, by the mark that it carries; none for a foreign one.
+    pub id: Option<SnapshotId>,
+    /// The hypervisor's own id.
+    pub native: String,
+    /// The hypervisor's id of its parent.
+    pub parent: Option<String>,
+    /// Its name there.
+    pub name: String,
+}
+
+/// Who has a file of the domain open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InUse {
+    /// The file.
+    pub file: PathBuf,
+    /// The process, where it can be found.
+    pub pid: Option<u32>,
+    /// Its command's name.
+    pub command: Option<String>,
+}
+
+/// What the hypervisor says is there, read afresh.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Observation {
+    /// When it was read.
+    pub at: Timestamp,
+    /// Whether the machine runs.
+    pub run_state: RunState,
+    /// Files of the domain that somebody writes.
+    pub in_use: Vec<InUse>,
+    /// The image files that are there, by path: those of the log, and whatever else lies in the layers folder.
+    pub files: BTreeMap<PathBuf, FileFacts>,
+    /// Files that are there and cannot be read as images, with the reason.
+    pub unreadable: BTreeMap<PathBuf, String>,
+    /// Per file of ours: files that are built upon it and are not in the log.
+    pub foreign_dependants: BTreeMap<PathBuf, Vec<PathBuf>>,
+    /// The generation that is switched on.
+    pub generation: Option<String>,
+    /// The snapshots that the hypervisor lists; empty where it keeps none.
+    pub snapshots: Vec<SeenSnapshot>,
+    /// The hypervisor's current snapshot, by its own id.
+    pub current: Option<String>,
+    /// What only the driver reads.
+    #[serde(default)]
+    pub detail: serde_json::Value,
+}
+
+/// A plan: what will be done, and what it costs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// Bytes that have to be copied.
+    pub bytes_moved: u64,
+    /// Bytes that are free again afterwards.
+    pub bytes_freed: u64,
+    /// Bytes needed at the worst moment, above what is used now.
+    pub peak_space_bytes: u64,
+    /// What is lost for good, in words.
+    pub lost: Vec<String>,
+}
+
+/// What a done step brought.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// What of the layer graph changed.
+    pub changes: Vec<LayerChange>,
+    /// What else was learnt; only the driver reads it, with the exception of [`Learnt`]'s fields.
+    pub learnt: serde_json::Value,
+}
+
+/// What the engine reads of a step's `learnt`: the facts of a snapshot that was taken in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Learnt {
+    /// When the snapshot was taken; none if the step took none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken: Option<Timestamp>,
+    /// The state of the machine that it was taken of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<SnapshotState>,
+    /// Files that are nobody's after the step.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub left: BTreeSet<PathBuf>,
+}
+
+/// What became of a step whose end is not known.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resolution {
+    /// It is done, and this is what it brought.
+    Done(StepReport),
+    /// It left no trace.
+    NotDone,
+    /// It was begun, and what it says is to be done about it.
+    HalfDone(Remedy),
+}
+
+/// What to do about a step that was begun.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Remedy {
+    /// `execute` finishes it.
+    Finish,
+    /// `undo` takes it back, and the operation goes back with it, for this reason.
+    TakeBack(Failure),
+    /// Neither is safe: someone has to look.
+    AskSomeone(Failure),
+}
+
+/// Named places at which a test (or the demo) may stop, kill or fail the program.
+///
+/// Architecture Invariant: production code passes [`NoHooks`]; nothing else depends on what a hook does.
+pub trait Hooks: Send + Sync {
+    /// Called at the place `name`, for instance `qemu.switch.prepared`.
+    fn reached(&self, name: &str);
+}
+
+/// Does nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoHooks;
+
+impl Hooks for NoHooks {
+    fn reached(&self, _name: &str) {}
+}
+
+/// Told about progress inside a step, for whoever watches; not for the log.
+pub trait Progress: Send + Sync {
+    /// `done` of `total` units of the step in hand.
+    fn step_progress(&self, done: u64, total: u64);
+}
+
+/// Where in an operation a step stands.
+pub struct StepContext<'a> {
+    /// The domain, as the log tells it.
+    pub state: &'a DomainState,
+    /// The operation.
+    pub operation: OperationId,
+    /// What it was asked to do.
+    pub request: &'a Request,
+    /// The step's index in the plan.
+    pub index: usize,
+    /// The last event of the log, for the manifest.
+    pub head: Head,
+    /// When the step began, by the engine's clock.
+    pub now: Timestamp,
+    /// Places for tests.
+    pub hooks: &'a dyn Hooks,
+    /// Who watches.
+    pub progress: &'a dyn Progress,
+}
+
+/// The last event of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its place; 0 for an empty log.
+    pub seq: u64,
+    /// Its hash; the installation id for an empty log.
+    pub hash: Hash,
+}
+
+/// A hypervisor.
+#[async_trait]
+pub trait Driver: Send + Sync {
+    /// Looks at a domain that is to be registered. It changes nothing, unless the options ask for it
+    /// (converting a raw image).
+    ///
+    /// # Errors
+    /// What makes the domain unfit: an image that is missing, damaged, raw, or another domain's.
+    async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError>;
+
+    /// Reads what is there.
+    ///
+    /// # Errors
+    /// The hypervisor or the file system cannot be asked. A missing file is no error but an observation.
+    async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError>;
+
+    /// Plans a request. Pure.
+    ///
+    /// # Errors
+    /// A precondition is broken; nothing was touched, and the operation fails with it.
+    fn plan(
+        &self,
+        operation: OperationId,
+        request: &Request,
+        state: &DomainState,
+        observation: &Observation,
+    ) -> Result<Plan, Failure>;
+
+    /// Does a step, and syncs what it did.
+    ///
+    /// # Errors
+    /// [`DriverError`]; its class says whether the step may be repeated, must be resolved, or is undone.
+    async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError>;
+
+    /// Tells from an observation alone what became of a step. Pure.
+    fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution;
+
+    /// Takes a step back, whether it was not, half or wholly done.
+    ///
+    /// # Errors
+    /// What stands in the way; the operation then needs attention.
+    async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError>;
+
+    /// Returns when nobody is still at work for `operation`: orphaned tools are waited for, then ended.
+    ///
+    /// # Errors
+    /// Somebody is, and cannot be ended.
+    async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError>;
+}

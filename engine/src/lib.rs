@@ -1,0 +1,26 @@
+//! What a snapshot tree is, and how an operation on it is carried through.
+//!
+//! The modules follow the path of a request: [`command`] (what can be asked), [`decide`](mod@decide) (may it be?),
+//! [`event`] (what happened), [`project`] (what is true now), [`operation`] (one request's life),
+//! [`driver`] and [`log`] (the ports), [`reconcile`] (driving the hypervisors there), [`engine`] (the facade).
+//!
+//! Architecture Invariant: this crate knows no SQL, no hypervisor and no terminal. `decide`, `project` and the
+//! planners are pure: no clock, no randomness, no environment.
+
+pub mod command;
+pub mod domain;
+pub mod driver;
+pub mod event;
+pub mod ids;
+pub mod layer;
+pub mod log;
+pub mod operation;
+pub mod project;
+pub mod reconcile;
+pub mod tree;
+pub mod xml;
+
+pub use ids::{
+    DiskName, DomainId, DomainName, EventId, LabelKey, LayerId, NameError, OperationId, PolicyName,
+    SnapshotId, SnapshotName, StreamId,
+};

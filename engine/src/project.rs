@@ -1,0 +1,247 @@
+//! What is true now: the projection of one domain's stream.
+//!
+//! Architecture Invariant: [`DomainState::apply`] is total. A recorded event never fails to apply; one that
+//! contradicts an operation's history is kept in [`DomainState::illegal`], and loading the domain is refused.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::Domain;
+use crate::driver::Learnt;
+use crate::event::{Actor, Envelope, Event, MergeWish};
+use crate::ids::{OperationId, SnapshotId, SnapshotName};
+use crate::layer::{LayerChange, LayerGraph};
+use crate::operation::{IllegalHistory, Operation, Phase, Request};
+use crate::tree::Tree;
+
+/// The version of this projector. A checkpoint of another version is dropped.
+pub const PROJECTOR: u32 = 1;
+
+/// A deleted snapshot whose data the hypervisor still holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The name that it had; free again since.
+    pub name: SnapshotName,
+    /// When it was deleted.
+    pub deleted: Timestamp,
+    /// Who deleted it.
+    pub deleted_by: Actor,
+    /// The event that deleted it; the cause of its merge.
+    pub seq: u64,
+    /// When its data was asked to be folded away.
+    pub wish: MergeWish,
+    /// Why it is not folded away yet, if that was found out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deferred: Option<String>,
+}
+
+/// One domain, as the log tells it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DomainState {
+    /// What it is; none before it was registered.
+    pub domain: Option<Domain>,
+    /// Whether Snaptree still looks after it.
+    pub registered: bool,
+    /// Its snapshots.
+    pub tree: Tree,
+    /// Its files.
+    pub layers: LayerGraph,
+    /// The operations without an outcome, in the order of their requests.
+    pub open: Vec<Operation>,
+    /// Deleted snapshots whose data is still there.
+    pub tombstones: BTreeMap<SnapshotId, Tombstone>,
+    /// The version of the last event applied.
+    pub version: u64,
+    /// Its place in the log.
+    pub seq: u64,
+    /// The first event that could not follow, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub illegal: Option<IllegalHistory>,
+}
+
+impl DomainState {
+    /// Applies the next event of the stream.
+    pub fn apply(&mut self, envelope: &Envelope) {
+        self.version = envelope.version;
+        self.seq = envelope.seq;
+        if let Some(request) = Request::of(&envelope.event) {
+            self.begin(envelope, request);
+            return;
+        }
+        match &envelope.event {
+            Event::DomainRegistered(e) => {
+                self.domain = Some(e.domain.clone());
+                self.registered = true;
+            }
+            Event::DomainChanged(e) => {
+                if let Some(domain) = &mut self.domain {
+                    if let Some(name) = &e.name {
+                        domain.name = name.clone();
+                    }
+                    if let Some(labels) = &e.labels {
+                        domain.labels.clone_from(labels);
+                    }
+                }
+            }
+            Event::DomainUnregistered(_) => self.registered = false,
+            Event::SnapshotCreated(e) => self.tree.create(e.snapshot.clone()),
+            Event::SnapshotReverted(e) => self.tree.revert(e.snapshot),
+            Event::SnapshotDeleted(e) => self.delete(envelope, e.snapshot),
+            Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_) => {
+                self.mark(&envelope.event);
+            }
+            Event::MergeDeferred(e) => {
+                if let Some(tombstone) = self.tombstones.get_mut(&e.snapshot) {
+                    tombstone.deferred = Some(e.reason.clone());
+                }
+            }
+            Event::MergeFinished(_) | Event::SystemOpened(_) => {}
+            _ => self.advance(envelope),
+        }
+    }
+
+    /// Applies events in order.
+    pub fn apply_all<'a>(&mut self, envelopes: impl IntoIterator<Item = &'a Envelope>) {
+        envelopes.into_iter().for_each(|envelope| self.apply(envelope));
+    }
+
+    fn begin(&mut self, envelope: &Envelope, request: Request) {
+        let Some(id) = envelope.operation else { return };
+        self.open.push(Operation {
+            id,
+            request,
+            seq: envelope.seq,
+            requested: envelope.at,
+            actor: envelope.actor.clone(),
+            cause: envelope.cause,
+            steps: Vec::new(),
+            phase: Phase::Requested,
+            attempts: 0,
+            learnt: Learnt::default(),
+        });
+    }
+
+    /// An `Operation.*` event.
+    fn advance(&mut self, envelope: &Envelope) {
+        let Some(position) = self.open.iter().position(|open| Some(open.id) == envelope.operation) else {
+            self.illegal = self.illegal.take().or_else(|| {
+                Some(IllegalHistory {
+                    operation: envelope.operation.unwrap_or(OperationId::from_uuid(uuid::Uuid::nil())),
+                    phase: "no request".to_owned(),
+                    event: envelope.event.kind().to_owned(),
+                    seq: envelope.seq,
+                })
+            });
+            return;
+        };
+        if let Err(illegal) = self.open[position].apply(&envelope.event, envelope.seq) {
+            self.illegal.get_or_insert(illegal);
+            return;
+        }
+        match &envelope.event {
+            Event::OperationStepFinished(e) => self.change_layers(&e.changes),
+            Event::OperationUndoFinished(e) => self.change_layers(&e.changes),
+            _ => {}
+        }
+        if self.open[position].phase.is_ended() {
+            self.open.remove(position);
+        }
+    }
+
+    fn change_layers(&mut self, changes: &[LayerChange]) {
+        changes.iter().for_each(|change| self.layers.apply(change));
+        if !changes.is_empty() {
+            let held: BTreeSet<SnapshotId> = self
+                .layers
+                .disks
+                .values()
+                .flat_map(|disk| disk.layers.values().filter_map(|layer| layer.snapshot))
+                .collect();
+            self.tombstones.retain(|id, _| held.contains(id));
+        }
+    }
+
+    fn delete(&mut self, envelope: &Envelope, id: SnapshotId) {
+        let wish = self.open.iter().find(|open| Some(open.id) == envelope.operation).map_or(
+            MergeWish::Auto,
+            |open| match &open.request {
+                Request::Delete(request) => request.merge,
+                _ => MergeWish::Auto,
+            },
+        );
+        if let Some(snapshot) = self.tree.get(id)
+            && self.layers.disks.values().any(|disk| disk.layer_of(id).is_some())
+        {
+            self.tombstones.insert(
+                id,
+                Tombstone {
+                    name: snapshot.name.clone(),
+                    deleted: envelope.at,
+                    deleted_by: envelope.actor.clone(),
+                    seq: envelope.seq,
+                    wish,
+                    deferred: None,
+                },
+            );
+        }
+        self.tree.delete(id);
+    }
+
+    /// What is written about a snapshot.
+    fn mark(&mut self, event: &Event) {
+        match event {
+            Event::SnapshotEdited(e) => {
+                let Some(snapshot) = self.tree.get_mut(e.snapshot) else { return };
+                if let Some(name) = &e.name {
+                    snapshot.name = name.clone();
+                }
+                if let Some(description) = &e.description {
+                    snapshot.description = Some(description.clone()).filter(|text| !text.is_empty());
+                }
+                if let Some(labels) = &e.labels {
+                    snapshot.labels.clone_from(labels);
+                }
+            }
+            Event::SnapshotHeld(e) => {
+                if let Some(snapshot) = self.tree.get_mut(e.snapshot) {
+                    snapshot.hold = Some(e.hold.clone());
+                }
+            }
+            Event::SnapshotReleased(e) => {
+                if let Some(snapshot) = self.tree.get_mut(e.snapshot) {
+                    snapshot.hold = None;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The operation of that id, while it is open.
+    pub fn operation(&self, id: OperationId) -> Option<&Operation> {
+        self.open.iter().find(|operation| operation.id == id)
+    }
+
+    /// The tree as it will be when all open requests have been carried out; what a new request is judged by.
+    pub fn tree_after_open(&self) -> std::borrow::Cow<'_, Tree> {
+        use std::borrow::Cow;
+        let mut tree = Cow::Borrowed(&self.tree);
+        for operation in &self.open {
+            match &operation.request {
+                Request::Create(request) if !tree.contains(request.snapshot) => {
+                    let snapshot = request.predicted(operation);
+                    tree.to_mut().create(snapshot);
+                }
+                Request::Revert(request) => tree.to_mut().revert(request.snapshot),
+                Request::Delete(request) => {
+                    for id in &request.snapshots {
+                        tree.to_mut().delete(*id);
+                    }
+                }
+                _ => {}
+            }
+        }
+        tree
+    }
+}

@@ -1,0 +1,379 @@
+//! Which tombstones can be folded away, and which way: a pure function of the layer graph.
+//!
+//! ```text
+//!  no dependant        drop the file
+//!  one dependant       contract: *pull* the tombstone's data up into the dependant, or *push* the dependant
+//!                      down into the tombstone's file, whichever moves fewer bytes; tombstones in a row at once
+//!  several             pull into each, if the copies are within the limit; else it stays, with the reason
+//! ```
+//!
+//! Two rules are older than any wish for speed. What a layer with dependants reads as never changes, except by the
+//! push of its only dependant into it. The registered image is never unlinked, so a tombstone in it can only take
+//! the push of its single dependant.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::driver::{FileFacts, Observation};
+use crate::event::MergeWish;
+use crate::ids::{DiskName, LayerId, SnapshotId};
+use crate::layer::{DiskLayers, Layer, Role};
+use crate::project::DomainState;
+
+/// How much may be copied when a tombstone has several dependants; the setting `merge.copy-max`.
+pub const COPY_BYTES_MAX_DEFAULT: u64 = 4 << 30;
+
+/// One thing to do on one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "kebab-case")]
+pub enum MergeAction {
+    /// Nothing is built upon it: unlink it.
+    Drop {
+        /// The disk.
+        disk: DiskName,
+        /// The tombstone.
+        layer: LayerId,
+    },
+    /// The dependants take what they need of the tombstones, and stand on `onto` afterwards.
+    Pull {
+        /// The disk.
+        disk: DiskName,
+        /// The tombstones that go, lowest first.
+        vanish: Vec<LayerId>,
+        /// The layers that take their data.
+        dependants: Vec<LayerId>,
+        /// The layer below the tombstones.
+        onto: LayerId,
+    },
+    /// `from` and the tombstones between go down into `into`, whose file becomes `from`'s.
+    Push {
+        /// The disk.
+        disk: DiskName,
+        /// The only dependant, whose content stays.
+        from: LayerId,
+        /// The lowest tombstone, whose file stays.
+        into: LayerId,
+        /// The tombstones between the two, lowest first.
+        between: Vec<LayerId>,
+    },
+}
+
+/// A merge: what one operation folds away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergePlan {
+    /// The snapshots that the tombstones had been.
+    pub snapshots: Vec<SnapshotId>,
+    /// Per disk.
+    pub actions: Vec<MergeAction>,
+    /// Bytes that have to be copied, at most.
+    pub bytes_moved: u64,
+    /// Bytes that are free again afterwards, at least none.
+    pub bytes_freed: u64,
+}
+
+/// What can be done about one deleted snapshot now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Fold it away like this.
+    Merge(MergePlan),
+    /// It stays for now.
+    Defer {
+        /// The snapshot that it had been.
+        snapshot: SnapshotId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The verdict on every tombstone, oldest snapshot first.
+///
+/// Only the first [`Verdict::Merge`] may be carried out; it changes the graph, and the others are to be asked for
+/// again.
+pub fn verdicts(state: &DomainState, observation: &Observation, copy_bytes_max: u64) -> Vec<Verdict> {
+    let planner = Planner { state, observation, copy_bytes_max };
+    let mut found = Vec::new();
+    let mut done = BTreeSet::new();
+    for snapshot in state.tombstones.keys() {
+        if !done.contains(snapshot) {
+            let verdict = planner.verdict(*snapshot);
+            if let Verdict::Merge(plan) = &verdict {
+                done.extend(plan.snapshots.iter().copied());
+            }
+            found.push(verdict);
+        }
+    }
+    found
+}
+
+struct Planner<'a> {
+    state: &'a DomainState,
+    observation: &'a Observation,
+    copy_bytes_max: u64,
+}
+
+/// A row of tombstones with one dependant each, lowest first, and what stands on it.
+struct Run {
+    tombstones: Vec<LayerId>,
+    top: LayerId,
+}
+
+impl Planner<'_> {
+    fn verdict(&self, snapshot: SnapshotId) -> Verdict {
+        let tombstone = self.state.tombstones.get(&snapshot);
+        let wish = tombstone.map_or(MergeWish::Auto, |tombstone| tombstone.wish);
+        let defer = |reason: String| Verdict::Defer { snapshot, reason };
+        if wish == MergeWish::Defer {
+            return defer("left to later, as asked with --defer".to_owned());
+        }
+        let copy_bytes_max = if wish == MergeWish::Now { u64::MAX } else { self.copy_bytes_max };
+        let mut actions = Vec::new();
+        let mut reasons = Vec::new();
+        for (name, disk) in &self.state.layers.disks {
+            let Some((layer, _)) = disk.layer_of(snapshot) else { continue };
+            match self.action(name, disk, layer, copy_bytes_max) {
+                Ok(action) => actions.push(action),
+                Err(reason) => reasons.push(reason),
+            }
+        }
+        if actions.is_empty() {
+            reasons.dedup();
+            return defer(reasons.join("; "));
+        }
+        Verdict::Merge(self.plan(actions))
+    }
+
+    /// Adds up what the actions cost, and which snapshots they end.
+    fn plan(&self, actions: Vec<MergeAction>) -> MergePlan {
+        let mut snapshots = BTreeSet::new();
+        let mut plan =
+            MergePlan { snapshots: Vec::new(), actions: Vec::new(), bytes_moved: 0, bytes_freed: 0 };
+        for action in &actions {
+            let (disk, gone, unlinked) = match action {
+                MergeAction::Drop { disk, layer } => (disk, vec![layer], vec![layer]),
+                MergeAction::Pull { disk, vanish, .. } => {
+                    (disk, vanish.iter().collect(), vanish.iter().collect())
+                }
+                MergeAction::Push { disk, from, into, between } => (
+                    disk,
+                    between.iter().chain([into]).collect(),
+                    between.iter().chain([from]).collect::<Vec<_>>(),
+                ),
+            };
+            let Some(layers) = self.state.layers.disks.get(disk) else { continue };
+            snapshots.extend(
+                gone.iter().filter_map(|id| layers.layers.get(*id)).filter_map(|layer| layer.snapshot),
+            );
+            let freed: u64 = unlinked.iter().map(|id| self.allocated(layers, id)).sum();
+            let moved = match action {
+                MergeAction::Drop { .. } => 0,
+                MergeAction::Pull { dependants, .. } => freed.saturating_mul(dependants.len() as u64),
+                MergeAction::Push { .. } => freed,
+            };
+            plan.bytes_moved = plan.bytes_moved.saturating_add(moved);
+            plan.bytes_freed = plan.bytes_freed.saturating_add(freed);
+        }
+        plan.snapshots = snapshots.into_iter().collect();
+        plan.actions = actions;
+        plan
+    }
+
+    fn action(
+        &self,
+        name: &DiskName,
+        disk: &DiskLayers,
+        layer: &LayerId,
+        copy_bytes_max: u64,
+    ) -> Result<MergeAction, String> {
+        let dependants: Vec<LayerId> = disk.dependants(layer).cloned().collect();
+        match dependants.as_slice() {
+            [] => {
+                self.may_unlink(disk, layer)?;
+                Ok(MergeAction::Drop { disk: name.clone(), layer: layer.clone() })
+            }
+            [_] => self.contract(name, disk, layer),
+            _ => self.pull_into_each(name, disk, layer, dependants, copy_bytes_max),
+        }
+    }
+
+    fn contract(&self, name: &DiskName, disk: &DiskLayers, layer: &LayerId) -> Result<MergeAction, String> {
+        let run = self.run(disk, layer)?;
+        let (Some(lowest), Some(highest)) = (run.tombstones.first(), run.tombstones.last()) else {
+            return Err("the layer graph has a cycle".to_owned());
+        };
+        debug_assert!(disk.dependants(highest).eq([&run.top]));
+        self.has_no_internal_snapshots(disk, &run.top)?;
+        let pull = self.may_pull(disk, &run.tombstones, lowest);
+        let push = self.may_push(disk, &run, lowest);
+        let pull_bytes: u64 = run.tombstones.iter().map(|id| self.allocated(disk, id)).sum();
+        let push_bytes: u64 =
+            run.tombstones.iter().skip(1).chain([&run.top]).map(|id| self.allocated(disk, id)).sum();
+        match (pull, push) {
+            (Ok(onto), push) if push.is_err() || pull_bytes <= push_bytes => Ok(MergeAction::Pull {
+                disk: name.clone(),
+                vanish: run.tombstones,
+                dependants: vec![run.top],
+                onto,
+            }),
+            (_, Ok(())) => Ok(MergeAction::Push {
+                disk: name.clone(),
+                from: run.top,
+                into: lowest.clone(),
+                between: run.tombstones[1..].to_vec(),
+            }),
+            (Err(pull), Err(push)) => Err(if pull == push { pull } else { format!("{push}; {pull}") }),
+            (Ok(_), Err(push)) => Err(push),
+        }
+    }
+
+    /// The tombstones around `layer` that have one dependant each, and the first layer above them that is not so.
+    fn run(&self, disk: &DiskLayers, layer: &LayerId) -> Result<Run, String> {
+        let lone = |id: &LayerId| {
+            matches!(disk.role(id, &self.state.tree), Role::Tombstone(_)) && disk.dependants(id).count() == 1
+        };
+        let mut tombstones = vec![layer.clone()];
+        while let Some(parent) =
+            tombstones.last().and_then(|id| disk.layers.get(id)).and_then(|l| l.parent.clone())
+        {
+            if !lone(&parent) || tombstones.contains(&parent) {
+                break;
+            }
+            tombstones.push(parent);
+        }
+        tombstones.reverse();
+        loop {
+            let highest = tombstones.last().ok_or("the layer graph has a cycle")?;
+            let above = disk.dependants(highest).next().ok_or("nothing is built upon it")?.clone();
+            if !lone(&above) || tombstones.contains(&above) {
+                return Ok(Run { tombstones, top: above });
+            }
+            tombstones.push(above);
+        }
+    }
+
+    fn pull_into_each(
+        &self,
+        name: &DiskName,
+        disk: &DiskLayers,
+        layer: &LayerId,
+        dependants: Vec<LayerId>,
+        copy_bytes_max: u64,
+    ) -> Result<MergeAction, String> {
+        let onto = self.may_pull(disk, std::slice::from_ref(layer), layer)?;
+        for dependant in &dependants {
+            self.has_no_internal_snapshots(disk, dependant)?;
+        }
+        let bytes = self.allocated(disk, layer).saturating_mul(dependants.len() as u64);
+        if bytes > copy_bytes_max {
+            return Err(format!(
+                "folding it into its {} dependants would copy {}, and merge.copy-max is {}",
+                dependants.len(),
+                human_bytes(bytes),
+                human_bytes(copy_bytes_max),
+            ));
+        }
+        Ok(MergeAction::Pull { disk: name.clone(), vanish: vec![layer.clone()], dependants, onto })
+    }
+
+    /// Whether all of `tombstones` may be unlinked, and the layer that their dependants would stand on.
+    fn may_pull(
+        &self,
+        disk: &DiskLayers,
+        tombstones: &[LayerId],
+        lowest: &LayerId,
+    ) -> Result<LayerId, String> {
+        for tombstone in tombstones {
+            self.may_unlink(disk, tombstone)?;
+        }
+        let layer = disk.layers.get(lowest).ok_or("it is not in the layer graph")?;
+        layer.parent.clone().ok_or_else(|| "there is no layer below it".to_owned())
+    }
+
+    fn may_push(&self, disk: &DiskLayers, run: &Run, into: &LayerId) -> Result<(), String> {
+        for id in run.tombstones.iter().skip(1).chain([&run.top]) {
+            self.may_unlink(disk, id)?;
+        }
+        self.has_no_foreign_dependant(disk, into)?;
+        let size = |id: &LayerId| disk.layers.get(id).map(|layer| layer.virtual_size_bytes);
+        if size(into) != size(&run.top) {
+            return Err(
+                "the disk was resized in between, and only layers of one size can be pushed".to_owned()
+            );
+        }
+        Ok(())
+    }
+
+    fn may_unlink(&self, disk: &DiskLayers, id: &LayerId) -> Result<(), String> {
+        if disk.layers.get(id).is_some_and(|layer| layer.registered) {
+            return Err("its data is in the registered image, which is never unlinked: \
+                        it is folded once one dependant is left"
+                .to_owned());
+        }
+        self.has_no_internal_snapshots(disk, id)?;
+        self.has_no_foreign_dependant(disk, id)
+    }
+
+    fn has_no_foreign_dependant(&self, disk: &DiskLayers, id: &LayerId) -> Result<(), String> {
+        let Some(layer) = disk.layers.get(id) else { return Ok(()) };
+        match self.observation.foreign_dependants.get(&layer.file).and_then(|found| found.first()) {
+            Some(foreign) => {
+                Err(format!("{}, which Snaptree does not know, is built upon its data", foreign.display()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn has_no_internal_snapshots(&self, disk: &DiskLayers, id: &LayerId) -> Result<(), String> {
+        match self.facts(disk, id) {
+            Some(facts) if facts.internal_snapshots > 0 => Err(format!(
+                "{} has snapshots inside the image, which a merge would damage",
+                disk.layers.get(id).map_or_else(PathBuf::new, |layer| layer.file.clone()).display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn facts(&self, disk: &DiskLayers, id: &LayerId) -> Option<&FileFacts> {
+        disk.layers.get(id).and_then(|layer: &Layer| self.observation.files.get(&layer.file))
+    }
+
+    fn allocated(&self, disk: &DiskLayers, id: &LayerId) -> u64 {
+        self.facts(disk, id).map_or(0, |facts| facts.allocated_bytes)
+    }
+}
+
+/// A number of bytes for people: `4.0 GiB`.
+///
+/// ```
+/// use snaptree_engine::reconcile::merge::human_bytes;
+/// assert_eq!(human_bytes(0), "0 B");
+/// assert_eq!(human_bytes(1536), "1.5 KiB");
+/// assert_eq!(human_bytes(4 << 30), "4.0 GiB");
+/// assert_eq!(human_bytes(u64::MAX), "16.0 EiB");
+/// ```
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    #[expect(clippy::cast_precision_loss, reason = "two digits are shown")]
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+/// Groups verdicts by what they say, for the answer of a delete.
+pub fn deferred(verdicts: &[Verdict]) -> BTreeMap<SnapshotId, &str> {
+    verdicts
+        .iter()
+        .filter_map(|verdict| match verdict {
+            Verdict::Defer { snapshot, reason } => Some((*snapshot, reason.as_str())),
+            Verdict::Merge(_) => None,
+        })
+        .collect()
+}

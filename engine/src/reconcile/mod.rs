@@ -1,0 +1,3 @@
+//! Driving the hypervisors toward the projected state.
+
+pub mod merge;
