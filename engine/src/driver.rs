@@ -13,6 +13,8 @@
 //!
 //! # Assumptions about a driver
 //! * `execute` returns `Ok` only when what it made, moved or switched is synced, file and folder.
+//! * A [`Reversal::PointOfNoReturn`](crate::operation::Reversal) step that has taken effect never fails with
+//!   `Permanent`: what is left of it is tried again.
 //! * `execute` after `HalfDone` finishes what was begun; `undo` takes a step back that was never, half or wholly done.
 //! * `plan` and `resolve` are pure: what they need to know of the world is in the [`Observation`].
 
@@ -24,7 +26,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Capabilities, Disk, DriverKind, RunState};
-use crate::event::Hash;
+use crate::event::{Envelope, Hash};
 use crate::ids::{DomainId, DomainName, OperationId, SnapshotId};
 use crate::layer::{FileStamp, LayerChange};
 use crate::operation::{Code, Failure, Request, Step};
@@ -271,6 +273,24 @@ impl Hooks for NoHooks {
 pub trait Progress: Send + Sync {
     /// `done` of `total` units of the step in hand.
     fn step_progress(&self, done: u64, total: u64);
+}
+
+/// Told about what happens, for whoever watches.
+pub trait Watch: Progress {
+    /// An event was appended.
+    fn happened(&self, envelope: &Envelope);
+}
+
+/// Watches nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoWatch;
+
+impl Progress for NoWatch {
+    fn step_progress(&self, _done: u64, _total: u64) {}
+}
+
+impl Watch for NoWatch {
+    fn happened(&self, _envelope: &Envelope) {}
 }
 
 /// Where in an operation a step stands.

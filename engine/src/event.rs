@@ -255,6 +255,8 @@ events! {
     OperationSucceeded = "Operation.Succeeded" 1,
     /// Outcome: not done, and the domain is as it was.
     OperationFailed = "Operation.Failed" 1,
+    /// Outcome: called off, and the domain is as it was.
+    OperationCancelled = "Operation.Cancelled" 1,
     /// It can go neither on nor back by itself.
     OperationNeedsAttention = "Operation.NeedsAttention" 1,
     /// Someone let it try again.
@@ -506,6 +508,16 @@ pub struct OperationUndoFinished {
     pub changes: Vec<LayerChange>,
 }
 
+/// Why a step is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RetryKind {
+    /// It failed, and may work the next time; the tries are counted.
+    Failed,
+    /// Somebody else was at it; waiting does not count.
+    Busy,
+}
+
 /// Payload: a step did not come to its end this time; it is tried again at `retry_at`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationAttemptFailed {
@@ -513,6 +525,8 @@ pub struct OperationAttemptFailed {
     pub step: usize,
     /// What went wrong.
     pub failure: Failure,
+    /// Whether this try counts.
+    pub kind: RetryKind,
     /// Not before this.
     pub retry_at: Timestamp,
 }
@@ -525,6 +539,13 @@ pub struct OperationSucceeded {}
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationFailed {
     /// Why.
+    pub failure: Failure,
+}
+
+/// Payload: outcome.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OperationCancelled {
+    /// Who or what called it off.
     pub failure: Failure,
 }
 

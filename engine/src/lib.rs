@@ -8,8 +8,10 @@
 //! planners are pure: no clock, no randomness, no environment.
 
 pub mod command;
+pub mod decide;
 pub mod domain;
 pub mod driver;
+pub mod engine;
 pub mod event;
 pub mod ids;
 pub mod layer;

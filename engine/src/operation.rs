@@ -16,7 +16,7 @@
 //!  Running(i) | Waiting(i) --UndoStarted(i)--> Undoing(i) --UndoFinished(i)--> Undone(i)
 //!  Ready(i)                --UndoStarted(i-1)--> Undoing(i-1)
 //!  Undone(i)               --UndoStarted(i-1)--> Undoing(i-1)
-//!  Undone(0) | Requested | Planned --Failed--> Ended(Failed)
+//!  Undone(0) | Requested | Planned --Failed | Cancelled--> Ended
 //!
 //!  any open phase --NeedsAttention--> NeedsAttention(phase) --Retried--> phase
 //! ```
@@ -37,8 +37,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::Learnt;
 use crate::event::{
-    Actor, DomainUnregisterRequested, Event, MergeStarted, SnapshotCreateRequested, SnapshotDeleteRequested,
-    SnapshotRevertRequested,
+    Actor, DomainUnregisterRequested, Event, MergeStarted, RetryKind, SnapshotCreateRequested,
+    SnapshotDeleteRequested, SnapshotRevertRequested,
 };
 use crate::ids::{OperationId, SnapshotId};
 
@@ -244,6 +244,8 @@ pub enum Outcome {
     Succeeded,
     /// It is not, and the domain is as it was.
     Failed,
+    /// It was called off, and the domain is as it was.
+    Cancelled,
 }
 
 impl Outcome {
@@ -252,6 +254,7 @@ impl Outcome {
         match self {
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
         }
     }
 }
@@ -368,14 +371,18 @@ impl Phase {
                 }
                 _ => None,
             },
-            Event::OperationFailed(e) => {
-                matches!(self, Self::Requested | Self::Planned | Self::Undone { step: 0, .. })
-                    .then(|| Self::Ended { outcome: Outcome::Failed, failure: Some(e.failure.clone()) })
-            }
+            Event::OperationFailed(e) => self.end_untouched(Outcome::Failed, &e.failure),
+            Event::OperationCancelled(e) => self.end_untouched(Outcome::Cancelled, &e.failure),
             Event::OperationNeedsAttention(e) => (!self.is_ended())
                 .then(|| Self::NeedsAttention { before: Box::new(self.clone()), failure: e.failure.clone() }),
             _ => None,
         }
+    }
+
+    /// The end of an operation that has touched nothing, or nothing any more.
+    fn end_untouched(&self, outcome: Outcome, failure: &Failure) -> Option<Self> {
+        matches!(self, Self::Requested | Self::Planned | Self::Undone { step: 0, .. })
+            .then(|| Self::Ended { outcome, failure: Some(failure.clone()) })
     }
 
     /// Whether it is over.
@@ -445,7 +452,9 @@ impl Operation {
         };
         match event {
             Event::OperationPlanned(e) => self.steps.clone_from(&e.steps),
-            Event::OperationAttemptFailed(_) => self.attempts = self.attempts.saturating_add(1),
+            Event::OperationAttemptFailed(e) if e.kind == RetryKind::Failed => {
+                self.attempts = self.attempts.saturating_add(1);
+            }
             Event::OperationStepFinished(e) => {
                 self.attempts = 0;
                 self.learn(&e.learnt);

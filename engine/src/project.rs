@@ -171,22 +171,26 @@ impl DomainState {
                 _ => MergeWish::Auto,
             },
         );
-        if let Some(snapshot) = self.tree.get(id)
-            && self.layers.disks.values().any(|disk| disk.layer_of(id).is_some())
-        {
-            self.tombstones.insert(
-                id,
-                Tombstone {
-                    name: snapshot.name.clone(),
-                    deleted: envelope.at,
-                    deleted_by: envelope.actor.clone(),
-                    seq: envelope.seq,
-                    wish,
-                    deferred: None,
-                },
-            );
+        self.bury(id, wish, &envelope.actor, envelope.at, envelope.seq);
+    }
+
+    /// Takes a snapshot out of the tree; what the layers still hold of it becomes a tombstone.
+    fn bury(&mut self, id: SnapshotId, wish: MergeWish, by: &Actor, at: Timestamp, seq: u64) {
+        let stands = self.layers.disks.values().any(|disk| disk.layer_of(id).is_some());
+        if let Some(snapshot) = self.tree.get(id).filter(|_| stands) {
+            let name = snapshot.name.clone();
+            let deleted_by = by.clone();
+            let tombstone = Tombstone { name, deleted: at, deleted_by, seq, wish, deferred: None };
+            self.tombstones.insert(id, tombstone);
         }
         self.tree.delete(id);
+    }
+
+    /// The state as it would be if these were deleted now.
+    pub(crate) fn delete_all(&mut self, ids: &[SnapshotId], wish: MergeWish, by: &Actor, at: Timestamp) {
+        for id in ids {
+            self.bury(*id, wish, by, at, self.seq);
+        }
     }
 
     /// What is written about a snapshot.

@@ -11,7 +11,7 @@
 //! push of its only dependant into it. The registered image is never unlinked, so a tombstone in it can only take
 //! the push of its single dependant.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -87,12 +87,40 @@ pub enum Verdict {
     },
 }
 
+/// What a merge may cost, and which tombstones are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergePolicy {
+    /// Most bytes to copy when a tombstone has several dependants.
+    pub copy_bytes_max: u64,
+    /// What to do with those that were put off.
+    pub put_off: PutOff,
+}
+
+/// What to do with tombstones whose merge was put off with `--defer`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOff {
+    /// Leave them.
+    Leave,
+    /// Merge them like the others.
+    Take,
+}
+
+impl Verdict {
+    /// Whether it is about one of `snapshots`.
+    pub fn is_about(&self, snapshots: &[SnapshotId]) -> bool {
+        match self {
+            Self::Merge(plan) => plan.snapshots.iter().any(|id| snapshots.contains(id)),
+            Self::Defer { snapshot, .. } => snapshots.contains(snapshot),
+        }
+    }
+}
+
 /// The verdict on every tombstone, oldest snapshot first.
 ///
 /// Only the first [`Verdict::Merge`] may be carried out; it changes the graph, and the others are to be asked for
 /// again.
-pub fn verdicts(state: &DomainState, observation: &Observation, copy_bytes_max: u64) -> Vec<Verdict> {
-    let planner = Planner { state, observation, copy_bytes_max };
+pub fn verdicts(state: &DomainState, observation: &Observation, policy: MergePolicy) -> Vec<Verdict> {
+    let planner = Planner { state, observation, policy };
     let mut found = Vec::new();
     let mut done = BTreeSet::new();
     for snapshot in state.tombstones.keys() {
@@ -110,7 +138,7 @@ pub fn verdicts(state: &DomainState, observation: &Observation, copy_bytes_max: 
 struct Planner<'a> {
     state: &'a DomainState,
     observation: &'a Observation,
-    copy_bytes_max: u64,
+    policy: MergePolicy,
 }
 
 /// A row of tombstones with one dependant each, lowest first, and what stands on it.
@@ -124,10 +152,10 @@ impl Planner<'_> {
         let tombstone = self.state.tombstones.get(&snapshot);
         let wish = tombstone.map_or(MergeWish::Auto, |tombstone| tombstone.wish);
         let defer = |reason: String| Verdict::Defer { snapshot, reason };
-        if wish == MergeWish::Defer {
+        if wish == MergeWish::Defer && self.policy.put_off == PutOff::Leave {
             return defer("left to later, as asked with --defer".to_owned());
         }
-        let copy_bytes_max = if wish == MergeWish::Now { u64::MAX } else { self.copy_bytes_max };
+        let copy_bytes_max = if wish == MergeWish::Now { u64::MAX } else { self.policy.copy_bytes_max };
         let mut actions = Vec::new();
         let mut reasons = Vec::new();
         for (name, disk) in &self.state.layers.disks {
@@ -365,15 +393,4 @@ pub fn human_bytes(bytes: u64) -> String {
         unit += 1;
     }
     format!("{value:.1} {}", UNITS[unit])
-}
-
-/// Groups verdicts by what they say, for the answer of a delete.
-pub fn deferred(verdicts: &[Verdict]) -> BTreeMap<SnapshotId, &str> {
-    verdicts
-        .iter()
-        .filter_map(|verdict| match verdict {
-            Verdict::Defer { snapshot, reason } => Some((*snapshot, reason.as_str())),
-            Verdict::Merge(_) => None,
-        })
-        .collect()
 }

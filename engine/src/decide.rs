@@ -1,0 +1,438 @@
+//! May it be? A pure judgement of a command by the state that the log tells, before anything is written.
+//!
+//! A request is judged by the tree *as it will be after the open requests*. What only an observation can tell
+//! (an image in use, space, permissions) is judged when the operation is planned.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, reject};
+use crate::domain::Domain;
+use crate::event::{
+    Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
+    OperationRetried, RequestDigest, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEdited,
+    SnapshotHeld, SnapshotReleased, SnapshotRevertRequested, UnregisterWish,
+};
+use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
+use crate::operation::{Code, Phase};
+use crate::project::DomainState;
+use crate::tree::{Hold, Labels, Snapshot, Tree};
+
+/// Longest description, and longest reason, in bytes.
+pub const TEXT_BYTES_MAX: usize = 64 << 10;
+/// Most labels on one thing.
+pub const LABELS_MAX: usize = 64;
+/// Longest value of a label, in bytes.
+pub const LABEL_BYTES_MAX: usize = 255;
+/// Most operations that may wait for one domain.
+pub const OPEN_OPERATIONS_MAX: usize = 1_000;
+
+/// What a judgement needs beside state and command.
+#[derive(Clone, Debug)]
+pub struct Ctx {
+    /// Now.
+    pub now: Timestamp,
+    /// A fresh id, for the snapshot that may be made.
+    pub fresh: Uuid,
+    /// Who asks.
+    pub actor: Actor,
+    /// The digest of the command, if it was given with a key.
+    pub digest: RequestDigest,
+}
+
+/// Judges `command`.
+///
+/// # Errors
+/// A [`Rejection`] that says what is wrong and what to do; nothing is to be written then.
+pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<Event>, Rejection> {
+    let domain = registered(state)?;
+    if let Command::Retry(operation) = command {
+        return retry(state, *operation);
+    }
+    if state.open.len() >= OPEN_OPERATIONS_MAX {
+        return Err(reject(
+            Code::Invalid,
+            format!("{OPEN_OPERATIONS_MAX} operations wait for this domain already"),
+        ));
+    }
+    let tree = state.tree_after_open();
+    let event = match command {
+        Command::Create(create) => create_requested(domain, &tree, create, ctx)?,
+        Command::Revert { snapshot, run_state } => {
+            let snapshot = find(state, &tree, snapshot)?;
+            not_lost(snapshot)?;
+            let request = ctx.digest.clone();
+            SnapshotRevertRequested { snapshot: snapshot.id, run_state: *run_state, request }.into()
+        }
+        Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
+        Command::Edit { snapshot, name, description, labels } => {
+            edited(state, &tree, snapshot, name.as_ref(), description.as_deref(), labels)?
+        }
+        Command::Hold { snapshot, reason, until } => held(state, &tree, snapshot, reason, *until, ctx)?,
+        Command::Release { snapshot } => {
+            let snapshot = find(state, &tree, snapshot)?;
+            if snapshot.hold.is_none() {
+                return Err(reject(Code::Invalid, format!("snapshot '{}' is not held", snapshot.name)));
+            }
+            SnapshotReleased { snapshot: snapshot.id }.into()
+        }
+        Command::Set { name, labels } => {
+            DomainChanged { name: name.clone(), labels: merged(&domain.labels, labels)? }.into()
+        }
+        Command::Unregister(wish) => unregister(state, *wish, ctx)?,
+        Command::Retry(_) => return Err(reject(Code::Invalid, "a retry makes no request")),
+    };
+    Ok(vec![event])
+}
+
+fn registered(state: &DomainState) -> Result<&Domain, Rejection> {
+    let domain = state.domain.as_ref().filter(|_| state.registered);
+    let domain = domain.ok_or_else(|| reject(Code::NotFound, "the domain is not registered"))?;
+    let ending =
+        state.open.iter().any(|open| matches!(open.request, crate::operation::Request::Unregister(_)));
+    if ending {
+        return Err(reject(Code::Invalid, format!("domain '{}' is being removed", domain.name))
+            .hint("`snaptree op list` shows the operation, `snaptree recover` finishes it"));
+    }
+    Ok(domain)
+}
+
+/// Finds a snapshot in the tree as it will be; tells a snapshot that is going from one that never was.
+fn find<'a>(state: &DomainState, tree: &'a Tree, wanted: &SnapshotRef) -> Result<&'a Snapshot, Rejection> {
+    let found = match wanted {
+        SnapshotRef::Name(name) => tree.by_name(name),
+        SnapshotRef::Id(id) => tree.get(*id),
+        SnapshotRef::Current => tree.current(),
+    };
+    found.ok_or_else(|| {
+        let name = state.domain.as_ref().map_or("?", |domain| domain.name.as_str());
+        let (what, going) = match wanted {
+            SnapshotRef::Name(wanted) => {
+                (format!("snapshot '{wanted}'"), state.tree.by_name(wanted).is_some())
+            }
+            SnapshotRef::Id(id) => (format!("snapshot {id}"), state.tree.contains(*id)),
+            SnapshotRef::Current => {
+                return reject(Code::NotFound, format!("domain '{name}' has no current snapshot"));
+            }
+        };
+        if going {
+            return reject(Code::NotFound, format!("{what} of domain '{name}' is being deleted"));
+        }
+        reject(Code::NotFound, format!("domain '{name}' has no {what}"))
+            .hint(format!("`snaptree list '{name}'` lists its snapshots"))
+    })
+}
+
+fn not_lost(snapshot: &Snapshot) -> Result<(), Rejection> {
+    if snapshot.lost {
+        return Err(reject(
+            Code::Drift,
+            format!("the hypervisor no longer has snapshot '{}'", snapshot.name),
+        ));
+    }
+    Ok(())
+}
+
+fn name_is_free(tree: &Tree, name: &SnapshotName, but: Option<SnapshotId>) -> Result<(), Rejection> {
+    match tree.by_name(name) {
+        Some(taken) if Some(taken.id) != but => {
+            Err(reject(Code::Exists, format!("domain moment {name} already exists"))
+                .hint("choose another name, or delete that snapshot first"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The seconds since the epoch, or the next number that is free (libvirt's default name).
+fn default_name(tree: &Tree, now: Timestamp) -> Result<SnapshotName, Rejection> {
+    let taken: BTreeSet<&str> = tree.iter().map(|snapshot| snapshot.name.as_str()).collect();
+    let mut number = now.as_second();
+    while taken.contains(number.to_string().as_str()) {
+        number += 1;
+    }
+    SnapshotName::new(number.to_string()).map_err(|error| reject(Code::Invalid, error.to_string()))
+}
+
+fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) -> Result<Event, Rejection> {
+    let capabilities = &domain.capabilities;
+    let name = match &create.name {
+        Some(name) => name.clone(),
+        None => default_name(tree, ctx.now)?,
+    };
+    name_is_free(tree, &name, None)?;
+    if name.as_str().len() > capabilities.name_bytes_max {
+        return Err(reject(
+            Code::Invalid,
+            format!(
+                "{} allows snapshot names of {} bytes at most",
+                domain.driver, capabilities.name_bytes_max
+            ),
+        ));
+    }
+    text_fits("description", create.description.as_deref().unwrap_or_default())?;
+    labels_fit(&create.labels)?;
+    let depth = tree.current().map_or(0, |current| tree.ancestors(current.id).count() + 1);
+    if depth >= capabilities.depth_max {
+        return Err(reject(
+            Code::Unsupported,
+            format!(
+                "the chain would be deeper than the {} snapshots that {} can take",
+                capabilities.depth_max, domain.driver
+            ),
+        )
+        .hint("delete some snapshots of the chain; their changes are merged"));
+    }
+    let memory = match create.content {
+        Content::DisksOnly => MemoryKind::No,
+        Content::Auto if !capabilities.memory => MemoryKind::No,
+        Content::WithMemory if !capabilities.memory => {
+            return Err(reject(
+                Code::Unsupported,
+                format!("domain '{}' cannot be snapshotted with its memory", domain.name),
+            )
+            .hint("leave out --memory"));
+        }
+        Content::Auto | Content::WithMemory => MemoryKind::Internal,
+    };
+    Ok(SnapshotCreateRequested {
+        snapshot: SnapshotId::from_uuid(ctx.fresh),
+        name,
+        description: create.description.clone().filter(|text| !text.is_empty()),
+        labels: create.labels.clone(),
+        disks: selected_disks(domain, create.disks.as_ref())?,
+        memory,
+        request: ctx.digest.clone(),
+    }
+    .into())
+}
+
+fn selected_disks(
+    domain: &Domain,
+    wanted: Option<&BTreeSet<DiskName>>,
+) -> Result<BTreeSet<DiskName>, Rejection> {
+    let all: BTreeSet<DiskName> = domain.disks.iter().map(|disk| disk.name.clone()).collect();
+    let Some(wanted) = wanted else { return Ok(all) };
+    if let Some(unknown) = wanted.difference(&all).next() {
+        return Err(reject(Code::NotFound, format!("no disk named '{unknown}'")));
+    }
+    if wanted.is_empty() {
+        return Err(reject(Code::Invalid, "nothing selected for snapshot"));
+    }
+    if wanted.len() < all.len() && !domain.capabilities.disk_selection {
+        return Err(reject(Code::Unsupported, format!("{} snapshots all disks or none", domain.driver)));
+    }
+    Ok(wanted.clone())
+}
+
+fn delete_requested(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    delete: &Delete,
+    ctx: &Ctx,
+) -> Result<Event, Rejection> {
+    if delete.scope == DeleteScope::ChildrenOnly && !domain.capabilities.children_only {
+        return Err(reject(Code::Unsupported, format!("{} cannot delete the children alone", domain.driver)));
+    }
+    if delete.what == DeleteWhat::Metadata && !domain.capabilities.metadata_only {
+        return Err(reject(
+            Code::Unsupported,
+            format!("{} cannot forget a snapshot and keep its data", domain.driver),
+        ));
+    }
+    let mut named = Vec::new();
+    let mut going = BTreeSet::new();
+    for wanted in &delete.snapshots {
+        let snapshot = find(state, tree, wanted)?;
+        if !named.contains(&snapshot.id) {
+            named.push(snapshot.id);
+        }
+        if delete.scope != DeleteScope::Named {
+            going.extend(tree.descendants(snapshot.id));
+        }
+        if delete.scope != DeleteScope::ChildrenOnly {
+            going.insert(snapshot.id);
+        }
+    }
+    if named.is_empty() {
+        return Err(reject(Code::Invalid, "no snapshot is named"));
+    }
+    for id in &going {
+        refuse_held(tree, *id, ctx.now)?;
+    }
+    for reason in &delete.reasons {
+        text_fits("reason", reason)?;
+    }
+    Ok(SnapshotDeleteRequested {
+        snapshots: children_first(tree, &going),
+        named,
+        scope: delete.scope,
+        what: delete.what,
+        merge: delete.merge,
+        reasons: delete.reasons.clone(),
+        request: ctx.digest.clone(),
+    }
+    .into())
+}
+
+/// Orders snapshots so that each comes before its parent; deepest first.
+fn children_first(tree: &Tree, ids: &BTreeSet<SnapshotId>) -> Vec<SnapshotId> {
+    let mut depths: BTreeMap<SnapshotId, usize> = BTreeMap::new();
+    for id in ids {
+        let mut path = vec![*id];
+        path.extend(
+            tree.ancestors(*id).map(|snapshot| snapshot.id).take_while(|id| !depths.contains_key(id)),
+        );
+        let known = path.last().and_then(|top| tree.get(*top)).and_then(|top| top.parent);
+        let mut depth = known.and_then(|parent| depths.get(&parent)).map_or(0, |depth| depth + 1);
+        for id in path.into_iter().rev() {
+            depths.insert(id, depth);
+            depth += 1;
+        }
+    }
+    let mut ordered: Vec<SnapshotId> = ids.iter().copied().collect();
+    ordered.sort_by_key(|id| (std::cmp::Reverse(depths.get(id).copied().unwrap_or(0)), *id));
+    ordered
+}
+
+fn refuse_held(tree: &Tree, id: SnapshotId, now: Timestamp) -> Result<(), Rejection> {
+    let Some(snapshot) = tree.get(id) else { return Ok(()) };
+    match &snapshot.hold {
+        Some(hold) if hold.in_force(now) => {
+            let until = hold.until.map_or_else(String::new, |until| format!(" until {until}"));
+            Err(reject(
+                Code::Held,
+                format!("snapshot '{}' is held by {}{until}: {}", snapshot.name, hold.by, hold.reason),
+            )
+            .hint("`snaptree release` ends the hold"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn edited(
+    state: &DomainState,
+    tree: &Tree,
+    wanted: &SnapshotRef,
+    name: Option<&SnapshotName>,
+    description: Option<&str>,
+    labels: &Labels,
+) -> Result<Event, Rejection> {
+    let snapshot = find(state, tree, wanted)?;
+    if !state.tree.contains(snapshot.id) {
+        return Err(reject(Code::Invalid, format!("snapshot '{}' is still being taken", snapshot.name)));
+    }
+    if let Some(name) = name {
+        name_is_free(tree, name, Some(snapshot.id))?;
+    }
+    text_fits("description", description.unwrap_or_default())?;
+    let labels = merged(&snapshot.labels, labels)?;
+    if name.is_none() && description.is_none() && labels.is_none() {
+        return Err(reject(Code::Invalid, "nothing to change").hint("give --name, --description or --label"));
+    }
+    let description = description.map(str::to_owned);
+    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels }.into())
+}
+
+fn held(
+    state: &DomainState,
+    tree: &Tree,
+    wanted: &SnapshotRef,
+    reason: &str,
+    until: Option<Timestamp>,
+    ctx: &Ctx,
+) -> Result<Event, Rejection> {
+    let snapshot = find(state, tree, wanted)?;
+    if !state.tree.contains(snapshot.id) {
+        return Err(reject(Code::Invalid, format!("snapshot '{}' is still being taken", snapshot.name)));
+    }
+    text_fits("reason", reason)?;
+    if reason.trim().is_empty() {
+        return Err(reject(Code::Invalid, "a hold needs a reason").hint("--reason 'what it is kept for'"));
+    }
+    if until.is_some_and(|until| until <= ctx.now) {
+        return Err(
+            reject(Code::Invalid, "the hold would have ended already").hint("--until takes a time to come")
+        );
+    }
+    let hold = Hold { reason: reason.to_owned(), until, by: ctx.actor.clone() };
+    Ok(SnapshotHeld { snapshot: snapshot.id, hold }.into())
+}
+
+fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Event, Rejection> {
+    if !state.open.is_empty() {
+        return Err(reject(Code::Invalid, "operations of this domain are still open")
+            .hint("`snaptree op list` shows them, `snaptree recover` finishes them"));
+    }
+    let stands = !state.tree.is_empty() || !state.tombstones.is_empty();
+    let wish = match wish {
+        UnregisterWish::Untouched if stands => {
+            let count = state.tree.len() + state.tombstones.len();
+            return Err(reject(Code::Invalid, format!("{count} snapshots or their remains still stand"))
+                .hint("--flatten puts one plain image back and ends them, --keep-layers leaves every file as it is"));
+        }
+        // What was adopted is put back; without snapshots that is a rename.
+        UnregisterWish::Untouched if state.layers.generation.is_some() => UnregisterWish::Flatten,
+        wish => wish,
+    };
+    if wish == UnregisterWish::Flatten {
+        for snapshot in state.tree.iter() {
+            refuse_held(&state.tree, snapshot.id, ctx.now)?;
+        }
+    }
+    Ok(DomainUnregisterRequested { wish, request: ctx.digest.clone() }.into())
+}
+
+fn retry(state: &DomainState, operation: OperationId) -> Result<Vec<Event>, Rejection> {
+    match state.operation(operation).map(|operation| &operation.phase) {
+        Some(Phase::NeedsAttention { .. }) => Ok(vec![OperationRetried {}.into()]),
+        Some(_) => Err(reject(Code::Invalid, format!("operation {operation} does not need attention"))),
+        None => Err(reject(Code::NotFound, format!("operation {operation} is not open"))),
+    }
+}
+
+fn text_fits(what: &str, text: &str) -> Result<(), Rejection> {
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(reject(Code::Invalid, format!("a {what} has at most {TEXT_BYTES_MAX} bytes")));
+    }
+    Ok(())
+}
+
+/// Checks labels as they are given by a user.
+///
+/// # Errors
+/// Too many, too long, or with control characters.
+pub fn labels_fit(labels: &Labels) -> Result<(), Rejection> {
+    if labels.len() > LABELS_MAX {
+        return Err(reject(Code::Invalid, format!("at most {LABELS_MAX} labels are allowed")));
+    }
+    match labels
+        .iter()
+        .find(|(_, value)| value.len() > LABEL_BYTES_MAX || value.chars().any(char::is_control))
+    {
+        Some((key, _)) => Err(reject(
+            Code::Invalid,
+            format!("label '{key}': a value has at most {LABEL_BYTES_MAX} bytes and no control characters"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The labels after `change`, whose empty values remove; `None` if nothing is to change.
+fn merged(labels: &Labels, change: &Labels) -> Result<Option<Labels>, Rejection> {
+    if change.is_empty() {
+        return Ok(None);
+    }
+    let mut merged = labels.clone();
+    for (key, value) in change {
+        if value.is_empty() {
+            merged.remove(key);
+        } else {
+            merged.insert(key.clone(), value.clone());
+        }
+    }
+    labels_fit(&merged)?;
+    Ok(Some(merged))
+}

@@ -1,0 +1,628 @@
+//! The facade: everything that a program does with Snaptree goes through [`Engine`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tracing::instrument;
+
+use crate::command::{Command, Rejection, reject};
+use crate::decide::{Ctx, decide};
+use crate::domain::{Domain, DriverKind};
+use crate::driver::{Driver, DriverError, Hooks, NoHooks, Observation, Plan, Registration, Watch};
+use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestDigest};
+use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
+use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
+use crate::operation::{Code, Failure, IllegalHistory, Request};
+use crate::project::{DomainState, PROJECTOR};
+use crate::reconcile::merge::{self, COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff, Verdict};
+use crate::reconcile::recovery::{Recovered, recover_domain};
+use crate::reconcile::worker::{Driven, Worker};
+
+/// How many events are read from a stream at once.
+const PAGE_EVENTS: usize = 4_096;
+/// How often a request is decided anew because somebody else appended first.
+const CONFLICTS_MAX: u32 = 16;
+
+/// Where time comes from. The system's in production, virtual in the simulation.
+#[async_trait]
+pub trait Clock: Send + Sync {
+    /// Now.
+    fn now(&self) -> Timestamp;
+    /// Returns at `until`, or at once if that has passed.
+    async fn sleep_until(&self, until: Timestamp);
+}
+
+/// The system's clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+#[async_trait]
+impl Clock for SystemClock {
+    fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
+    async fn sleep_until(&self, until: Timestamp) {
+        let wait = until.duration_since(Timestamp::now());
+        if let Ok(wait) = Duration::try_from(wait) {
+            tokio::time::sleep(wait).await;
+        }
+    }
+}
+
+/// What can be set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Most bytes that a merge with several dependants may copy (`merge.copy-max`).
+    pub merge_copy_bytes_max: u64,
+    /// How often a step that failed for a passing reason is tried in all.
+    pub attempts_max: u32,
+    /// The first pause before another try; it doubles each time.
+    pub retry_delay_ms_min: u64,
+    /// The longest pause before another try.
+    pub retry_delay_ms_max: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            merge_copy_bytes_max: COPY_BYTES_MAX_DEFAULT,
+            attempts_max: 5,
+            retry_delay_ms_min: 200,
+            retry_delay_ms_max: 30_000,
+        }
+    }
+}
+
+/// A failure of the engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The request was turned down; nothing was written.
+    #[error("{0}")]
+    Rejected(Rejection),
+    /// The store failed.
+    #[error("the log could not be read or written")]
+    Log(#[from] LogError),
+    /// The hypervisor could not be asked.
+    #[error("{}", .0.failure)]
+    Driver(#[source] DriverError),
+    /// The log contradicts itself.
+    #[error("the log of domain {domain} cannot be followed")]
+    Illegal {
+        /// Whose log.
+        domain: DomainId,
+        /// Where.
+        #[source]
+        source: IllegalHistory,
+    },
+    /// A payload that could not be written as JSON.
+    #[error("what was asked cannot be written as JSON")]
+    Json(#[from] serde_json::Error),
+}
+
+impl From<Rejection> for EngineError {
+    fn from(rejection: Rejection) -> Self {
+        Self::Rejected(rejection)
+    }
+}
+
+/// Who asks, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requester {
+    /// Who.
+    pub actor: Actor,
+    /// From where.
+    pub origin: Origin,
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Submitted {
+    /// It is an operation, to be driven.
+    Operation(OperationId),
+    /// The same key and command was given before, and this operation was its answer.
+    Repeated(OperationId),
+    /// It was carried out by being written.
+    Recorded,
+}
+
+/// What a request would do. Nothing was written or touched.
+#[derive(Clone, Debug)]
+pub struct DryRun {
+    /// The request.
+    pub request: Request,
+    /// Its steps and costs.
+    pub plan: Plan,
+    /// For a delete: what becomes of each tombstone.
+    pub merges: Vec<Verdict>,
+    /// The domain, as the log tells it.
+    pub state: DomainState,
+    /// The domain as it would be after the request, before any merge.
+    pub after: DomainState,
+}
+
+/// Asks the work in hand to end: what can be undone is undone, the rest is parked for `recover`.
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Asks for it.
+    pub fn ask(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it was asked for.
+    pub fn asked(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// Snaptree, without a terminal, a database or a hypervisor of its own: those are given to it.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) log: Arc<dyn EventLog>,
+    pub(crate) drivers: BTreeMap<DriverKind, Arc<dyn Driver>>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) ids: Arc<dyn IdSource>,
+    pub(crate) hooks: Arc<dyn Hooks>,
+    pub(crate) settings: Settings,
+    pub(crate) stop: Stop,
+}
+
+impl Engine {
+    /// An engine on a log, with the system's clock and ids, default settings and no driver.
+    pub fn new(log: Arc<dyn EventLog>) -> Self {
+        Self {
+            log,
+            drivers: BTreeMap::new(),
+            clock: Arc::new(SystemClock),
+            ids: Arc::new(UuidV7),
+            hooks: Arc::new(NoHooks),
+            settings: Settings::default(),
+            stop: Stop::default(),
+        }
+    }
+
+    /// Adds a hypervisor.
+    #[must_use]
+    pub fn with_driver(mut self, kind: DriverKind, driver: Arc<dyn Driver>) -> Self {
+        self.drivers.insert(kind, driver);
+        self
+    }
+
+    /// Takes another clock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Takes other ids.
+    #[must_use]
+    pub fn with_ids(mut self, ids: Arc<dyn IdSource>) -> Self {
+        self.ids = ids;
+        self
+    }
+
+    /// Calls these hooks at the named places.
+    #[must_use]
+    pub fn with_hooks(mut self, hooks: Arc<dyn Hooks>) -> Self {
+        self.hooks = hooks;
+        self
+    }
+
+    /// Takes other settings.
+    #[must_use]
+    pub fn with_settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// The handle that asks the work in hand to end.
+    pub fn stop_handle(&self) -> Stop {
+        self.stop.clone()
+    }
+
+    /// The log.
+    pub fn log(&self) -> &Arc<dyn EventLog> {
+        &self.log
+    }
+
+    /// The hypervisor of that kind.
+    pub(crate) fn driver(&self, kind: DriverKind) -> Result<Arc<dyn Driver>, EngineError> {
+        self.drivers.get(&kind).cloned().ok_or_else(|| {
+            EngineError::Rejected(reject(Code::Unsupported, format!("this program has no driver for {kind}")))
+        })
+    }
+
+    /// The registered domains, in the order of their names.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn domains(&self) -> Result<Vec<DomainRow>, EngineError> {
+        Ok(self.log.domains(u64::MAX).await?)
+    }
+
+    /// Finds a registered domain by name or id.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store failed.
+    pub async fn find_domain(&self, wanted: &str) -> Result<DomainId, EngineError> {
+        self.find_domain_at(wanted, u64::MAX).await
+    }
+
+    /// Finds a domain that was registered when the log ended at `seq_max`.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store failed.
+    pub async fn find_domain_at(&self, wanted: &str, seq_max: u64) -> Result<DomainId, EngineError> {
+        let unknown = || {
+            let shown: String = wanted.chars().filter(|c| !c.is_control()).take(60).collect();
+            EngineError::Rejected(
+                reject(Code::NotFound, format!("there is no domain '{shown}'"))
+                    .hint("`snaptree domain list` lists them, `snaptree domain add` registers one"),
+            )
+        };
+        if let Ok(id) = wanted.parse::<DomainId>() {
+            let known = self.log.domains(seq_max).await?.iter().any(|row| row.id == id);
+            return known.then_some(id).ok_or_else(unknown);
+        }
+        let name = DomainName::new(wanted).map_err(|_| unknown())?;
+        let found = if seq_max == u64::MAX {
+            self.log.domain_by_name(&name).await?
+        } else {
+            self.log.domains(seq_max).await?.into_iter().find(|row| row.name == name)
+        };
+        found.map(|row| row.id).ok_or_else(unknown)
+    }
+
+    /// The domain as the log tells it.
+    ///
+    /// # Errors
+    /// The store failed, or the log contradicts itself.
+    pub async fn load(&self, domain: DomainId) -> Result<DomainState, EngineError> {
+        self.load_at(domain, u64::MAX).await
+    }
+
+    /// The domain as the log told it when it ended at `seq_max`.
+    ///
+    /// # Errors
+    /// The store failed, or the log contradicts itself.
+    #[instrument(skip(self))]
+    pub async fn load_at(&self, domain: DomainId, seq_max: u64) -> Result<DomainState, EngineError> {
+        let stream = StreamId::Domain(domain);
+        let checkpoint = self.log.checkpoint(&stream, PROJECTOR, seq_max).await?;
+        let mut state: DomainState =
+            checkpoint.and_then(|c| serde_json::from_str(&c.state).ok()).unwrap_or_default();
+        loop {
+            let page = self.log.read_stream(&stream, state.version, seq_max, PAGE_EVENTS).await?;
+            state.apply_all(&page);
+            if page.len() < PAGE_EVENTS {
+                break;
+            }
+        }
+        match state.illegal.clone() {
+            Some(source) => Err(EngineError::Illegal { domain, source }),
+            None => Ok(state),
+        }
+    }
+
+    /// Keeps a checkpoint of `state`, whose last event is `last`.
+    pub(crate) async fn keep_checkpoint(&self, state: &DomainState, last: &Envelope) {
+        let Some(domain) = &state.domain else { return };
+        let Ok(text) = serde_json::to_string(state) else { return };
+        let checkpoint = Checkpoint {
+            stream: StreamId::Domain(domain.id),
+            version: state.version,
+            seq: state.seq,
+            hash: last.hash.to_string(),
+            projector: PROJECTOR,
+            state: text,
+        };
+        if let Err(error) = self.log.save_checkpoint(checkpoint).await {
+            tracing::debug!(%error, "the checkpoint was not kept; nothing depends on it");
+        }
+    }
+
+    /// Looks at a domain and registers it. Returns what was found, and notes for the user.
+    ///
+    /// # Errors
+    /// The name is taken, the driver says that it is unfit, or the store failed.
+    pub async fn register(
+        &self,
+        requester: &Requester,
+        registration: Registration,
+        labels: crate::tree::Labels,
+    ) -> Result<(Domain, Vec<String>), EngineError> {
+        self.name_is_free(&registration.name).await?;
+        crate::decide::labels_fit(&labels)?;
+        let driver = self.driver(registration.driver)?;
+        let probe = driver.probe(&registration).await.map_err(EngineError::Driver)?;
+        let domain = Domain {
+            id: registration.id,
+            name: registration.name,
+            driver: registration.driver,
+            disks: probe.disks,
+            config: probe.config,
+            labels,
+            capabilities: probe.capabilities,
+        };
+        let stream = StreamId::Domain(domain.id);
+        let event = NewEvent {
+            stream: stream.clone(),
+            event: DomainRegistered { domain: domain.clone() }.into(),
+            operation: None,
+            cause: None,
+            key: None,
+        };
+        self.append(requester, vec![(stream, 0)], vec![event]).await?;
+        Ok((domain, probe.notes))
+    }
+
+    /// A fresh domain id.
+    pub fn fresh_domain_id(&self) -> DomainId {
+        DomainId::from_uuid(self.ids.next())
+    }
+
+    async fn name_is_free(&self, name: &DomainName) -> Result<(), EngineError> {
+        match self.log.domain_by_name(name).await? {
+            Some(_) => Err(reject(Code::Exists, format!("a domain '{name}' is registered already"))
+                .hint("choose another name, or `snaptree domain remove` the old one")
+                .into()),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) async fn append(
+        &self,
+        requester: &Requester,
+        expect: Vec<(StreamId, u64)>,
+        events: Vec<NewEvent>,
+    ) -> Result<Vec<Envelope>, LogError> {
+        let append = Append {
+            expect,
+            actor: requester.actor.clone(),
+            origin: requester.origin.clone(),
+            at: self.clock.now(),
+            events,
+        };
+        self.log.append(append).await
+    }
+
+    /// Decides a command and writes what follows from it. An operation is then to be [driven](Engine::drive).
+    ///
+    /// A `key` makes it idempotent: the same key with the same command is answered with the first operation.
+    ///
+    /// # Errors
+    /// A rejection (nothing was written), or the store failed.
+    #[instrument(skip_all, fields(%domain))]
+    pub async fn submit(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        command: &Command,
+        key: Option<&str>,
+    ) -> Result<Submitted, EngineError> {
+        if let Command::Set { name: Some(name), .. } = command {
+            let owner = self.log.domain_by_name(name).await?;
+            if owner.is_some_and(|row| row.id != domain) {
+                self.name_is_free(name).await?;
+            }
+        }
+        let digest = key.map(|_| command_digest(command)).transpose()?;
+        let stream = StreamId::Domain(domain);
+        let mut conflicts = 0;
+        loop {
+            if let (Some(key), Some(digest)) = (key, &digest)
+                && let Some(earlier) = self.log.by_key(&stream, key).await?
+            {
+                return repeated(&earlier, key, digest);
+            }
+            let state = self.load(domain).await?;
+            let ctx = self.ctx(requester, digest.clone());
+            let events = decide(&state, command, &ctx)?;
+            let operation = OperationId::from_uuid(self.ids.next());
+            let (submitted, events) = self.addressed(&stream, command, operation, key, events);
+            match self.append(requester, vec![(stream.clone(), state.version)], events).await {
+                Ok(_) => return Ok(submitted),
+                Err(LogError::Conflict { .. } | LogError::KeyUsed { .. }) if conflicts < CONFLICTS_MAX => {
+                    conflicts += 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn ctx(&self, requester: &Requester, digest: Option<String>) -> Ctx {
+        Ctx {
+            now: self.clock.now(),
+            fresh: self.ids.next(),
+            actor: requester.actor.clone(),
+            digest: RequestDigest { command_sha256: digest },
+        }
+    }
+
+    /// Puts decided events on their stream: a request begins an operation, the rest is only recorded.
+    fn addressed(
+        &self,
+        stream: &StreamId,
+        command: &Command,
+        operation: OperationId,
+        key: Option<&str>,
+        events: Vec<Event>,
+    ) -> (Submitted, Vec<NewEvent>) {
+        let is_request = events.iter().any(|event| Request::of(event).is_some());
+        let (operation, submitted) = match command {
+            Command::Retry(retried) => (Some(*retried), Submitted::Operation(*retried)),
+            _ if is_request => (Some(operation), Submitted::Operation(operation)),
+            _ => (None, Submitted::Recorded),
+        };
+        let events = events
+            .into_iter()
+            .map(|event| NewEvent {
+                stream: stream.clone(),
+                key: key.filter(|_| Request::of(&event).is_some()).map(str::to_owned),
+                event,
+                operation,
+                cause: None,
+            })
+            .collect();
+        (submitted, events)
+    }
+
+    /// Carries out everything that is open for a domain, in the order of the requests, and the merges after it.
+    ///
+    /// # Errors
+    /// The store failed, or the hypervisor could not be asked. What a step failed with is an outcome, not an error.
+    pub async fn drive(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        watch: &dyn Watch,
+    ) -> Result<Driven, EngineError> {
+        let state = self.load(domain).await?;
+        Worker::new(self, requester, state, watch)?.drive().await
+    }
+
+    /// Looks at every tombstone of a domain anew, also those that were put off with `--defer`, and merges what can be.
+    ///
+    /// # Errors
+    /// The store failed, or the hypervisor could not be asked.
+    pub async fn reconcile(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        watch: &dyn Watch,
+    ) -> Result<Driven, EngineError> {
+        let state = self.load(domain).await?;
+        let mut worker = Worker::new(self, requester, state, watch)?;
+        worker.forget_deferrals();
+        worker.drive().await
+    }
+
+    /// Finishes, forward or back, whatever was cut short, and says what was found and done.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn recover(
+        &self,
+        requester: &Requester,
+        watch: &dyn Watch,
+    ) -> Result<Vec<Recovered>, EngineError> {
+        let open = crate::log::OperationFilter { open: Some(crate::log::OpenOnly), ..Default::default() };
+        let rows = self.log.operations(&open, usize::MAX >> 1).await?;
+        let mut domains: Vec<DomainId> = Vec::new();
+        for row in rows {
+            if !domains.contains(&row.domain) {
+                domains.push(row.domain);
+            }
+        }
+        let mut recovered = Vec::new();
+        for domain in domains {
+            recovered.extend(recover_domain(self, requester, domain, watch).await?);
+        }
+        Ok(recovered)
+    }
+
+    /// What a command would do. It takes no lock and writes nothing.
+    ///
+    /// # Errors
+    /// A rejection, a precondition that is broken, or the hypervisor could not be asked.
+    pub async fn dry_run(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        command: &Command,
+    ) -> Result<DryRun, EngineError> {
+        let state = self.load(domain).await?;
+        let events = decide(&state, command, &self.ctx(requester, None))?;
+        let request = events.iter().find_map(Request::of);
+        let request = request.ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
+        let driver = self.driver_of(&state)?;
+        let observation = driver.observe(&state).await.map_err(EngineError::Driver)?;
+        let plan = driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
+        let mut after = state.clone();
+        let mut merges = Vec::new();
+        if let Request::Delete(delete) = &request {
+            after.delete_all(&delete.snapshots, delete.merge, &requester.actor, self.clock.now());
+            let copy_bytes_max = self.settings.merge_copy_bytes_max;
+            let policy = MergePolicy { copy_bytes_max, put_off: PutOff::Leave };
+            merges = merge::verdicts(&after, &observation, policy)
+                .into_iter()
+                .filter(|verdict| verdict.is_about(&delete.snapshots))
+                .collect();
+        }
+        Ok(DryRun { request, plan, merges, state, after })
+    }
+
+    /// What the hypervisor says is there.
+    ///
+    /// # Errors
+    /// The hypervisor could not be asked.
+    pub async fn observe(&self, state: &DomainState) -> Result<Observation, EngineError> {
+        self.driver_of(state)?.observe(state).await.map_err(EngineError::Driver)
+    }
+
+    pub(crate) fn driver_of(&self, state: &DomainState) -> Result<Arc<dyn Driver>, EngineError> {
+        let domain = state.domain.as_ref();
+        let domain = domain.ok_or_else(|| reject(Code::NotFound, "the domain is not registered"))?;
+        self.driver(domain.driver)
+    }
+
+    /// The prefix of the log that a time stands for.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn seq_at(&self, at: Timestamp) -> Result<SeqAt, EngineError> {
+        Ok(self.log.seq_at(at).await?)
+    }
+
+    /// The events of an operation.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn operation_events(&self, operation: OperationId) -> Result<Vec<Envelope>, EngineError> {
+        let filter = EventFilter { operation: Some(operation), ..EventFilter::default() };
+        Ok(self.log.read(0, &filter, usize::MAX >> 1).await?)
+    }
+}
+
+/// The SHA-256 of a command's JSON, in hex.
+fn command_digest<T: Serialize>(command: &T) -> Result<String, serde_json::Error> {
+    let digest = Sha256::digest(serde_json::to_vec(command)?);
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The answer to a key that was used before.
+fn repeated(earlier: &Envelope, key: &str, digest: &str) -> Result<Submitted, EngineError> {
+    let stored = match Request::of(&earlier.event) {
+        Some(Request::Create(r)) => r.request.command_sha256,
+        Some(Request::Revert(r)) => r.request.command_sha256,
+        Some(Request::Delete(r)) => r.request.command_sha256,
+        Some(Request::Unregister(r)) => r.request.command_sha256,
+        Some(Request::Merge(_)) | None => None,
+    };
+    match (earlier.operation, stored) {
+        (Some(operation), Some(stored)) if stored == digest => Ok(Submitted::Repeated(operation)),
+        _ => Err(reject(Code::Exists, format!("the key '{key}' was given with another command before"))
+            .hint("a key stands for one command; choose another")
+            .into()),
+    }
+}
+
+impl EngineError {
+    /// The failure in words, where there is one.
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Rejected(failure) => Some(failure),
+            Self::Driver(error) => Some(&error.failure),
+            Self::Log(_) | Self::Illegal { .. } | Self::Json(_) => None,
+        }
+    }
+}

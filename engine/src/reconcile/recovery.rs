@@ -1,0 +1,96 @@
+//! Finishing what was cut short.
+//!
+//! Recovery is no second way of doing things: the worker resolves a step whose end is not known whenever it meets
+//! one. What is told apart here is only the account of it.
+
+use jiff::Timestamp;
+
+use crate::driver::Watch;
+use crate::engine::{Engine, EngineError, Requester};
+use crate::ids::{DomainId, DomainName, OperationId};
+use crate::operation::{Failure, Operation, Outcome, Phase};
+use crate::reconcile::worker::{Carried, Worker};
+
+/// What recovery found of an operation, and what it did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recovered {
+    /// The operation.
+    pub operation: OperationId,
+    /// `create`, `revert`, ...
+    pub kind: &'static str,
+    /// Its domain.
+    pub domain: DomainName,
+    /// When it was asked for.
+    pub requested: Timestamp,
+    /// Where it stood, in words.
+    pub found: String,
+    /// What was done about it, in words.
+    pub did: String,
+    /// How it ended; none if it is still open.
+    pub outcome: Option<Outcome>,
+    /// Why it did not succeed, or what stands in the way.
+    pub failure: Option<Failure>,
+}
+
+/// Drives a domain's open operations to their ends, and tells about each.
+pub(crate) async fn recover_domain(
+    engine: &Engine,
+    requester: &Requester,
+    domain: DomainId,
+    watch: &dyn Watch,
+) -> Result<Vec<Recovered>, EngineError> {
+    let state = engine.load(domain).await?;
+    let Some(name) = state.domain.as_ref().map(|domain| domain.name.clone()) else { return Ok(Vec::new()) };
+    let before = state.open.clone();
+    let driven = Worker::new(engine, requester, state, watch)?.drive().await?;
+    let account = |operation: &Operation| {
+        let carried = driven.carried.iter().find(|carried| carried.operation.id == operation.id);
+        account_of(&name, operation, carried)
+    };
+    Ok(before.iter().map(account).collect())
+}
+
+fn account_of(domain: &DomainName, operation: &Operation, carried: Option<&Carried>) -> Recovered {
+    let found = carried.and_then(|carried| carried.found.clone()).unwrap_or_else(|| stood(operation));
+    let outcome = carried.and_then(|carried| carried.outcome);
+    let failure = match (&operation.phase, carried) {
+        (Phase::NeedsAttention { failure, .. }, None) => Some(failure.clone()),
+        (_, carried) => carried.and_then(|carried| carried.failure.clone()),
+    };
+    let did = match (outcome, &failure) {
+        (Some(Outcome::Succeeded), _) => "carried it through".to_owned(),
+        (Some(Outcome::Failed | Outcome::Cancelled), Some(failure)) => format!("took it back: {failure}"),
+        (Some(Outcome::Failed | Outcome::Cancelled), None) => "took it back".to_owned(),
+        (None, Some(failure)) => format!("left it for someone to look at: {failure}"),
+        (None, None) => "left it waiting behind another operation".to_owned(),
+    };
+    Recovered {
+        operation: operation.id,
+        kind: operation.request.kind(),
+        domain: domain.clone(),
+        requested: operation.requested,
+        found,
+        did,
+        outcome,
+        failure,
+    }
+}
+
+fn stood(operation: &Operation) -> String {
+    let step = |index: usize| operation.steps.get(index).map_or("?", |step| step.name.as_str());
+    match &operation.phase {
+        Phase::Requested => "asked for, nothing touched".to_owned(),
+        Phase::Planned => "planned, nothing touched".to_owned(),
+        Phase::Running { step: index } => format!("in step {} '{}'", index + 1, step(*index)),
+        Phase::Waiting { step: index, .. } => {
+            format!("waiting to try step {} '{}' again", index + 1, step(*index))
+        }
+        Phase::Ready { step: index } => format!("{index} of {} steps done", operation.steps.len()),
+        Phase::Undoing { step: index, .. } => format!("taking back step {} '{}'", index + 1, step(*index)),
+        Phase::Undone { step: index, .. } => {
+            format!("step {} '{}' and all after it taken back", index + 1, step(*index))
+        }
+        Phase::NeedsAttention { failure, .. } => format!("needs attention: {failure}"),
+        Phase::Ended { .. } => "ended".to_owned(),
+    }
+}
