@@ -286,11 +286,8 @@ fn children_first(tree: &Tree, ids: &BTreeSet<SnapshotId>) -> Vec<SnapshotId> {
             tree.ancestors(*id).map(|snapshot| snapshot.id).take_while(|id| !depths.contains_key(id)),
         );
         let known = path.last().and_then(|top| tree.get(*top)).and_then(|top| top.parent);
-        let mut depth = known.and_then(|parent| depths.get(&parent)).map_or(0, |depth| depth + 1);
-        for id in path.into_iter().rev() {
-            depths.insert(id, depth);
-            depth += 1;
-        }
+        let depth = known.and_then(|parent| depths.get(&parent)).map_or(0, |depth| depth + 1);
+        depths.extend(path.into_iter().rev().enumerate().map(|(below, id)| (id, depth + below)));
     }
     let mut ordered: Vec<SnapshotId> = ids.iter().copied().collect();
     ordered.sort_by_key(|id| (std::cmp::Reverse(depths.get(id).copied().unwrap_or(0)), *id));

@@ -27,7 +27,7 @@ use crate::event::{
     Actor, DomainUnregistered, Envelope, Event, HowFinished, MemoryKind, MergeDeferred, MergeFinished,
     MergeStarted, OperationAttemptFailed, OperationCancelled, OperationFailed, OperationNeedsAttention,
     OperationPlanned, OperationStepFinished, OperationStepStarted, OperationSucceeded, OperationUndoFinished,
-    OperationUndoStarted, SnapshotCreated, SnapshotDeleted, SnapshotReverted,
+    OperationUndoStarted, RetryKind, SnapshotCreated, SnapshotDeleted, SnapshotReverted,
 };
 use crate::ids::{OperationId, SnapshotId, StreamId};
 use crate::log::{LogError, NewEvent};
@@ -167,8 +167,7 @@ impl<'a> Worker<'a> {
         self.resolutions = 0;
         self.busy = 0;
         let mut hand = Hand::Found;
-        loop {
-            let Some(operation) = self.state.operation(id).cloned() else { break };
+        while let Some(operation) = self.state.operation(id).cloned() {
             match self.pass(&operation, hand).await? {
                 Pass::On(next) => hand = next,
                 Pass::Rests => {
