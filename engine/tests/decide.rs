@@ -1,0 +1,225 @@
+//! What may be asked, and with which words it is turned down.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{History, at, disk, name, snapshot_id, uuid};
+use snaptree_engine::LabelKey;
+use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
+use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
+use snaptree_engine::domain::Capabilities;
+use snaptree_engine::event::{
+    Actor, DeleteScope, DeleteWhat, Event, MergeWish, RequestDigest, SnapshotHeld, UnregisterWish,
+};
+use snaptree_engine::operation::Code;
+use snaptree_engine::tree::Hold;
+
+/// a <- b <- c, and b <- d; current is d.
+fn history() -> History {
+    let mut history = History::new(&["vda", "vdb"]);
+    history.create(1, "a", vec![]);
+    history.create(2, "b", vec![]);
+    history.create(3, "c", vec![]);
+    history.revert(2, vec![]);
+    history.create(4, "d", vec![]);
+    history
+}
+
+fn ctx() -> Ctx {
+    let actor = Actor::User("ada".to_owned());
+    Ctx { now: at(500), fresh: uuid(77), actor, digest: RequestDigest::default() }
+}
+
+fn by_name(text: &str) -> SnapshotRef {
+    SnapshotRef::Name(name(text))
+}
+
+fn delete(snapshots: &[&str], scope: DeleteScope) -> Command {
+    Command::Delete(Delete {
+        snapshots: snapshots.iter().map(|text| by_name(text)).collect(),
+        scope,
+        what: DeleteWhat::Snapshot,
+        merge: MergeWish::Auto,
+        reasons: vec![],
+    })
+}
+
+fn create(called: Option<&str>) -> Create {
+    Create { name: called.map(name), ..Create::default() }
+}
+
+/// The code and words of a rejection.
+fn refused(history: &History, command: &Command) -> (Code, String) {
+    let rejection = decide(&history.state, command, &ctx()).expect_err("it must be refused");
+    assert!(rejection.refused);
+    (rejection.code, rejection.message)
+}
+
+fn going(history: &History, command: &Command) -> Vec<String> {
+    let events = decide(&history.state, command, &ctx()).unwrap();
+    let [Event::SnapshotDeleteRequested(request)] = events.as_slice() else { panic!("{events:?}") };
+    let name = |id: &_| history.state.tree.get(*id).unwrap().name.to_string();
+    request.snapshots.iter().map(name).collect()
+}
+
+#[test]
+fn a_taken_name_is_refused_in_libvirts_words() {
+    let found = refused(&history(), &Command::Create(create(Some("a"))));
+    assert_eq!(found, (Code::Exists, "domain moment a already exists".to_owned()));
+}
+
+#[test]
+fn a_deleted_name_is_free_again_and_one_that_is_asked_for_is_taken() {
+    let mut history = history();
+    history.delete(&[3], MergeWish::Auto);
+    assert!(decide(&history.state, &Command::Create(create(Some("c"))), &ctx()).is_ok());
+    let operation = Some(history.fresh_operation());
+    let request = history.create_requested(snapshot_id(9), "c");
+    history.push(operation, request);
+    assert_eq!(refused(&history, &Command::Create(create(Some("c")))).0, Code::Exists);
+}
+
+#[test]
+fn a_name_left_out_is_the_seconds_since_the_epoch_or_the_next_free_number() {
+    let mut history = history();
+    let seconds = at(500).as_second();
+    history.create(11, &seconds.to_string(), vec![]);
+    let events = decide(&history.state, &Command::Create(create(None)), &ctx()).unwrap();
+    let [Event::SnapshotCreateRequested(request)] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!(request.name.as_str(), (seconds + 1).to_string());
+}
+
+#[test]
+fn delete_takes_what_its_scope_says_children_first() {
+    let history = history();
+    assert_eq!(going(&history, &delete(&["b"], DeleteScope::Named)), ["b"]);
+    assert_eq!(going(&history, &delete(&["b"], DeleteScope::Children)), ["c", "d", "b"]);
+    assert_eq!(going(&history, &delete(&["b"], DeleteScope::ChildrenOnly)), ["c", "d"]);
+    assert_eq!(going(&history, &delete(&["a", "d"], DeleteScope::Named)), ["d", "a"]);
+    assert_eq!(going(&history, &delete(&["d", "d"], DeleteScope::Named)), ["d"]);
+}
+
+#[test]
+fn one_held_descendant_refuses_the_whole_delete_until_the_hold_ends() {
+    let mut history = history();
+    let hold = Hold { reason: "audit".to_owned(), until: Some(at(600)), by: Actor::Engine };
+    history.push(None, SnapshotHeld { snapshot: snapshot_id(3), hold });
+    let (code, text) = refused(&history, &delete(&["b"], DeleteScope::Children));
+    assert_eq!(code, Code::Held);
+    assert!(text.contains("'c' is held by engine") && text.contains("audit"), "{text}");
+    let later = Ctx { now: at(600), ..ctx() };
+    assert!(decide(&history.state, &delete(&["b"], DeleteScope::Children), &later).is_ok());
+    // Merging into a held snapshot is fine.
+    assert!(decide(&history.state, &delete(&["b"], DeleteScope::Named), &ctx()).is_ok());
+}
+
+#[test]
+fn requests_are_judged_by_the_tree_after_the_open_ones() {
+    let mut history = history();
+    let events = decide(&history.state, &delete(&["d"], DeleteScope::Named), &ctx()).unwrap();
+    let operation = Some(history.fresh_operation());
+    history.push(operation, events.into_iter().next().unwrap());
+    let revert = Command::Revert { snapshot: by_name("d"), run_state: None };
+    assert_eq!(refused(&history, &revert).1, "snapshot 'd' of domain 'web' is being deleted");
+    let hold = Command::Hold { snapshot: by_name("d"), reason: "x".to_owned(), until: None };
+    assert_eq!(refused(&history, &hold).0, Code::NotFound);
+    // `--current` is resolved now: d's parent.
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    let events = decide(&history.state, &revert, &ctx()).unwrap();
+    assert!(matches!(&events[..], [Event::SnapshotRevertRequested(r)] if r.snapshot == snapshot_id(2)));
+}
+
+#[test]
+fn what_is_not_there_is_not_found() {
+    let revert = Command::Revert { snapshot: by_name("zz"), run_state: None };
+    assert_eq!(
+        refused(&history(), &revert),
+        (Code::NotFound, "domain 'web' has no snapshot 'zz'".to_owned())
+    );
+    let mut empty = History::new(&["vda"]);
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    assert_eq!(refused(&empty, &revert).1, "domain 'web' has no current snapshot");
+    empty.state.registered = false;
+    assert_eq!(refused(&empty, &revert).1, "the domain is not registered");
+}
+
+#[test]
+fn disks_are_selected_by_name() {
+    let history = history();
+    let with = |disks: &[&str]| {
+        Command::Create(Create { disks: Some(disks.iter().map(|d| disk(d)).collect()), ..create(Some("x")) })
+    };
+    assert!(decide(&history.state, &with(&["vdb"]), &ctx()).is_ok());
+    assert_eq!(refused(&history, &with(&["vdc"])).1, "no disk named 'vdc'");
+    assert_eq!(refused(&history, &with(&[])).1, "nothing selected for snapshot");
+}
+
+#[test]
+fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
+    type Change = fn(&mut Capabilities);
+    let memory = Command::Create(Create { content: Content::WithMemory, ..create(None) });
+    let metadata = match delete(&["a"], DeleteScope::Named) {
+        Command::Delete(delete) => Command::Delete(Delete { what: DeleteWhat::Metadata, ..delete }),
+        other => other,
+    };
+    let cases: [(Change, Command, Code); 5] = [
+        (|c| c.memory = false, memory, Code::Unsupported),
+        (|c| c.children_only = false, delete(&["b"], DeleteScope::ChildrenOnly), Code::Unsupported),
+        (|c| c.metadata_only = false, metadata, Code::Unsupported),
+        (|c| c.depth_max = 3, Command::Create(create(Some("x"))), Code::Unsupported),
+        (|c| c.name_bytes_max = 3, Command::Create(create(Some("long"))), Code::Invalid),
+    ];
+    for (change, command, code) in cases {
+        let mut history = history();
+        change(&mut history.state.domain.as_mut().unwrap().capabilities);
+        assert_eq!(refused(&history, &command).0, code, "{command:?}");
+    }
+}
+
+#[test]
+fn texts_and_labels_have_limits() {
+    let long = "x".repeat(TEXT_BYTES_MAX + 1);
+    let described = Create { description: Some(long.clone()), ..create(None) };
+    assert_eq!(refused(&history(), &Command::Create(described)).0, Code::Invalid);
+    let key = |n: usize| LabelKey::new(format!("k{n}")).unwrap();
+    let many: BTreeMap<_, _> = (0..=LABELS_MAX).map(|n| (key(n), "v".to_owned())).collect();
+    assert_eq!(
+        refused(&history(), &Command::Create(Create { labels: many, ..create(None) })).0,
+        Code::Invalid
+    );
+    let control = BTreeMap::from([(key(1), "a\u{1b}[2J".to_owned())]);
+    assert_eq!(refused(&history(), &Command::Set { name: None, labels: control }).0, Code::Invalid);
+    let hold = Command::Hold { snapshot: by_name("a"), reason: " ".to_owned(), until: None };
+    assert_eq!(refused(&history(), &hold).0, Code::Invalid);
+    let hold = Command::Hold { snapshot: by_name("a"), reason: "x".to_owned(), until: Some(at(500)) };
+    assert_eq!(refused(&history(), &hold).0, Code::Invalid, "a hold that has ended already");
+}
+
+#[test]
+fn a_domain_with_snapshots_is_let_go_only_when_told_what_becomes_of_them() {
+    let history = history();
+    assert_eq!(refused(&history, &Command::Unregister(UnregisterWish::Untouched)).0, Code::Invalid);
+    assert!(decide(&history.state, &Command::Unregister(UnregisterWish::KeepLayers), &ctx()).is_ok());
+    let empty = History::new(&["vda"]);
+    let events = decide(&empty.state, &Command::Unregister(UnregisterWish::Untouched), &ctx()).unwrap();
+    assert!(
+        matches!(&events[..], [Event::DomainUnregisterRequested(r)] if r.wish == UnregisterWish::Untouched)
+    );
+}
+
+#[test]
+fn an_empty_label_value_removes_the_label() {
+    let mut history = history();
+    let key = LabelKey::new("tier").unwrap();
+    for (value, expected) in [("prod", 1), ("", 0)] {
+        let labels = BTreeMap::from([(key.clone(), value.to_owned())]);
+        let edit = Command::Edit { snapshot: by_name("a"), name: None, description: None, labels };
+        let events = decide(&history.state, &edit, &ctx()).unwrap();
+        history.push(None, events.into_iter().next().unwrap());
+        assert_eq!(history.state.tree.get(snapshot_id(1)).unwrap().labels.len(), expected);
+    }
+    let nothing =
+        Command::Edit { snapshot: by_name("a"), name: None, description: None, labels: BTreeMap::new() };
+    assert_eq!(refused(&history, &nothing).1, "nothing to change");
+}

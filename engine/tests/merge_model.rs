@@ -1,0 +1,341 @@
+//! Whatever the merge planner decides, no content that anyone still needs changes.
+//!
+//! The model keeps the content of every layer as a map from block to value. It carries out the planner's actions as
+//! their definitions say, and compares what every live snapshot and the machine read before and after.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use common::{History, at, disk, snapshot_id, uuid};
+use proptest::prelude::*;
+use snaptree_engine::domain::RunState;
+use snaptree_engine::driver::{FileFacts, Observation};
+use snaptree_engine::event::MergeWish;
+use snaptree_engine::layer::{FileStamp, Layer, LayerChange, Role};
+use snaptree_engine::reconcile::merge::{MergeAction, MergePolicy, PutOff, Verdict, verdicts};
+use snaptree_engine::{LayerId, OperationId, SnapshotId};
+
+type Blocks = BTreeMap<u8, u32>;
+
+struct Model {
+    history: History,
+    blocks: BTreeMap<LayerId, Blocks>,
+    next: u128,
+    value: u32,
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write(u8),
+    Create,
+    Revert(usize),
+    Delete(usize),
+    Merge,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        4 => any::<u8>().prop_map(|block| Act::Write(block % 8)),
+        4 => Just(Act::Create),
+        2 => any::<usize>().prop_map(Act::Revert),
+        4 => any::<usize>().prop_map(Act::Delete),
+        2 => Just(Act::Merge),
+    ];
+    prop::collection::vec(act, 1..60)
+}
+
+impl Model {
+    fn new() -> Self {
+        let mut model = Self { history: History::new(&["vda"]), blocks: BTreeMap::new(), next: 0, value: 0 };
+        let image = model.fresh_layer();
+        model.blocks.insert(image.clone(), Blocks::new());
+        let facts = model.layer(&image, None, true);
+        model.change(vec![
+            LayerChange::Added { disk: disk("vda"), layer: image.clone(), facts },
+            LayerChange::Activated { disk: disk("vda"), layer: image },
+        ]);
+        model
+    }
+
+    fn fresh_layer(&mut self) -> LayerId {
+        self.next += 1;
+        LayerId::new(&disk("vda"), OperationId::from_uuid(uuid(self.next)))
+    }
+
+    fn layer(&self, id: &LayerId, parent: Option<LayerId>, registered: bool) -> Layer {
+        let file = PathBuf::from(format!("/l/{id}.qcow2"));
+        let (mode, virtual_size_bytes) = (0o644, 1 << 20);
+        Layer { file, parent, snapshot: None, mode, virtual_size_bytes, registered, stamp: None }
+    }
+
+    fn change(&mut self, changes: Vec<LayerChange>) {
+        changes.iter().for_each(|change| self.history.state.layers.apply(change));
+    }
+
+    fn active(&self) -> LayerId {
+        self.history.state.layers.disks[&disk("vda")].active.clone().unwrap()
+    }
+
+    fn read(&self, layer: &LayerId) -> Blocks {
+        let layers = &self.history.state.layers.disks[&disk("vda")];
+        let mut content = Blocks::new();
+        for id in layers.chain(layer).into_iter().rev() {
+            content.extend(self.blocks[id].iter());
+        }
+        content
+    }
+
+    /// What every live snapshot and the machine read.
+    fn contents(&self) -> BTreeMap<Option<SnapshotId>, Blocks> {
+        let layers = &self.history.state.layers.disks[&disk("vda")];
+        layers
+            .layers
+            .keys()
+            .filter_map(|id| match layers.role(id, &self.history.state.tree) {
+                Role::Active => Some((None, self.read(id))),
+                Role::Frozen(snapshot) => Some((Some(snapshot), self.read(id))),
+                Role::Tombstone(_) => None,
+            })
+            .collect()
+    }
+
+    fn overlay(&mut self, on: &LayerId) -> Vec<LayerChange> {
+        let id = self.fresh_layer();
+        self.blocks.insert(id.clone(), Blocks::new());
+        let facts = self.layer(&id, Some(on.clone()), false);
+        vec![
+            LayerChange::Added { disk: disk("vda"), layer: id.clone(), facts },
+            LayerChange::Activated { disk: disk("vda"), layer: id },
+        ]
+    }
+
+    fn create(&mut self) {
+        let frozen = self.active();
+        self.next += 1;
+        let n = self.next;
+        let mut changes = self.overlay(&frozen);
+        let stamp = FileStamp { inode: 1, size_bytes: 1, mtime_ns: 1 };
+        changes.push(LayerChange::Frozen {
+            disk: disk("vda"),
+            layer: frozen,
+            snapshot: snapshot_id(n),
+            stamp,
+        });
+        self.history.create(n, &format!("s{n}"), changes);
+    }
+
+    fn pick(&self, index: usize) -> Option<u128> {
+        let ids: Vec<SnapshotId> = self.history.state.tree.iter().map(|snapshot| snapshot.id).collect();
+        let id = ids.get(index.checked_rem(ids.len())?)?;
+        Some(id.as_uuid().as_u128() - uuid(0).as_u128())
+    }
+
+    fn revert(&mut self, n: u128) {
+        let old = self.active();
+        let target =
+            self.history.state.layers.disks[&disk("vda")].layer_of(snapshot_id(n)).unwrap().0.clone();
+        let mut changes = self.overlay(&target);
+        changes.push(LayerChange::Dropped { disk: disk("vda"), layer: old.clone() });
+        self.blocks.remove(&old);
+        self.history.revert(n, changes);
+    }
+
+    fn observation(&self) -> Observation {
+        let layers = &self.history.state.layers.disks[&disk("vda")];
+        let facts = |id: &LayerId| FileFacts {
+            stamp: FileStamp { inode: 1, size_bytes: 1, mtime_ns: 1 },
+            mode: 0o444,
+            allocated_bytes: self.blocks[id].len() as u64 * 65_536,
+            backing: None,
+            virtual_size_bytes: 1 << 20,
+            internal_snapshots: 0,
+        };
+        Observation {
+            at: at(0),
+            run_state: RunState::Off,
+            in_use: vec![],
+            files: layers.layers.iter().map(|(id, layer)| (layer.file.clone(), facts(id))).collect(),
+            unreadable: BTreeMap::new(),
+            foreign_dependants: BTreeMap::new(),
+            generation: None,
+            snapshots: vec![],
+            current: None,
+            detail: serde_json::Value::Null,
+        }
+    }
+
+    fn verdicts(&self) -> Vec<Verdict> {
+        let policy = MergePolicy { copy_bytes_max: 200_000, put_off: PutOff::Leave };
+        verdicts(&self.history.state, &self.observation(), policy)
+    }
+
+    /// Carries out merges until none is left.
+    fn merge(&mut self) {
+        for _ in 0..200 {
+            let plan = self.verdicts().into_iter().find_map(|verdict| match verdict {
+                Verdict::Merge(plan) => Some(plan),
+                Verdict::Defer { .. } => None,
+            });
+            let Some(plan) = plan else { return };
+            let tombstones = self.history.state.tombstones.len();
+            for action in &plan.actions {
+                self.act(action);
+            }
+            // What the projector does with a finished step: tombstones without data end.
+            let held: Vec<SnapshotId> = self.history.state.layers.disks[&disk("vda")]
+                .layers
+                .values()
+                .filter_map(|layer| layer.snapshot)
+                .collect();
+            self.history.state.tombstones.retain(|id, _| held.contains(id));
+            assert!(
+                self.history.state.tombstones.len() < tombstones,
+                "a merge must end a tombstone: {plan:?}"
+            );
+        }
+        panic!("the merges never end");
+    }
+
+    fn act(&mut self, action: &MergeAction) {
+        let registered =
+            |model: &Self, id: &LayerId| model.history.state.layers.disks[&disk("vda")].layers[id].registered;
+        let drop = |model: &mut Self, id: &LayerId| {
+            assert!(!registered(model, id), "the registered image is never unlinked");
+            let layers = &model.history.state.layers.disks[&disk("vda")];
+            assert_eq!(layers.dependants(id).count(), 0, "a file with dependants is never unlinked");
+            model.blocks.remove(id);
+            model.change(vec![LayerChange::Dropped { disk: disk("vda"), layer: id.clone() }]);
+        };
+        match action {
+            MergeAction::Drop { layer, .. } => drop(self, layer),
+            MergeAction::Pull { vanish, dependants, onto, .. } => {
+                for dependant in dependants {
+                    let mut pulled = Blocks::new();
+                    vanish.iter().for_each(|id| pulled.extend(self.blocks[id].iter()));
+                    pulled.extend(self.blocks[dependant].iter());
+                    self.blocks.insert(dependant.clone(), pulled);
+                    let (layer, parent) = (dependant.clone(), Some(onto.clone()));
+                    self.change(vec![LayerChange::Rebased { disk: disk("vda"), layer, parent, stamp: None }]);
+                }
+                vanish.iter().rev().for_each(|id| drop(self, id));
+            }
+            MergeAction::Push { from, into, between, .. } => {
+                let layers = &self.history.state.layers.disks[&disk("vda")];
+                assert_eq!(layers.dependants(into).count(), 1, "a push needs exactly one dependant");
+                let mut pushed = self.blocks[into].clone();
+                between.iter().chain([from]).for_each(|id| pushed.extend(self.blocks[id].iter()));
+                self.blocks.insert(into.clone(), pushed);
+                let (from_id, into) = (from.clone(), into.clone());
+                self.change(vec![LayerChange::Pushed {
+                    disk: disk("vda"),
+                    from: from_id,
+                    into,
+                    stamp: None,
+                }]);
+                [from].into_iter().chain(between.iter().rev()).for_each(|id| drop(self, id));
+            }
+        }
+    }
+
+    fn apply(&mut self, act: &Act) {
+        match act {
+            Act::Write(block) => {
+                self.value += 1;
+                let (active, value) = (self.active(), self.value);
+                self.blocks.get_mut(&active).unwrap().insert(*block, value);
+            }
+            Act::Create => self.create(),
+            Act::Revert(index) => {
+                if let Some(n) = self.pick(*index) {
+                    self.revert(n);
+                }
+            }
+            Act::Delete(index) => {
+                if let Some(n) = self.pick(*index) {
+                    self.history.delete(&[n], MergeWish::Auto);
+                }
+            }
+            Act::Merge => self.merge(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn merges_change_no_live_content_and_lose_no_file(acts in acts()) {
+        let mut model = Model::new();
+        let mut deferred = Vec::new();
+        for act in acts.iter().chain([&Act::Merge]) {
+            let before = model.contents();
+            model.apply(act);
+            if matches!(act, Act::Merge) {
+                prop_assert_eq!(before, model.contents());
+                deferred = model.verdicts();
+            }
+        }
+        // After the last merge, each tombstone has a layer and a stated reason.
+        prop_assert_eq!(deferred.len(), model.history.state.tombstones.len());
+        for verdict in deferred {
+            let stays = matches!(&verdict, Verdict::Defer { reason, .. } if !reason.is_empty());
+            prop_assert!(stays, "{:?}", verdict);
+        }
+    }
+}
+
+/// s1 <- s2 <- active, s2 deleted.
+#[test]
+fn a_single_dependant_is_contracted_the_cheaper_way() {
+    for (blocks_of_tombstone, blocks_of_dependant, pulls) in [(5, 1, false), (1, 5, true)] {
+        let mut model = Model::new();
+        model.create();
+        for block in 0..blocks_of_tombstone {
+            model.apply(&Act::Write(block));
+        }
+        model.create();
+        for block in 0..blocks_of_dependant {
+            model.apply(&Act::Write(block));
+        }
+        model.apply(&Act::Delete(1));
+        let found = model.verdicts();
+        let [Verdict::Merge(plan)] = found.as_slice() else { panic!("{found:?}") };
+        assert_eq!(matches!(plan.actions[0], MergeAction::Pull { .. }), pulls, "{plan:?}");
+        assert_eq!(plan.bytes_moved, 65_536);
+    }
+}
+
+/// The registered image holds s1; two branches stand on it.
+#[test]
+fn the_registered_image_with_two_dependants_is_deferred_also_under_now() {
+    let mut model = Model::new();
+    model.create();
+    let first = model.pick(0).unwrap();
+    model.apply(&Act::Write(1));
+    model.create();
+    model.revert(first);
+    model.history.delete(&[first], MergeWish::Now);
+    let found = model.verdicts();
+    let [Verdict::Defer { reason, .. }] = found.as_slice() else { panic!("{found:?}") };
+    assert!(reason.contains("registered image"), "{reason}");
+}
+
+#[test]
+fn copies_beyond_the_limit_are_deferred_unless_asked_for() {
+    for (wish, merges) in [(MergeWish::Auto, false), (MergeWish::Now, true), (MergeWish::Defer, false)] {
+        let mut model = Model::new();
+        model.create();
+        for block in 0..4 {
+            model.apply(&Act::Write(block));
+        }
+        model.create();
+        let second = model.pick(1).unwrap();
+        model.create();
+        model.revert(second);
+        model.history.delete(&[second], wish);
+        let found = model.verdicts();
+        assert_eq!(matches!(found.as_slice(), [Verdict::Merge(_)]), merges, "{wish:?}: {found:?}");
+    }
+}

@@ -1,0 +1,128 @@
+//! Real disk images: made, written and read by QEMU's own tools.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::SystemTime;
+
+/// Size of the disks of the tests.
+pub const DISK_BYTES: usize = 4 << 20;
+/// Writes are of this size, so that they do not fill whole clusters.
+pub const BLOCK_BYTES: usize = 16 << 10;
+
+/// Runs a tool and expects success.
+///
+/// # Panics
+/// It fails.
+pub fn tool(program: &str, args: &[&str]) -> Output {
+    let output = Command::new(program).args(args).env("LC_ALL", "C").output().expect("the tool starts");
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+/// A path as text; the tests' paths are UTF-8.
+///
+/// # Panics
+/// It is not.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of the tests")
+}
+
+/// Makes an empty qcow2 image of [`DISK_BYTES`].
+pub fn make_qcow2(path: &Path) {
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", text(path), &DISK_BYTES.to_string()]);
+}
+
+/// What a disk reads as: one byte pattern a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content(Vec<u8>);
+
+impl Default for Content {
+    fn default() -> Self {
+        Self(vec![0; DISK_BYTES / BLOCK_BYTES])
+    }
+}
+
+impl Content {
+    /// How many blocks a disk has.
+    pub const BLOCKS: usize = DISK_BYTES / BLOCK_BYTES;
+
+    /// Writes `count` blocks from `first` through `path`, in the image and here.
+    pub fn write(&mut self, path: &Path, first: usize, count: usize, pattern: u8) {
+        let count = count.min(Self::BLOCKS - first);
+        self.0[first..first + count].fill(pattern);
+        let command = format!("write -P {pattern} {} {}", first * BLOCK_BYTES, count * BLOCK_BYTES);
+        tool("qemu-io", &["-f", "qcow2", "-c", &command, text(path)]);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|pattern| std::iter::repeat_n(*pattern, BLOCK_BYTES)).collect()
+    }
+}
+
+/// Reads images back, and remembers what it read while no file of the chain has changed.
+#[derive(Debug, Default)]
+pub struct Reader {
+    known: BTreeMap<PathBuf, (Vec<Facts>, Content)>,
+    checked: BTreeMap<PathBuf, Facts>,
+}
+
+type Facts = (PathBuf, u64, SystemTime);
+
+impl Reader {
+    /// Expects `image` to read as `content`, byte by byte.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn expect(&mut self, what: &str, image: &Path, content: &Content) {
+        let chain = chain(image);
+        if self.known.get(image).is_some_and(|(known, read)| *known == chain && read == content) {
+            return;
+        }
+        let raw = image.with_extension("read");
+        tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(image), text(&raw)]);
+        let read = std::fs::read(&raw).expect("the raw copy");
+        std::fs::remove_file(&raw).expect("the raw copy");
+        let wanted = content.bytes();
+        assert_eq!(read.len(), wanted.len(), "{what}: the size of {}", image.display());
+        if let Some(at) = read.iter().zip(&wanted).position(|(read, wanted)| read != wanted) {
+            panic!("{what}: {} reads {} at byte {at}, not {}", image.display(), read[at], wanted[at]);
+        }
+        self.known.insert(image.to_owned(), (chain, content.clone()));
+    }
+
+    /// Expects `qemu-img check` to find nothing at all.
+    ///
+    /// # Panics
+    /// It finds something.
+    pub fn expect_clean(&mut self, image: &Path) {
+        let facts = facts(image);
+        if self.checked.get(image) != Some(&facts) {
+            tool("qemu-img", &["check", "-q", "-f", "qcow2", text(image)]);
+            self.checked.insert(image.to_owned(), facts);
+        }
+    }
+
+    /// Forgets what it read, so that everything is read anew.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
+}
+
+fn facts(file: &Path) -> Facts {
+    let metadata = std::fs::metadata(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    (file.to_owned(), metadata.len(), metadata.modified().expect("a file system with times"))
+}
+
+/// The files of a backing chain, as QEMU sees it.
+fn chain(image: &Path) -> Vec<Facts> {
+    let output = tool("qemu-img", &["info", "--backing-chain", "--output=json", text(image)]);
+    let info: serde_json::Value = serde_json::from_slice(&output.stdout).expect("qemu-img's JSON");
+    let files = info.as_array().expect("a chain").iter();
+    files.map(|layer| facts(Path::new(layer["filename"].as_str().expect("a file name")))).collect()
+}
