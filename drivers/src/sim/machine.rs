@@ -1,0 +1,257 @@
+//! What the simulated hypervisor keeps of one machine, and what can happen to it. No I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use snaptree_engine::domain::RunState;
+use snaptree_engine::event::{Hash, MemoryKind};
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::tree::SnapshotState;
+use snaptree_engine::{DiskName, OperationId, SnapshotId};
+
+use super::{BLOCKS, DISK_BYTES};
+
+/// A disk's blocks by number. What was never written, or was written with zero, is not in it: so two contents
+/// that read alike are alike.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct Content(BTreeMap<u64, u64>);
+
+impl Content {
+    fn write(&mut self, block: u64, value: u64) {
+        if value == 0 {
+            self.0.remove(&block);
+        } else {
+            self.0.insert(block, value);
+        }
+    }
+
+    /// The SHA-256, in hex, of all that the disk reads as.
+    pub(super) fn sha256(&self) -> String {
+        let mut hasher = Sha256::new();
+        for block in 0..BLOCKS {
+            hasher.update(self.0.get(&block).copied().unwrap_or(0).to_be_bytes());
+        }
+        Hash(hasher.finalize().into()).to_string()
+    }
+
+    fn is_sound(&self) -> bool {
+        self.0.iter().all(|(block, value)| *block < BLOCKS && *value != 0)
+    }
+}
+
+/// Whether the machine runs; it has a memory exactly while it is not off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) enum Power {
+    Off,
+    Running { memory: u64 },
+    Paused { memory: u64 },
+}
+
+impl Power {
+    pub(super) const fn run_state(self) -> RunState {
+        match self {
+            Self::Off => RunState::Off,
+            Self::Running { .. } => RunState::Running,
+            Self::Paused { .. } => RunState::Paused,
+        }
+    }
+
+    pub(super) const fn memory(self) -> Option<u64> {
+        match self {
+            Self::Off => None,
+            Self::Running { memory } | Self::Paused { memory } => Some(memory),
+        }
+    }
+
+    /// Brought to that run state: a machine that was off boots with an empty memory.
+    pub(super) fn brought_to(self, run_state: RunState) -> Self {
+        let memory = self.memory().unwrap_or(0);
+        match run_state {
+            RunState::Off => Self::Off,
+            RunState::Running => Self::Running { memory },
+            RunState::Paused => Self::Paused { memory },
+        }
+    }
+}
+
+/// A snapshot, as this hypervisor keeps it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Kept {
+    /// The hypervisor's own id.
+    pub native: u64,
+    /// Snaptree's id; none once Snaptree forgot it.
+    pub mark: Option<SnapshotId>,
+    pub name: String,
+    pub parent: Option<u64>,
+    pub disks: BTreeMap<DiskName, Content>,
+    /// What a revert brings the machine to; off for one without memory.
+    pub power: Power,
+}
+
+/// The last step that took effect, written together with the effect: it alone tells what became of a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Applied {
+    pub operation: OperationId,
+    pub step: usize,
+    /// What the step's report says.
+    pub learnt: Value,
+}
+
+impl Applied {
+    pub(super) fn is(&self, operation: OperationId, step: usize) -> bool {
+        self.operation == operation && self.step == step
+    }
+}
+
+/// One machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Machine {
+    pub power: Power,
+    pub disks: BTreeMap<DiskName, Content>,
+    /// Parents stand before their children.
+    pub snapshots: Vec<Kept>,
+    pub current: Option<u64>,
+    /// A native id is never used twice.
+    pub next_native: u64,
+    pub last_operation: Option<Applied>,
+}
+
+impl Machine {
+    /// A machine that was never switched on.
+    pub(super) fn new(disks: impl Iterator<Item = DiskName>) -> Self {
+        Self {
+            power: Power::Off,
+            disks: disks.map(|disk| (disk, Content::default())).collect(),
+            snapshots: Vec::new(),
+            current: None,
+            next_native: 1,
+            last_operation: None,
+        }
+    }
+
+    /// Says what contradicts itself. Nothing in what this program writes does.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let (mut seen, mut marks) = (BTreeSet::new(), BTreeSet::new());
+        for kept in &self.snapshots {
+            if kept.parent.is_some_and(|parent| !seen.contains(&parent)) {
+                return Err(format!("the parent of snapshot {} does not stand before it", kept.native));
+            }
+            if kept.native >= self.next_native || !seen.insert(kept.native) {
+                return Err(format!("the snapshot id {} is used twice", kept.native));
+            }
+            if kept.mark.is_some_and(|mark| !marks.insert(mark)) {
+                return Err(format!("snapshot {} carries another one's mark", kept.native));
+            }
+            if kept.disks.keys().any(|disk| !self.disks.contains_key(disk)) {
+                return Err(format!("snapshot {} holds a disk that the machine has not", kept.native));
+            }
+        }
+        if self.next_native == u64::MAX {
+            return Err("no snapshot ids are left".to_owned());
+        }
+        if self.current.is_some_and(|current| !seen.contains(&current)) {
+            return Err("the current snapshot does not exist".to_owned());
+        }
+        let kept = self.snapshots.iter().flat_map(|kept| kept.disks.values());
+        if !self.disks.values().chain(kept).all(Content::is_sound) {
+            return Err(format!("a disk has blocks outside of its {DISK_BYTES} bytes, or empty ones"));
+        }
+        Ok(())
+    }
+
+    /// The snapshot that carries our mark.
+    pub(super) fn marked(&self, mark: SnapshotId) -> Result<&Kept, Failure> {
+        self.position(mark).map(|position| &self.snapshots[position])
+    }
+
+    fn position(&self, mark: SnapshotId) -> Result<usize, Failure> {
+        self.snapshots
+            .iter()
+            .position(|kept| kept.mark == Some(mark))
+            .ok_or_else(|| Failure::new(Code::Drift, format!("the hypervisor no longer has snapshot {mark}")))
+    }
+
+    /// The guest writes a block. Its memory counts the writes, so that memory and disks tell the same moment.
+    pub(super) fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
+        let content = self
+            .disks
+            .get_mut(disk)
+            .ok_or_else(|| Failure::new(Code::NotFound, format!("the machine has no disk '{disk}'")))?;
+        if block >= BLOCKS {
+            return Err(Failure::new(Code::Invalid, format!("'{disk}' has {BLOCKS} blocks, and no {block}")));
+        }
+        content.write(block, value);
+        if let Power::Running { memory } = &mut self.power {
+            *memory = memory.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Takes a snapshot, which becomes current; returns its native id and the state that it was taken in.
+    pub(super) fn take(
+        &mut self,
+        mark: SnapshotId,
+        name: &str,
+        disks: &BTreeSet<DiskName>,
+        memory: MemoryKind,
+    ) -> Result<(u64, SnapshotState), Failure> {
+        if let Some(unknown) = disks.iter().find(|disk| !self.disks.contains_key(*disk)) {
+            return Err(Failure::new(Code::Drift, format!("the machine no longer has disk '{unknown}'")));
+        }
+        if self.position(mark).is_ok() {
+            return Err(Failure::new(Code::Drift, format!("the hypervisor already has snapshot {mark}")));
+        }
+        let (power, state) = match (memory, self.power) {
+            (_, Power::Off) => (Power::Off, SnapshotState::Shutoff),
+            (MemoryKind::No, _) => (Power::Off, SnapshotState::DiskSnapshot),
+            (_, power) => (power, power.run_state().into()),
+        };
+        let native = self.next_native;
+        self.next_native += 1;
+        let held = self.disks.iter().filter(|(disk, _)| disks.contains(*disk));
+        self.snapshots.push(Kept {
+            native,
+            mark: Some(mark),
+            name: name.to_owned(),
+            parent: self.current.replace(native),
+            disks: held.map(|(disk, content)| (disk.clone(), content.clone())).collect(),
+            power,
+        });
+        Ok((native, state))
+    }
+
+    /// Goes back to a snapshot. Disks that it does not hold stay as they are.
+    pub(super) fn revert(&mut self, mark: SnapshotId, run_state: Option<RunState>) -> Result<(), Failure> {
+        let kept = &self.snapshots[self.position(mark)?];
+        self.power = run_state.map_or(kept.power, |wanted| kept.power.brought_to(wanted));
+        self.current = Some(kept.native);
+        self.disks.extend(kept.disks.iter().map(|(disk, content)| (disk.clone(), content.clone())));
+        Ok(())
+    }
+
+    /// Removes a snapshot: its children, and the current pointer, move to its parent.
+    pub(super) fn remove(&mut self, mark: SnapshotId) -> Result<(), Failure> {
+        let removed = self.snapshots.remove(self.position(mark)?);
+        let parents = self.snapshots.iter_mut().map(|kept| &mut kept.parent);
+        for pointer in parents.chain([&mut self.current]) {
+            if *pointer == Some(removed.native) {
+                *pointer = removed.parent;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes our mark off a snapshot, which stays. One that is gone was forgotten by the hypervisor itself.
+    pub(super) fn forget(&mut self, mark: SnapshotId) {
+        if let Ok(position) = self.position(mark) {
+            self.snapshots[position].mark = None;
+        }
+    }
+}
