@@ -1,5 +1,7 @@
 //! What may be asked, and with which words it is turned down.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
 mod common;
 
 use std::collections::BTreeMap;

@@ -3,6 +3,8 @@
 //! The model keeps the content of every layer as a map from block to value. It carries out the planner's actions as
 //! their definitions say, and compares what every live snapshot and the machine read before and after.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
 mod common;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,7 @@
 //! Recorded histories lead to the trees that libvirt's rules say.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
 mod common;
 
 use common::{History, snapshot_id};

@@ -1,5 +1,9 @@
 //! What no single crate can test. This library holds what the tests and benchmarks share.
 
+#![allow(clippy::expect_used, reason = "everything here is for tests")]
+
+pub mod guest;
 pub mod images;
+pub mod lab;
 pub mod program;
 pub mod random;

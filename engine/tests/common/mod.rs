@@ -88,7 +88,7 @@ impl History {
             id: EventId::from_uuid(uuid(1 << 64 | u128::from(seq))),
             stream: StreamId::Domain(DomainId::from_uuid(uuid(1))),
             version: seq,
-            at: at(seq as i64),
+            at: at(i64::try_from(seq).unwrap()),
             actor: Actor::User("ada".to_owned()),
             origin: Origin { uid: 0, host: "h".to_owned(), pid: 1, via: "cli".to_owned(), sudo_user: None },
             epoch: 1,

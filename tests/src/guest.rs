@@ -1,0 +1,103 @@
+//! The 512-byte guest on a real QEMU: it counts in memory and on its disk, and prints both.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use crate::images::{text, tool};
+
+/// Makes a qcow2 image of 1 MiB that boots the guest.
+///
+/// # Panics
+/// The assembler or qemu-img fails.
+pub fn make_image(path: &Path) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [object, binary] = ["counter.o", "counter.bin"].map(|name| folder.path().join(name));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/lab/qemu/counter.S");
+    tool("as", &["--32", "-o", text(&object), source]);
+    tool(
+        "ld",
+        &["-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", text(&binary), text(&object)],
+    );
+    let mut image = std::fs::read(&binary).expect("the boot sector");
+    assert_eq!(image.len(), 512, "a boot sector");
+    image.resize(1 << 20, 0);
+    std::fs::write(&binary, image).expect("the raw image");
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&binary), text(path)]);
+}
+
+/// A running QEMU; killed when dropped.
+#[derive(Debug)]
+pub struct Guest {
+    child: Child,
+    serial: BufReader<ChildStdout>,
+}
+
+impl Guest {
+    fn command(image: &Path) -> Command {
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-accel", "tcg", "-machine", "pc,i8042=off", "-m", "16", "-nodefaults", "-no-user-config"])
+            .args(["-display", "none", "-serial", "stdio"])
+            .arg("-blockdev")
+            .arg(format!("driver=qcow2,node-name=d0,file.driver=file,file.filename={}", text(image)))
+            .args(["-device", "virtio-blk-pci,drive=d0"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        command
+    }
+
+    /// Starts a machine on that image.
+    ///
+    /// # Panics
+    /// QEMU cannot be started.
+    pub fn start(image: &Path) -> Self {
+        let mut child = Self::command(image).stderr(Stdio::inherit()).spawn().expect("QEMU starts");
+        let serial = BufReader::new(child.stdout.take().expect("a pipe"));
+        Self { child, serial }
+    }
+
+    /// What QEMU says when it cannot start on that image.
+    ///
+    /// # Panics
+    /// It starts.
+    pub fn refused(image: &Path) -> String {
+        let mut guest = Self::command(image).stderr(Stdio::piped()).spawn().expect("QEMU starts");
+        let mut first = String::new();
+        BufReader::new(guest.stdout.take().expect("a pipe")).read_line(&mut first).expect("a pipe");
+        if !first.is_empty() {
+            guest.kill().expect("QEMU ends");
+            panic!("QEMU started, and the guest printed {first:?}");
+        }
+        let output = guest.wait_with_output().expect("QEMU ends");
+        assert!(!output.status.success(), "QEMU ended without an error");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// The disk's counter in the next line that the guest prints.
+    ///
+    /// # Panics
+    /// The machine ends before that.
+    pub fn next_disk_counter(&mut self) -> u32 {
+        loop {
+            let mut line = String::new();
+            let read = self.serial.read_line(&mut line).expect("the serial line");
+            assert!(read > 0, "the machine ended");
+            if let Some((_, counter)) = line.trim().split_once(" D=") {
+                return u32::from_str_radix(counter, 16).expect("a counter");
+            }
+        }
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
