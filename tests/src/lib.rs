@@ -2,8 +2,11 @@
 
 #![allow(clippy::expect_used, reason = "everything here is for tests")]
 
+pub mod conformance;
 pub mod guest;
+pub mod history;
 pub mod images;
 pub mod lab;
+pub mod measure;
 pub mod program;
 pub mod random;

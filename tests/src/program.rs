@@ -4,28 +4,38 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// The path of the `snaptree` binary with fault points, built on first use.
 pub fn snaptree() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let output = Command::new(cargo)
-            .args(["build", "-p", "snaptree", "--features", "fault-points", "--message-format=json"])
-            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
-            .stderr(Stdio::inherit())
-            .output()
-            .expect("cargo runs");
-        assert!(output.status.success(), "the program does not build");
-        String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|message| message["target"]["name"] == "snaptree")
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .expect("cargo names the executable")
-    })
+    BUILT.get_or_init(|| build(&["--features", "fault-points"]))
+}
+
+/// The path of the `snaptree` binary as users have it, built on first use.
+pub fn snaptree_release() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| build(&["--release"]))
+}
+
+fn build(args: &[&str]) -> PathBuf {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["build", "-p", "snaptree", "--message-format=json"])
+        .args(args)
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "the program does not build");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "snaptree")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .expect("cargo names the executable")
 }
 
 /// What a run of the program gave.
@@ -64,23 +74,29 @@ pub struct Program {
     pub state: PathBuf,
     /// What `SNAPTREE_FAULT` is set to.
     pub fault: Option<String>,
+    binary: &'static Path,
 }
 
 impl Program {
-    /// The program on that state directory.
+    /// The program, with fault points, on that state directory.
     pub fn new(state: impl Into<PathBuf>) -> Self {
-        Self { state: state.into(), fault: None }
+        Self { state: state.into(), fault: None, binary: snaptree() }
+    }
+
+    /// The program as users have it, on that state directory.
+    pub fn release(state: impl Into<PathBuf>) -> Self {
+        Self { state: state.into(), fault: None, binary: snaptree_release() }
     }
 
     /// The same, stopped, killed or aborted at a fault point.
     #[must_use]
     pub fn with_fault(&self, fault: &str) -> Self {
-        Self { state: self.state.clone(), fault: Some(fault.to_owned()) }
+        Self { fault: Some(fault.to_owned()), ..self.clone() }
     }
 
     /// The command, ready to be run.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(snaptree());
+        let mut command = Command::new(self.binary);
         command
             .args(args)
             .env("SNAPTREE_STATE", &self.state)
@@ -130,5 +146,23 @@ impl Program {
         let ran = Ran::of(&child.wait_with_output().expect("it ends"));
         assert_eq!(ran.code, Some(0), "{args:?}: {ran:?}");
         ran.json()
+    }
+}
+
+/// Returns when a process was stopped by SIGSTOP. The kernel tells no one, so its state is asked for.
+///
+/// # Panics
+/// It ends, or is not stopped within a minute.
+pub fn wait_until_stopped(pid: u32) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        assert_ne!(state, Some('Z'), "it ended before it was stopped");
+        if state == Some('T') {
+            return;
+        }
+        assert!(Instant::now() < deadline, "it was never stopped");
+        std::thread::yield_now();
     }
 }

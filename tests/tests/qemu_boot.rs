@@ -5,11 +5,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use snaptree_tests::guest::{Guest, make_image};
 use snaptree_tests::images::{text, tool};
-use snaptree_tests::program::Program;
+use snaptree_tests::program::{Program, wait_until_stopped};
 
 /// A registered machine whose disk counter has a known value in each of ten snapshots.
 fn lab(folder: &Path) -> (Program, PathBuf) {
@@ -65,18 +64,4 @@ fn a_machine_that_is_started_in_the_middle_of_a_create_is_refused_by_the_lock() 
     let listed = program.json(0, &["list", "web"]);
     assert_eq!(listed["current"], "s11");
     assert_eq!(Guest::start(&image).next_disk_counter(), 0x0a0a_0a0b);
-}
-
-/// The kernel tells no one that another process's child stopped, so its state is asked for.
-fn wait_until_stopped(pid: u32) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
-        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-        if state == Some('T') {
-            return;
-        }
-        assert!(Instant::now() < deadline, "it never reached the fault point");
-        std::thread::yield_now();
-    }
 }

@@ -1,0 +1,56 @@
+//! Timing whole processes, side by side in one run, since machines are noisy.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Runs a command to its end and says how long it took.
+///
+/// # Panics
+/// It fails.
+pub fn time(command: &mut Command) -> Duration {
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let start = Instant::now();
+    let status = command.status().expect("it starts");
+    let took = start.elapsed();
+    assert!(status.success(), "{command:?}: {status}");
+    took
+}
+
+/// The times of one thing that was measured several times.
+#[derive(Clone, Debug, Default)]
+pub struct Times(Vec<Duration>);
+
+impl Times {
+    /// Adds one.
+    pub fn push(&mut self, time: Duration) {
+        self.0.push(time);
+    }
+
+    /// The median, in milliseconds.
+    pub fn median_ms(&self) -> f64 {
+        self.quantile_ms(1, 2)
+    }
+
+    fn quantile_ms(&self, numerator: usize, denominator: usize) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort();
+        sorted.get((sorted.len().saturating_sub(1)) * numerator / denominator).map_or(0.0, as_ms)
+    }
+
+    /// Prints median, lowest, highest, and the ratio to `base`.
+    pub fn print(&self, what: &str, base: Option<&Self>) {
+        let ratio =
+            base.map_or_else(String::new, |base| format!("  x{:.2}", self.median_ms() / base.median_ms()));
+        println!(
+            "{what:<58} {:>8.2} ms  ({:.2} to {:.2}, n={}){ratio}",
+            self.median_ms(),
+            self.quantile_ms(0, 1),
+            self.quantile_ms(1, 1),
+            self.0.len()
+        );
+    }
+}
+
+fn as_ms(time: &Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
