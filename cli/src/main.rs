@@ -1,2 +1,89 @@
-//! Placeholder.
-fn main() {}
+//! `snaptree`: snapshots of virtual machines, from the command line.
+//!
+//! `args` says what can be written, `context` opens the state, `commands` carries it out, `render` prints it, `exit`
+//! decides how it ends.
+
+mod args;
+mod commands;
+mod config;
+mod confirm;
+mod context;
+mod demo;
+mod exit;
+mod hooks;
+mod progress;
+mod render;
+mod requester;
+mod story;
+mod when;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Global};
+use crate::context::Context;
+use crate::exit::{Exit, Trouble};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
+    trace(&cli.global);
+    let json = cli.global.json;
+    let exit = match run(cli) {
+        Ok(exit) => exit,
+        Err(error) if exit::is_broken_pipe(&error) => Exit::Done,
+        Err(error) => tell(&error, json),
+    };
+    ExitCode::from(exit.code())
+}
+
+fn run(cli: Cli) -> anyhow::Result<Exit> {
+    // One thread is enough: whatever takes long is a child process, and starting threads is not free.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let context = Context::new(&cli.global)?;
+    runtime.block_on(commands::run(&context, cli.command))
+}
+
+fn tell(error: &anyhow::Error, json: bool) -> Exit {
+    let told = exit::told(error);
+    tracing::debug!(?error, "the command failed");
+    if json {
+        // If nobody can read the error, the exit code still tells.
+        let _ = render::print(&format!("{}\n", exit::in_json(&told)));
+    } else {
+        render::note(&exit::in_words(&told));
+    }
+    told.exit
+}
+
+/// What clap has to say: help and versions are results, the rest is misuse.
+fn misused(error: &clap::Error) -> ExitCode {
+    let json = std::env::args_os().any(|arg| arg == "--json");
+    if error.use_stderr() && json {
+        let message = error.render().to_string();
+        let message = message.trim_end().strip_prefix("error: ").unwrap_or(&message).to_owned();
+        let trouble = Trouble::usage(message).hint("`snaptree help` shows the commands");
+        return ExitCode::from(tell(&trouble.into(), true).code());
+    }
+    // If the help cannot be printed, nobody reads it.
+    let _ = error.print();
+    ExitCode::from(if error.use_stderr() { Exit::Usage.code() } else { Exit::Done.code() })
+}
+
+/// Tracing to stderr, for those who ask for it.
+fn trace(global: &Global) {
+    let level = match global.verbose {
+        0 => return,
+        1 => tracing::Level::INFO,
+        2 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}

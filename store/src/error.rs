@@ -27,6 +27,17 @@ pub enum StoreError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// Nothing can be written there, by this user or by anybody.
+    #[error("the state directory {} is {why}", dir.display())]
+    NotWritable {
+        /// The state directory.
+        dir: PathBuf,
+        /// In what way.
+        why: &'static str,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The file is something else.
     #[error("{} is not a Snaptree database: {why}", file.display())]
     Foreign {

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -85,7 +85,7 @@ impl Holder {
 pub fn holder(dir: &Path) -> Result<Option<Holder>, StoreError> {
     let mut file = match File::open(dir.join(LOCK_FILE)) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(cannot(dir, source)),
     };
     match file.try_lock_shared() {
@@ -155,5 +155,13 @@ impl Drop for Lock {
 }
 
 fn cannot(dir: &Path, source: std::io::Error) -> StoreError {
+    let why = match source.kind() {
+        ErrorKind::ReadOnlyFilesystem => Some("on a read-only file system"),
+        ErrorKind::PermissionDenied => Some("not writable for this user"),
+        _ => None,
+    };
+    if let Some(why) = why {
+        return StoreError::NotWritable { dir: dir.to_owned(), why, source };
+    }
     StoreError::Io { what: format!("cannot lock the state directory {}", dir.display()), source }
 }

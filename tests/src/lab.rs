@@ -182,11 +182,19 @@ impl Lab {
                 self.reader.expect(&format!("{what}: snapshot {name}, {disk}"), image, content);
             }
         }
+        self.check_machine(what);
+        self.check_files(what);
+    }
+
+    /// Compares what the registered paths open with the model.
+    ///
+    /// # Panics
+    /// Something differs.
+    pub fn check_machine(&mut self, what: &str) {
         for (disk, content) in &self.model.active {
             let image = std::fs::canonicalize(&self.paths[disk]).expect("the registered path opens");
             self.reader.expect(&format!("{what}: the machine's {disk}"), &image, content);
         }
-        self.check_files(what);
     }
 
     /// The files of each live snapshot, as the manifest beside the layers says.

@@ -8,24 +8,33 @@
 
 use snaptree_tests::lab::{DISKS, Lab, Model};
 
-/// The places, by the prefix of their names. Each is tried at its first reach, its second, and so on.
-const PLACES: [&str; 17] = [
+/// The places. Each is tried at its first reach, its second, and so on until the operation ends before it.
+const PLACES: [&str; 26] = [
     "append.before",
     "append.after",
     "qemu.adopt.begin",
     "qemu.adopt.linked",
+    "qemu.adopt.locked",
     "qemu.adopt.switched",
     "qemu.adopt.renamed",
+    "qemu.adopt.done",
     "qemu.switch.begin",
+    "qemu.switch.prepared",
     "qemu.switch.locked",
     "qemu.switch.renamed",
+    "qemu.switch.done",
     "qemu.push.begin",
+    "qemu.push.pushed",
     "qemu.push.done",
     "qemu.pull.begin",
+    "qemu.pull.started",
+    "qemu.pull.pulled",
     "qemu.pull.done",
     "qemu.drop.begin",
     "qemu.drop.unlinked",
-    "qemu.flatten.done",
+    "qemu.drop.done",
+    "qemu.flatten.copied",
+    "qemu.place.locked",
     "qemu.place.renamed",
 ];
 
@@ -61,57 +70,6 @@ fn chain(lab: &mut Lab) {
     snapshot(lab, "c", 3);
     lab.write("vda", 1, 40, 98);
 }
-
-const SCENARIOS: [Scenario; 8] = [
-    Scenario {
-        name: "first create, adopting two disks",
-        prepare: |lab| lab.write("vda", 0, 4, 7),
-        command: &["create", "web", "new"],
-        apply: |model| model.create("new", &DISKS),
-    },
-    Scenario {
-        name: "create",
-        prepare: branched,
-        command: &["create", "web", "new"],
-        apply: |model| model.create("new", &DISKS),
-    },
-    Scenario {
-        name: "revert",
-        prepare: branched,
-        command: &["revert", "web", "a"],
-        apply: |model| model.revert("a"),
-    },
-    Scenario {
-        name: "delete with several dependants",
-        prepare: branched,
-        command: &["delete", "web", "b"],
-        apply: |model| model.delete("b"),
-    },
-    Scenario {
-        name: "delete with one dependant",
-        prepare: chain,
-        command: &["delete", "web", "b"],
-        apply: |model| model.delete("b"),
-    },
-    Scenario {
-        name: "delete of the root, pushed into the registered image",
-        prepare: chain,
-        command: &["delete", "web", "a"],
-        apply: |model| model.delete("a"),
-    },
-    Scenario {
-        name: "delete of a whole branch, several tombstones in a row",
-        prepare: chain,
-        command: &["delete", "web", "a", "--children"],
-        apply: |model| ["c", "b", "a"].iter().for_each(|name| model.delete(name)),
-    },
-    Scenario {
-        name: "delete of the current one",
-        prepare: branched,
-        command: &["delete", "web", "d"],
-        apply: |model| model.delete("d"),
-    },
-];
 
 /// Kills at the n-th reach of a place. `None` if the operation ended before it came there.
 fn kill_and_recover(scenario: &Scenario, place: &str, reach: usize) -> Option<()> {
@@ -150,16 +108,136 @@ fn kill_and_recover(scenario: &Scenario, place: &str, reach: usize) -> Option<()
     Some(())
 }
 
-#[test]
-fn killed_at_every_place_of_every_operation_it_recovers() {
+/// Kills the operation at every place that it reaches; at least `least` of them.
+fn kill_everywhere(scenario: &Scenario, least: usize) {
     let mut hits = std::collections::BTreeMap::new();
-    for scenario in &SCENARIOS {
-        for place in PLACES {
-            let reached =
-                (1..).take_while(|reach| kill_and_recover(scenario, place, *reach).is_some()).count();
-            *hits.entry(place).or_insert(0) += reached;
+    for place in PLACES {
+        let reached = (1..).take_while(|reach| kill_and_recover(scenario, place, *reach).is_some()).count();
+        if reached > 0 {
+            hits.insert(place, reached);
         }
     }
-    println!("kills by place: {hits:?}; {} in all", hits.values().sum::<usize>());
-    assert!(hits["append.after"] > 20 && hits["qemu.switch.locked"] > 0 && hits["qemu.switch.renamed"] > 0);
+    let sum: usize = hits.values().sum();
+    println!("{}: {sum} kills, all recovered: {hits:?}", scenario.name);
+    assert!(sum >= least, "only {sum} places were reached");
+}
+
+#[test]
+fn the_first_create_adopting_two_disks_recovers() {
+    let scenario = Scenario {
+        name: "the first create adopting two disks",
+        prepare: |lab| lab.write("vda", 0, 4, 7),
+        command: &["create", "web", "new"],
+        apply: |model| model.create("new", &DISKS),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_create_recovers() {
+    let scenario = Scenario {
+        name: "a create",
+        prepare: branched,
+        command: &["create", "web", "new"],
+        apply: |model| model.create("new", &DISKS),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_revert_recovers() {
+    let scenario = Scenario {
+        name: "a revert",
+        prepare: branched,
+        command: &["revert", "web", "a"],
+        apply: |model| model.revert("a"),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_delete_with_several_dependants_recovers() {
+    let scenario = Scenario {
+        name: "a delete with several dependants",
+        prepare: branched,
+        command: &["delete", "web", "b"],
+        apply: |model| model.delete("b"),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_delete_with_one_dependant_recovers() {
+    let scenario = Scenario {
+        name: "a delete with one dependant",
+        prepare: chain,
+        command: &["delete", "web", "b"],
+        apply: |model| model.delete("b"),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_delete_of_the_root_pushed_into_the_registered_image_recovers() {
+    let scenario = Scenario {
+        name: "a delete of the root pushed into the registered image",
+        prepare: chain,
+        command: &["delete", "web", "a"],
+        apply: |model| model.delete("a"),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_delete_of_a_branch_with_several_tombstones_in_a_row_recovers() {
+    let scenario = Scenario {
+        name: "a delete of a branch with several tombstones in a row",
+        prepare: chain,
+        command: &["delete", "web", "a", "--children"],
+        apply: |model| ["c", "b", "a"].iter().for_each(|name| model.delete(name)),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+#[test]
+fn a_delete_of_the_current_one_recovers() {
+    let scenario = Scenario {
+        name: "a delete of the current one",
+        prepare: branched,
+        command: &["delete", "web", "d"],
+        apply: |model| model.delete("d"),
+    };
+    kill_everywhere(&scenario, 10);
+}
+
+/// Letting go of the domain with `--flatten`: one plain image at each path, whenever it was killed.
+#[test]
+fn a_removal_with_flatten_recovers() {
+    let mut kills = 0;
+    for place in PLACES {
+        for reach in 1.. {
+            let folder = tempfile::tempdir().expect("a folder");
+            let mut lab = Lab::new(folder.path());
+            branched(&mut lab);
+            let what = format!("removal, killed at {place}@{reach}");
+            let killed = lab.program.with_fault(&format!("{place}@{reach}=kill"));
+            let ran = killed.run(&["domain", "remove", "web", "--flatten", "--yes"]);
+            if ran.code == Some(0) {
+                break;
+            }
+            assert_eq!(ran.code, None, "{what}: {ran:?}");
+            kills += 1;
+            lab.program.json(0, &["recover"]);
+            lab.check_machine(&what);
+            if lab.program.json(0, &["domain", "list"])["domains"] != serde_json::json!([]) {
+                lab.check(&what);
+                lab.program.json(0, &["domain", "remove", "web", "--flatten", "--yes"]);
+            }
+            lab.check_machine(&what);
+            assert!(lab.paths.values().all(|path| !path.is_symlink()), "{what}: a plain image");
+            assert!(!lab.layers.exists(), "{what}: the layers folder is gone");
+        }
+    }
+    println!("removal with --flatten: {kills} kills, all recovered");
+    assert!(kills > 10, "only {kills} places were reached");
 }

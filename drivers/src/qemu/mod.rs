@@ -1,1 +1,178 @@
-//! QEMU/KVM on disk images of this host.
+//! QEMU, for machines that are off: every snapshot freezes the active layer of each disk and puts a new one on top.
+//!
+//! # Where things are
+//! ```text
+//!  /vm/web.qcow2 -> .snaptree/<domain>/active/vda       the path that the user registered
+//!  /vm/.snaptree/<domain>/                              the layers folder
+//!      active -> gen-<operation>-<step>                 switched by one rename(2), for all disks at once
+//!      gen-<operation>-<step>/
+//!          vda -> /vm/.snaptree/<domain>/vda-<op 2>.qcow2
+//!          manifest.json                                which file every snapshot reads as
+//!      vda-<op 1>-base.qcow2                            the registered image: frozen, never unlinked
+//!      vda-<op 1>.qcow2                                 built upon it: frozen by operation 2
+//!      vda-<op 2>.qcow2                                 built upon that one: the machine writes it
+//! ```
+//! Layers name one another by absolute path. No header ever carries `active` or an adopted path.
+//!
+//! # The path of a request
+//! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
+//! `merge` (pull, push, drop) or `flatten`. `resolve` (pure) tells after an interruption what became of a step.
+//!
+//! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
+//! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
+
+mod adopt;
+mod config;
+mod drift;
+mod files;
+mod flatten;
+mod generation;
+mod img;
+mod lock;
+mod manifest;
+mod merge;
+mod observe;
+mod plan;
+mod plan_merge;
+mod probe;
+mod qcow2;
+mod resolve;
+mod step;
+mod switch;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use snaptree_engine::OperationId;
+use snaptree_engine::driver::{
+    Driver, DriverError, ErrorClass, Observation, Plan, Probe, Registration, Remedy, Resolution, StepContext,
+    StepReport,
+};
+use snaptree_engine::operation::{Code, Failure, Request, Step};
+use snaptree_engine::project::DomainState;
+
+pub use config::{DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of};
+pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
+
+use adopt::Work;
+use img::QemuImg;
+use lock::OperationLock;
+use step::QemuStep;
+
+/// How long an orphaned tool may go on before it is ended.
+const SETTLE_GRACE_DEFAULT: Duration = Duration::from_secs(10);
+
+/// Drives QEMU's disk images.
+#[derive(Clone, Debug)]
+pub struct QemuDriver {
+    run_dir: PathBuf,
+    img: QemuImg,
+    settle_grace: Duration,
+}
+
+impl QemuDriver {
+    /// A driver that keeps its operations' locks in `run_dir`, which it makes when it needs it.
+    pub fn new(run_dir: PathBuf) -> Self {
+        Self { run_dir, img: QemuImg::new("qemu-img".into()), settle_grace: SETTLE_GRACE_DEFAULT }
+    }
+
+    /// With another qemu-img than the one on the path.
+    #[must_use]
+    pub fn qemu_img(self, program: PathBuf) -> Self {
+        Self { img: QemuImg::new(program), ..self }
+    }
+
+    /// With another time that an orphaned tool is given before it is ended.
+    #[must_use]
+    pub fn settle_grace(self, grace: Duration) -> Self {
+        Self { settle_grace: grace, ..self }
+    }
+}
+
+#[async_trait]
+impl Driver for QemuDriver {
+    async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError> {
+        probe::probe(&self.img, registration).await
+    }
+
+    async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
+        let state = state.clone();
+        // A file system that hangs must not hang everything else.
+        match tokio::task::spawn_blocking(move || observe::observe(&state, Timestamp::now())).await {
+            Ok(observed) => observed,
+            Err(error) => {
+                Err(DriverError::new(ErrorClass::Transient, Code::Io, "the images cannot be looked at")
+                    .source(error))
+            }
+        }
+    }
+
+    fn plan(
+        &self,
+        operation: OperationId,
+        request: &Request,
+        state: &DomainState,
+        observation: &Observation,
+    ) -> Result<Plan, Failure> {
+        plan::plan(operation, request, state, observation)
+    }
+
+    async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
+        let step = QemuStep::of(step)?;
+        let lock = OperationLock::take(&self.run_dir, context.operation)?;
+        let work = Work { context, img: &self.img, lock: &lock };
+        let done = match &step {
+            QemuStep::Adopt(adopt) => adopt.execute(work).await,
+            QemuStep::Switch(switch) => switch.execute(work).await,
+            QemuStep::Pull(pull) => pull.execute(work).await,
+            QemuStep::Push(push) => push.execute(work).await,
+            QemuStep::Drop(drop) => drop.execute(work).await,
+            QemuStep::Flatten(flatten) => flatten.execute(work).await,
+            QemuStep::Place(place) => place.execute(work).await,
+            QemuStep::Clean(clean) => clean.execute(work).await,
+        };
+        give_back(lock, &done);
+        done
+    }
+
+    fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution {
+        match QemuStep::of(step) {
+            Ok(step) => resolve::resolve(context, &step, observation),
+            Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
+        }
+    }
+
+    async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
+        let step = QemuStep::of(step)?;
+        let lock = OperationLock::take(&self.run_dir, context.operation)?;
+        let work = Work { context, img: &self.img, lock: &lock };
+        let undone = match &step {
+            QemuStep::Adopt(adopt) => adopt.undo(work).await,
+            QemuStep::Switch(switch) => switch.undo(work).await,
+            QemuStep::Pull(pull) => pull.undo(work).await,
+            QemuStep::Push(push) => push.undo().await,
+            QemuStep::Flatten(flatten) => flatten.undo().await,
+            QemuStep::Place(place) => place.undo(),
+            QemuStep::Drop(_) | QemuStep::Clean(_) => Err(DriverError::permanent(
+                Code::Invalid,
+                "a step behind the point of no return cannot be taken back",
+            )),
+        };
+        give_back(lock, &undone);
+        undone
+    }
+
+    async fn settle(&self, _state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
+        OperationLock::settle(&self.run_dir, operation, self.settle_grace).await
+    }
+}
+
+/// Where the end of a step is unknown a tool may still be at work, and its lock must be found by recovery.
+fn give_back(lock: OperationLock, done: &Result<StepReport, DriverError>) {
+    match done {
+        Err(error) if error.class == ErrorClass::Unknown => drop(lock),
+        _ => lock.release(),
+    }
+}

@@ -1,0 +1,124 @@
+//! `snaptree domain ...`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use snaptree_engine::DomainName;
+use snaptree_engine::domain::DriverKind;
+
+use super::WriterArgs;
+use super::value::{DiskArg, Label, disk, label, new_label};
+
+const ADD_EXAMPLES: &str = "Examples:
+  snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
+  snaptree domain add db --driver qemu --disk vda=db.qcow2 --disk vdb=data.qcow2 --label tier=prod
+  snaptree domain add toy --driver sim
+
+With the qemu driver the registered path becomes a symlink that always opens the machine's current disk, so whatever
+starts the machine needs no change. --keep-path leaves it as it is.";
+const LIST_EXAMPLES: &str = "Example:
+  snaptree domain list";
+const SHOW_EXAMPLES: &str = "Example:
+  snaptree domain show web";
+const SET_EXAMPLES: &str = "Examples:
+  snaptree domain set web --name web-1
+  snaptree domain set web --label tier=prod --label old=       (the second takes a label away)";
+const REMOVE_EXAMPLES: &str = "Examples:
+  snaptree domain remove web                   a domain without snapshots
+  snaptree domain remove web --flatten         end its snapshots and put one plain image back
+  snaptree domain remove web --keep-layers     leave every file as it is, and say which they are";
+
+/// The commands on domains.
+#[derive(Debug, Subcommand)]
+pub enum DomainCommand {
+    /// Register a machine
+    #[command(after_help = ADD_EXAMPLES)]
+    Add(Box<AddArgs>),
+    /// List the registered machines
+    #[command(after_help = LIST_EXAMPLES)]
+    List,
+    /// Show all that is known of a machine
+    #[command(after_help = SHOW_EXAMPLES)]
+    Show {
+        /// Its name or id
+        #[arg(value_name = "NAME")]
+        domain: String,
+    },
+    /// Change a machine's name or labels
+    #[command(after_help = SET_EXAMPLES)]
+    Set(SetArgs),
+    /// Let go of a machine
+    #[command(after_help = REMOVE_EXAMPLES)]
+    Remove(RemoveArgs),
+}
+
+/// `domain add`
+#[derive(Debug, Args)]
+pub struct AddArgs {
+    /// Its name
+    pub name: DomainName,
+    /// The hypervisor: qemu or sim
+    #[arg(long)]
+    pub driver: DriverKind,
+    /// A disk and its image, as vda=FILE; may be given several times
+    #[arg(long, value_name = "NAME=FILE", value_parser = disk)]
+    pub disk: Vec<DiskArg>,
+    /// Where the layers go: to DIR/<domain uuid>/ [default: .snaptree/ beside the first disk]
+    #[arg(long, value_name = "DIR")]
+    pub layers: Option<PathBuf>,
+    /// Leave the registered path as it is; the machine must then be started from active/<disk> in the layers folder
+    #[arg(long)]
+    pub keep_path: bool,
+    /// Convert a raw image to qcow2, in its place
+    #[arg(long)]
+    pub convert: bool,
+    /// Whose limits the simulated machine has: default, qemu, virtualbox, esx or libvirt-test
+    #[arg(long, value_name = "P")]
+    pub profile: Option<String>,
+    /// A label; may be given several times
+    #[arg(long, value_name = "K=V", value_parser = new_label)]
+    pub label: Vec<Label>,
+    /// Waiting for the state.
+    #[command(flatten)]
+    pub writer: WriterArgs,
+}
+
+/// `domain set`
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// Its name or id
+    #[arg(value_name = "NAME")]
+    pub domain: String,
+    /// Its new name
+    #[arg(long)]
+    pub name: Option<DomainName>,
+    /// A label to set; with an empty value, to take away
+    #[arg(long, value_name = "K=V", value_parser = label)]
+    pub label: Vec<Label>,
+    /// Waiting for the state.
+    #[command(flatten)]
+    pub writer: WriterArgs,
+}
+
+/// `domain remove`
+#[derive(Debug, Args)]
+pub struct RemoveArgs {
+    /// Its name or id
+    #[arg(value_name = "NAME")]
+    pub domain: String,
+    /// End its snapshots and put one plain image back at the registered path
+    #[arg(long, conflicts_with_all = ["keep_layers", "metadata"])]
+    pub flatten: bool,
+    /// Leave every file as it is
+    #[arg(long, conflicts_with = "metadata")]
+    pub keep_layers: bool,
+    /// Forget the domain and leave every file as it is
+    #[arg(long)]
+    pub metadata: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Waiting for the state.
+    #[command(flatten)]
+    pub writer: WriterArgs,
+}

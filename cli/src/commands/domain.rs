@@ -1,0 +1,194 @@
+//! `snaptree domain ...`
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
+use snaptree_drivers::sim::{Profile, SimOptions};
+use snaptree_engine::command::Command;
+use snaptree_engine::domain::DriverKind;
+use snaptree_engine::driver::Registration;
+use snaptree_engine::engine::Engine;
+use snaptree_engine::event::UnregisterWish;
+use snaptree_engine::project::DomainState;
+use snaptree_engine::{DomainId, DomainName};
+use uuid::Uuid;
+
+use super::carry::{Asked, carry, open};
+use crate::args::domain::{AddArgs, DomainCommand, RemoveArgs, SetArgs};
+use crate::args::value::labels;
+use crate::confirm::confirm;
+use crate::context::{Context, Missing, Writer};
+use crate::exit::{Exit, Trouble};
+use crate::render;
+use crate::render::text::{Look, safe};
+use crate::render::view::DomainView;
+
+/// The document of `domain add`.
+#[derive(Serialize)]
+struct Added {
+    #[serde(flatten)]
+    domain: DomainView,
+    notes: Vec<String>,
+}
+
+/// The document of `domain list`.
+#[derive(Serialize)]
+struct Domains {
+    domains: Vec<DomainView>,
+}
+
+/// Carries out a command on domains.
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
+    match command {
+        DomainCommand::Add(args) => add(context, *args).await,
+        DomainCommand::List => list(context).await,
+        DomainCommand::Show { domain } => show(context, &domain).await,
+        DomainCommand::Set(args) => set(context, args).await,
+        DomainCommand::Remove(args) => remove(context, args).await,
+    }
+}
+
+async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
+    misplaced(&args)?;
+    let Writer { engine, requester } = context.writer(&args.writer, Missing::Make)?;
+    let options = match args.driver {
+        DriverKind::Sim => sim_options(args.profile.as_deref())?,
+        DriverKind::Qemu => qemu_options(&engine, &args).await?,
+    };
+    let registration = Registration {
+        id: DomainId::from_uuid(Uuid::now_v7()),
+        name: args.name,
+        driver: args.driver,
+        disks: args.disk.into_iter().map(|disk| (disk.name, disk.path)).collect(),
+        options,
+        taken: files_of_all(&engine, files_of).await?,
+    };
+    let (domain, notes) = engine.register(&requester, registration, labels(&args.label)).await?;
+    let state = engine.load(domain.id).await?;
+    let view = DomainView::of(&state).ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
+    if context.json {
+        render::json(&Added { domain: view, notes })?;
+    } else {
+        let disks: Vec<&str> = domain.disks.iter().map(|disk| disk.name.as_str()).collect();
+        render::print(&format!(
+            "Registered domain '{}' ({}: {}).\n",
+            safe(domain.name.as_str()),
+            domain.driver,
+            disks.join(", ")
+        ))?;
+        notes.iter().for_each(|note| render::note(&format!("note: {}", safe(note))));
+    }
+    Ok(Exit::Done)
+}
+
+/// Options that the driver does not have.
+fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
+    let wrong = |option: &str| Err(Trouble::usage(format!("{option} is not for --driver {}", args.driver)));
+    match args.driver {
+        DriverKind::Qemu if args.profile.is_some() => wrong("--profile"),
+        DriverKind::Qemu if args.disk.is_empty() => {
+            Err(Trouble::usage("a qemu domain needs a disk").hint("--disk vda=/path/to/image.qcow2"))
+        }
+        DriverKind::Sim if args.layers.is_some() => wrong("--layers"),
+        DriverKind::Sim if args.keep_path => wrong("--keep-path"),
+        DriverKind::Sim if args.convert => wrong("--convert"),
+        _ => Ok(()),
+    }
+}
+
+fn sim_options(profile: Option<&str>) -> Result<serde_json::Value> {
+    let profile = match profile {
+        Some(word) => Profile::deserialize(serde_json::Value::from(word)).map_err(|_| {
+            Trouble::usage(format!("there is no profile '{word}'"))
+                .hint("there are default, qemu, virtualbox, esx and libvirt-test")
+        })?,
+        None => Profile::default(),
+    };
+    Ok(serde_json::to_value(SimOptions { profile })?)
+}
+
+/// What only the qemu driver understands, and the files that other domains are built upon.
+async fn qemu_options(engine: &Engine, args: &AddArgs) -> Result<serde_json::Value> {
+    let layers_dir = args.layers.as_deref().map(std::path::absolute).transpose()?;
+    let keep_path = if args.keep_path { PathWish::Keep } else { PathWish::Follow };
+    let raw = if args.convert { RawWish::Convert } else { RawWish::Refuse };
+    let bases = files_of_all(engine, bases_of).await?;
+    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases })?)
+}
+
+/// Files of the registered domains, with the owner's name.
+async fn files_of_all(
+    engine: &Engine,
+    files: impl Fn(&DomainState) -> Vec<PathBuf>,
+) -> Result<BTreeMap<PathBuf, DomainName>> {
+    let mut owned = BTreeMap::new();
+    for row in engine.domains().await? {
+        let state = engine.load(row.id).await?;
+        owned.extend(files(&state).into_iter().map(|file| (file, row.name.clone())));
+    }
+    Ok(owned)
+}
+
+async fn list(context: &Context) -> Result<Exit> {
+    let reader = context.reader()?;
+    let mut views = Vec::new();
+    for row in reader.engine.domains().await? {
+        views.extend(DomainView::of(&reader.engine.load(row.id).await?));
+    }
+    if context.json {
+        render::json(&Domains { domains: views })?;
+    } else if views.is_empty() {
+        render::note("no domain is registered; `snaptree domain add` registers one");
+    } else {
+        render::print(&render::list::domains(&views, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn show(context: &Context, domain: &str) -> Result<Exit> {
+    let reader = context.reader()?;
+    let prefix = reader.prefix(None).await?;
+    tell(context, &reader.domain(domain, prefix).await?)
+}
+
+fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
+    let view = DomainView::of(state).ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
+    if context.json {
+        render::json(&view)?;
+    } else {
+        render::print(&render::list::domain(&view, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
+    if args.name.is_none() && args.label.is_empty() {
+        return Err(Trouble::usage("nothing to change").hint("give --name or --label").into());
+    }
+    let Writer { engine, requester } = open(context, &args.writer)?;
+    let domain = engine.find_domain(&args.domain).await?;
+    let command = Command::Set { name: args.name, labels: labels(&args.label) };
+    engine.submit(&requester, domain, &command, None).await?;
+    tell(context, &engine.load(domain).await?)
+}
+
+async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
+    let wish = match (args.flatten, args.keep_layers || args.metadata) {
+        (true, _) => UnregisterWish::Flatten,
+        (false, true) => UnregisterWish::KeepLayers,
+        (false, false) => UnregisterWish::Untouched,
+    };
+    if wish == UnregisterWish::Flatten {
+        let question =
+            format!("End all snapshots of {} and keep only its current disks?", safe(&args.domain));
+        confirm(&question, args.yes)?;
+    }
+    let asked = Asked { domain: &args.domain, command: Command::Unregister(wish), key: None };
+    carry(context, &open(context, &args.writer)?, &asked).await
+}

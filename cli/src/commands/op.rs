@@ -1,0 +1,247 @@
+//! `snaptree op ...`: operations and their stories.
+
+use anyhow::Result;
+use serde::Serialize;
+use snaptree_engine::OperationId;
+use snaptree_engine::command::Command;
+use snaptree_engine::engine::Submitted;
+use snaptree_engine::event::{Envelope, Event, HowFinished};
+use snaptree_engine::log::{EventLog, OpenOnly, OperationFilter, OperationRow};
+use snaptree_engine::operation::Outcome;
+
+use super::carry::{finish, open};
+use super::history::{find_operation, learn};
+use crate::args::inspect::OpCommand;
+use crate::context::Context;
+use crate::exit::{ErrorView, Exit, Trouble};
+use crate::render;
+use crate::render::table::{Cell, table};
+use crate::render::text::{Look, safe, short, took};
+use crate::render::words::{Known, request_words, words};
+use crate::story::{Cut, StepView, Story, cuts};
+
+/// A row of `op list`.
+#[derive(Serialize)]
+struct Row {
+    operation: OperationId,
+    kind: String,
+    domain: String,
+    snapshot: Option<String>,
+    outcome: Option<&'static str>,
+    requested: jiff::Timestamp,
+    finished: Option<jiff::Timestamp>,
+}
+
+/// The document of `op list`.
+#[derive(Serialize)]
+struct Rows {
+    operations: Vec<Row>,
+}
+
+impl From<OperationRow> for Row {
+    fn from(row: OperationRow) -> Self {
+        let outcome = match (row.outcome, row.needs_attention) {
+            (Some(outcome), _) => Some(outcome.as_str()),
+            (None, true) => Some("needs-attention"),
+            (None, false) => None,
+        };
+        Self {
+            operation: row.id,
+            kind: row.kind,
+            domain: row.domain_name.to_string(),
+            snapshot: row.snapshot,
+            outcome,
+            requested: row.requested,
+            finished: row.finished,
+        }
+    }
+}
+
+/// Carries out a command on operations.
+///
+/// # Errors
+/// There is no such operation, or the log cannot be read.
+pub async fn run(context: &Context, command: OpCommand) -> Result<Exit> {
+    match command {
+        OpCommand::List { domain, open, limit } => list(context, domain.as_deref(), open, limit).await,
+        OpCommand::Show { id } => show(context, &id).await,
+        OpCommand::Retry { id, writer } => {
+            let writer = open(context, &writer)?;
+            let row = find_operation(&writer.engine, &id).await?;
+            let command = Command::Retry(row.id);
+            match writer.engine.submit(&writer.requester, row.domain, &command, None).await? {
+                Submitted::Operation(operation) => finish(context, &writer, row.domain, operation).await,
+                Submitted::Repeated(_) | Submitted::Recorded => Ok(Exit::Done),
+            }
+        }
+    }
+}
+
+async fn list(context: &Context, domain: Option<&str>, open: bool, limit: usize) -> Result<Exit> {
+    let reader = context.reader()?;
+    let domain = match domain {
+        Some(domain) => Some(reader.find(domain).await?),
+        None => None,
+    };
+    let filter = OperationFilter { domain, open: open.then_some(OpenOnly), operation: None };
+    let rows: Vec<Row> = reader.store.operations(&filter, limit).await?.into_iter().map(Row::from).collect();
+    if context.json {
+        render::json(&Rows { operations: rows })?;
+        return Ok(Exit::Done);
+    }
+    let look = Look::of_stdout();
+    let cells: Vec<Vec<Cell>> = rows.iter().map(|row| cells(row, &look)).collect();
+    if cells.is_empty() {
+        render::note("no such operations");
+        return Ok(Exit::Done);
+    }
+    let heads = ["ID", "REQUESTED", "KIND", "DOMAIN", "SNAPSHOT", "OUTCOME", "TOOK"];
+    render::print(&table(&heads, &cells, look.paint))?;
+    Ok(Exit::Done)
+}
+
+fn cells(row: &Row, look: &Look) -> Vec<Cell> {
+    let lasted = row.finished.map(|finished| took(finished.duration_since(row.requested)));
+    vec![
+        Cell::plain(short(row.operation)),
+        Cell::plain(look.time(row.requested)),
+        Cell::plain(safe(&row.kind)),
+        Cell::painted(&safe(&row.domain), |text| look.paint.name(text)),
+        Cell::plain(row.snapshot.as_deref().map(|name| safe(name).into_owned()).unwrap_or_default()),
+        Cell::painted(row.outcome.unwrap_or("open"), |text| outcome_painted(text, look)),
+        Cell::plain(lasted.unwrap_or_default()),
+    ]
+}
+
+fn outcome_painted(word: &str, look: &Look) -> String {
+    match word {
+        "succeeded" => look.paint.good(word),
+        "failed" | "needs-attention" => look.paint.bad(word),
+        _ => look.paint.warn(word),
+    }
+}
+
+/// The document of `op show`.
+#[derive(Serialize)]
+struct ShowDocument {
+    #[serde(flatten)]
+    row: Row,
+    actor: String,
+    steps: Vec<StepView>,
+    cuts: Vec<CutDocument>,
+    error: Option<ErrorView>,
+    events: Vec<u64>,
+}
+
+#[derive(Serialize)]
+struct CutDocument {
+    seq: u64,
+    pid: u32,
+    recovered_by: u32,
+}
+
+async fn show(context: &Context, id: &str) -> Result<Exit> {
+    let reader = context.reader()?;
+    let row = find_operation(&reader.engine, id).await?;
+    let events = reader.engine.operation_events(row.id).await?;
+    let story = Story::of(&events).ok_or_else(|| Trouble::not_found("the log has no request for it"))?;
+    if context.json {
+        let cut = |cut: Cut| CutDocument {
+            seq: events.get(cut.before).map_or(0, |event| event.seq),
+            pid: cut.pid,
+            recovered_by: cut.next_pid,
+        };
+        render::json(&ShowDocument {
+            row: row.into(),
+            actor: story.actor.to_string(),
+            steps: story.steps.clone(),
+            cuts: cuts(&events).into_iter().map(cut).collect(),
+            error: story.failure.as_ref().map(ErrorView::from),
+            events: events.iter().map(|event| event.seq).collect(),
+        })?;
+        return Ok(Exit::Done);
+    }
+    let mut known = Known::default();
+    for event in &events {
+        learn(&reader.engine, &mut known, event).await?;
+    }
+    render::print(&told(&story, row.domain_name.as_str(), &events, &known, &Look::of_stdout()))?;
+    Ok(Exit::Done)
+}
+
+/// The whole story, line by line.
+fn told(story: &Story, domain: &str, events: &[Envelope], known: &Known, look: &Look) -> String {
+    let paint = look.paint;
+    let mut out = format!(
+        "{} {}: {}\n",
+        paint.dim(format!("operation {}", story.id)),
+        paint.name(safe(domain)),
+        paint.bold(safe(&request_words(&story.request, known))),
+    );
+    out.push_str(&format!(
+        "asked by {} on {} (process {}, {})\n\n",
+        safe(&story.actor.to_string()),
+        look.time(story.requested),
+        story.origin.pid,
+        safe(&story.origin.via),
+    ));
+    let cuts = cuts(events);
+    for (index, event) in events.iter().enumerate() {
+        if let Some(cut) = cuts.iter().find(|cut| cut.before == index) {
+            let since = events.get(index - 1).map_or(event.at, |last| last.at);
+            let text = format!(
+                "-- process {} ended here; process {} took it up {} later",
+                cut.pid,
+                cut.next_pid,
+                took(event.at.duration_since(since))
+            );
+            out.push_str(&format!("  {}\n", paint.warn(text)));
+            out.push_str(&format!("  {}\n", paint.warn(format!("-- {}", found(events, index)))));
+        }
+        out.push_str(&format!(
+            "  {}  {}  {}\n",
+            paint.dim(format!("{:>5}", event.seq)),
+            paint.dim(look.precise(event.at)),
+            safe(&words(event, known, look)),
+        ));
+    }
+    out.push_str(&format!("\n{}\n", ending(story, look)));
+    out
+}
+
+/// What was found when the operation was taken up, as the next event shows.
+fn found(events: &[Envelope], index: usize) -> &'static str {
+    let in_step = events[..index].iter().rev().find_map(|event| match event.event {
+        Event::OperationStepStarted(_) => Some(true),
+        Event::OperationStepFinished(_) | Event::OperationUndoFinished(_) => Some(false),
+        _ => None,
+    });
+    match events.get(index).map(|event| &event.event) {
+        Some(Event::OperationStepFinished(e)) if e.how == HowFinished::Observed => {
+            "it saw that the step had been done, and went on"
+        }
+        Some(Event::OperationStepFinished(_)) => {
+            "it saw that the step was not, or only half, done, and did what was missing"
+        }
+        Some(Event::OperationUndoStarted(_)) => "it saw that the step had to be taken back",
+        Some(Event::OperationUndoFinished(_)) => "it went on taking back",
+        Some(Event::OperationRetried(_)) => "someone let it try again",
+        Some(Event::OperationNeedsAttention(_)) => "it saw that it could go neither on nor back by itself",
+        _ if in_step == Some(true) => "it looked at what was there, and went on",
+        _ => "nothing was in flight; it went on",
+    }
+}
+
+fn ending(story: &Story, look: &Look) -> String {
+    let failure = story.failure.as_ref().map(|failure| format!(": {}", safe(&failure.message)));
+    let failure = failure.unwrap_or_default();
+    let lasted = story.finished.map(|finished| took(finished.duration_since(story.requested)));
+    let lasted = lasted.map(|lasted| format!(" after {lasted}")).unwrap_or_default();
+    match story.outcome {
+        Some(Outcome::Succeeded) => look.paint.good(format!("succeeded{lasted}")),
+        Some(Outcome::Failed) => look.paint.bad(format!("failed{lasted}{failure}")),
+        Some(Outcome::Cancelled) => look.paint.warn(format!("called off{lasted}{failure}")),
+        None if story.needs_attention => look.paint.bad(format!("needs attention{failure}")),
+        None => look.paint.warn("still open: `snaptree recover` finishes it"),
+    }
+}

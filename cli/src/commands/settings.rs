@@ -1,0 +1,80 @@
+//! `snaptree config ...`
+
+use anyhow::Result;
+use snaptree_engine::reconcile::merge::human_bytes;
+
+use crate::args::inspect::ConfigCommand;
+use crate::config::{Config, files};
+use crate::context::Context;
+use crate::exit::{Exit, Trouble};
+use crate::render;
+
+/// Carries out a command on the settings.
+///
+/// # Errors
+/// A settings file cannot be read, or says what no setting says.
+pub fn run(context: &Context, command: ConfigCommand) -> Result<Exit> {
+    match command {
+        ConfigCommand::Show => show(context, &Config::load()?),
+        ConfigCommand::Check { file: None } => check(context, &Config::load()?),
+        ConfigCommand::Check { file: Some(file) } => {
+            let mut config = Config::default();
+            config.add(&file)?;
+            if config.files.is_empty() {
+                return Err(Trouble::not_found(format!("there is no file {}", file.display())).into());
+            }
+            check(context, &config)
+        }
+    }
+}
+
+fn show(context: &Context, config: &Config) -> Result<Exit> {
+    let settings = &config.settings;
+    if context.json {
+        render::json(&serde_json::json!({
+            "files": config.files,
+            "state": context.dir,
+            "settings": {
+                "merge": { "copy-max": settings.merge_copy_bytes_max },
+                "retry": {
+                    "attempts": settings.attempts_max,
+                    "delay-min-ms": settings.retry_delay_ms_min,
+                    "delay-max-ms": settings.retry_delay_ms_max,
+                },
+            },
+        }))?;
+        return Ok(Exit::Done);
+    }
+    let mut text = String::new();
+    for file in files() {
+        let read = if config.files.contains(&file) { "read" } else { "not there" };
+        text.push_str(&format!("# {}: {read}\n", file.display()));
+    }
+    text.push_str(&format!("# state: {}\n\n", context.dir.display()));
+    text.push_str(&format!(
+        "[merge]\ncopy-max = {}    # {}\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        settings.merge_copy_bytes_max,
+        human_bytes(settings.merge_copy_bytes_max),
+        settings.attempts_max,
+        duration_words(settings.retry_delay_ms_min),
+        duration_words(settings.retry_delay_ms_max),
+    ));
+    render::print(&text)?;
+    Ok(Exit::Done)
+}
+
+fn duration_words(millis: u64) -> String {
+    if millis.is_multiple_of(1_000) { format!("{}s", millis / 1_000) } else { format!("{millis}ms") }
+}
+
+fn check(context: &Context, config: &Config) -> Result<Exit> {
+    if context.json {
+        render::json(&serde_json::json!({ "ok": true, "files": config.files }))?;
+    } else if config.files.is_empty() {
+        render::print("No settings file is there; the defaults are in force.\n")?;
+    } else {
+        let files: String = config.files.iter().map(|file| format!("{}: good\n", file.display())).collect();
+        render::print(&files)?;
+    }
+    Ok(Exit::Done)
+}

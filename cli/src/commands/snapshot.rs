@@ -1,0 +1,207 @@
+//! `create`, `revert`, `delete`, `edit`, `hold`, `release`.
+
+use std::io::Read as _;
+
+use anyhow::{Context as _, Result};
+use jiff::Zoned;
+use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
+use snaptree_engine::domain::RunState;
+use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish};
+use snaptree_engine::xml;
+
+use super::carry::{Asked, carry, dry_run, open};
+use super::query::{one, show_view};
+use crate::args::snapshot::{CreateArgs, DeleteArgs, EditArgs, HoldArgs, ReleaseArgs, RevertArgs};
+use crate::args::value::labels;
+use crate::confirm::confirm;
+use crate::context::{Context, Writer};
+use crate::exit::{Exit, Trouble};
+use crate::render;
+use crate::render::text::safe;
+use crate::render::view::domain_name;
+use crate::when::{Direction, time};
+
+/// `snaptree create`
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn create(context: &Context, args: CreateArgs) -> Result<Exit> {
+    let document = args.xml.as_deref().map(read_xml).transpose()?;
+    let writer = if args.dry_run.dry_run { None } else { Some(open(context, &args.writer)?) };
+    let command = match document {
+        Some(document) => {
+            let state = match &writer {
+                Some(writer) => writer.engine.load(writer.engine.find_domain(&args.domain).await?).await?,
+                None => {
+                    let reader = context.reader()?;
+                    let prefix = reader.prefix(None).await?;
+                    reader.domain(&args.domain, prefix).await?
+                }
+            };
+            let disks = state.domain.map(|domain| domain.disks).unwrap_or_default();
+            let asked = document
+                .to_create(&disks)
+                .map_err(|error| Trouble::new(Exit::Refused, "xml", error.to_string()))?;
+            overridden(asked, &args)
+        }
+        None => overridden(Create::default(), &args),
+    };
+    let asked = Asked { domain: &args.domain, command: Command::Create(command), key: args.key.as_deref() };
+    match writer {
+        Some(writer) => carry(context, &writer, &asked).await,
+        None => dry_run(context, &asked).await,
+    }
+}
+
+/// What the options say takes the place of what a document says.
+fn overridden(base: Create, args: &CreateArgs) -> Create {
+    let content = match (args.memory, args.disk_only) {
+        (true, _) => Content::WithMemory,
+        (false, true) => Content::DisksOnly,
+        (false, false) => base.content,
+    };
+    let mut all = base.labels;
+    all.extend(labels(&args.label));
+    Create {
+        name: args.name.clone().or(base.name),
+        description: args.description.clone().or(base.description),
+        labels: all,
+        content,
+        disks: base.disks,
+    }
+}
+
+fn read_xml(file: &str) -> Result<xml::SnapshotXml> {
+    let limit = xml::TEXT_BYTES_MAX as u64 + 1;
+    let mut bytes = Vec::new();
+    if file == "-" {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes).context("cannot read standard input")?;
+    } else {
+        let opened = std::fs::File::open(file).with_context(|| format!("cannot read {file}"))?;
+        opened.take(limit).read_to_end(&mut bytes).with_context(|| format!("cannot read {file}"))?;
+    }
+    let text =
+        String::from_utf8(bytes).map_err(|_| Trouble::new(Exit::Refused, "xml", "the XML is not UTF-8"))?;
+    Ok(xml::read(&text).map_err(|error| Trouble::new(Exit::Refused, "xml", error.to_string()))?)
+}
+
+/// `snaptree revert`
+///
+/// # Errors
+/// It was rejected or called off, or the state cannot be used.
+pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
+    let snapshot = args.name.unwrap_or(SnapshotRef::Current);
+    let run_state = match (args.running, args.paused) {
+        (true, _) => Some(RunState::Running),
+        (false, true) => Some(RunState::Paused),
+        (false, false) => None,
+    };
+    let question = format!(
+        "Reverting {} to {} discards what it wrote since its last snapshot. Go on?",
+        safe(&args.domain),
+        ref_words(&snapshot)
+    );
+    let asked = Asked { domain: &args.domain, command: Command::Revert { snapshot, run_state }, key: None };
+    if args.dry_run.dry_run {
+        return dry_run(context, &asked).await;
+    }
+    confirm(&question, args.yes)?;
+    carry(context, &open(context, &args.writer)?, &asked).await
+}
+
+/// `snaptree delete`
+///
+/// # Errors
+/// It was rejected or called off, or the state cannot be used.
+pub async fn delete(context: &Context, args: DeleteArgs) -> Result<Exit> {
+    let snapshots = if args.current { vec![SnapshotRef::Current] } else { args.name };
+    let names: Vec<String> = snapshots.iter().map(ref_words).collect();
+    let (scope, below) = match (args.children, args.children_only) {
+        (true, _) => (DeleteScope::Children, " and everything below"),
+        (false, true) => (DeleteScope::ChildrenOnly, ": everything below, not itself"),
+        (false, false) => (DeleteScope::Named, ""),
+    };
+    let question = format!("Delete {} of {}{below}?", names.join(", "), safe(&args.domain));
+    let merge = match (args.now, args.defer) {
+        (true, _) => MergeWish::Now,
+        (false, true) => MergeWish::Defer,
+        (false, false) => MergeWish::Auto,
+    };
+    let what = if args.metadata { DeleteWhat::Metadata } else { DeleteWhat::Snapshot };
+    let delete = Delete { snapshots, scope, what, merge, reasons: Vec::new() };
+    let asked = Asked { domain: &args.domain, command: Command::Delete(delete), key: None };
+    if args.dry_run.dry_run {
+        return dry_run(context, &asked).await;
+    }
+    confirm(&question, args.yes)?;
+    carry(context, &open(context, &args.writer)?, &asked).await
+}
+
+fn ref_words(snapshot: &SnapshotRef) -> String {
+    match snapshot {
+        SnapshotRef::Name(name) => format!("'{}'", safe(name.as_str())),
+        SnapshotRef::Id(id) => id.to_string(),
+        SnapshotRef::Current => "its current snapshot".to_owned(),
+    }
+}
+
+/// `snaptree edit`
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn edit(context: &Context, args: EditArgs) -> Result<Exit> {
+    let command = Command::Edit {
+        snapshot: args.snapshot.clone(),
+        name: args.name.clone(),
+        description: args.description,
+        labels: labels(&args.label),
+    };
+    let writer = open(context, &args.writer)?;
+    recorded(context, &writer, &args.domain, &args.snapshot, command, "Changed").await
+}
+
+/// `snaptree hold`
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn hold(context: &Context, args: HoldArgs) -> Result<Exit> {
+    let until = args.until.as_deref().map(|text| time(text, &Zoned::now(), Direction::Future)).transpose()?;
+    let command = Command::Hold { snapshot: args.name.clone(), reason: args.reason, until };
+    let writer = open(context, &args.writer)?;
+    recorded(context, &writer, &args.domain, &args.name, command, "Holding").await
+}
+
+/// `snaptree release`
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn release(context: &Context, args: ReleaseArgs) -> Result<Exit> {
+    let command = Command::Release { snapshot: args.name.clone() };
+    let writer = open(context, &args.writer)?;
+    recorded(context, &writer, &args.domain, &args.name, command, "Released").await
+}
+
+/// A command that is carried out by being written; the snapshot as it is afterwards is the answer.
+async fn recorded(
+    context: &Context,
+    writer: &Writer,
+    domain: &str,
+    snapshot: &SnapshotRef,
+    command: Command,
+    word: &str,
+) -> Result<Exit> {
+    let Writer { engine, requester } = writer;
+    let domain = engine.find_domain(domain).await?;
+    let before = engine.load(domain).await?;
+    let id = one(&before, snapshot).map(|snapshot| snapshot.id);
+    engine.submit(requester, domain, &command, None).await?;
+    let state = engine.load(domain).await?;
+    let snapshot = one(&state, &SnapshotRef::Id(id?))?;
+    if context.json {
+        render::json(&show_view(&state, snapshot, None))?;
+    } else {
+        let name = safe(snapshot.name.as_str());
+        render::print(&format!("{word} snapshot '{name}' of {}.\n", safe(&domain_name(&state))))?;
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,204 @@
+//! Settings: `/etc/snaptree/config.toml`, then `$XDG_CONFIG_HOME/snaptree/config.toml`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use snaptree_engine::engine::Settings;
+use toml::{Table, Value};
+
+use crate::args::value::{bytes, duration};
+use crate::exit::{Exit, Trouble};
+
+/// Largest settings file that is read.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Every setting: table, key, and what is written there.
+const KNOWN: &[(&str, &str, &str)] = &[
+    ("merge", "copy-max", "a size, such as \"4 GiB\""),
+    ("retry", "attempts", "a number from 1"),
+    ("retry", "delay-min", "a duration, such as \"200ms\""),
+    ("retry", "delay-max", "a duration, such as \"30s\""),
+];
+
+/// The settings in force, and the files that they come from.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// The settings.
+    pub settings: Settings,
+    /// The files that were there, in the order in which they were read.
+    pub files: Vec<PathBuf>,
+}
+
+impl Config {
+    /// Reads the files of this installation and user.
+    ///
+    /// # Errors
+    /// A file cannot be read, or says what no setting says.
+    pub fn load() -> Result<Self> {
+        let mut config = Self::default();
+        for file in files() {
+            config.add(&file)?;
+        }
+        Ok(config)
+    }
+
+    /// Adds a file, if it is there; what it says takes the place of what was said before.
+    ///
+    /// # Errors
+    /// It cannot be read, or says what no setting says.
+    pub fn add(&mut self, file: &Path) -> Result<()> {
+        match fs::metadata(file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+            Ok(found) if found.len() > FILE_BYTES_MAX => {
+                return Err(trouble(file, &format!("it is larger than {FILE_BYTES_MAX} bytes")).into());
+            }
+            Ok(_) => {}
+        }
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        self.read(&text).map_err(|problem| trouble(file, &problem))?;
+        self.files.push(file.to_owned());
+        Ok(())
+    }
+
+    /// Reads the text of a file.
+    fn read(&mut self, text: &str) -> Result<(), String> {
+        let document: Table = text.parse().map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            format!("line {}: {}", before.matches('\n').count() + 1, error.message())
+        })?;
+        for (table, value) in &document {
+            let Some(entries) = value.as_table().filter(|_| KNOWN.iter().any(|known| known.0 == table))
+            else {
+                return Err(unknown(table, KNOWN.iter().map(|known| known.0.to_owned())));
+            };
+            for (key, value) in entries {
+                let known = KNOWN.iter().find(|known| known.0 == table && known.1 == key);
+                let Some(known) = known else {
+                    let all = KNOWN.iter().map(|known| format!("{}.{}", known.0, known.1));
+                    return Err(unknown(&format!("{table}.{key}"), all));
+                };
+                self.set(known.0, known.1, value)
+                    .ok_or_else(|| format!("{table}.{key} is {value}, and should be {}", known.2))?;
+            }
+        }
+        let settings = &self.settings;
+        if settings.retry_delay_ms_min > settings.retry_delay_ms_max {
+            return Err("retry.delay-min is longer than retry.delay-max".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Sets one value; `None` if it is not of the right kind.
+    fn set(&mut self, table: &str, key: &str, value: &Value) -> Option<()> {
+        let settings = &mut self.settings;
+        match (table, key) {
+            ("merge", "copy-max") => settings.merge_copy_bytes_max = size_of(value)?,
+            ("retry", "attempts") => {
+                let attempts = u32::try_from(value.as_integer()?).ok()?;
+                settings.attempts_max = Some(attempts).filter(|attempts| *attempts > 0)?;
+            }
+            ("retry", "delay-min") => settings.retry_delay_ms_min = millis_of(value)?,
+            ("retry", "delay-max") => settings.retry_delay_ms_max = millis_of(value)?,
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+fn size_of(value: &Value) -> Option<u64> {
+    match value {
+        Value::Integer(number) => u64::try_from(*number).ok(),
+        Value::String(text) => bytes(text).ok(),
+        _ => None,
+    }
+}
+
+fn millis_of(value: &Value) -> Option<u64> {
+    let given = duration(value.as_str()?).ok()?;
+    u64::try_from(given.as_millis()).ok()
+}
+
+fn trouble(file: &Path, problem: &str) -> Trouble {
+    Trouble::new(Exit::Failed, "config", format!("{}: {}", file.display(), problem.trim_end()))
+        .hint("`snaptree config show` lists every setting; `snaptree config check` checks the files")
+}
+
+fn unknown(given: &str, known: impl Iterator<Item = String>) -> String {
+    let known: Vec<String> = known.collect();
+    let near = known
+        .iter()
+        .map(|name| (strsim::damerau_levenshtein(given, name), name))
+        .min()
+        .filter(|(distance, name)| *distance <= name.len().max(given.len()) / 2);
+    let mut names = known.clone();
+    names.dedup();
+    match near {
+        Some((_, near)) => format!("there is no setting '{given}'; did you mean '{near}'?"),
+        None => format!("there is no setting '{given}'; there are {}", names.join(", ")),
+    }
+}
+
+/// The files, in the order in which they count.
+pub fn files() -> Vec<PathBuf> {
+    let mut files = vec![PathBuf::from("/etc/snaptree/config.toml")];
+    let home = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    if let Some(base) = home("XDG_CONFIG_HOME").or_else(|| home("HOME").map(|home| home.join(".config"))) {
+        files.push(base.join("snaptree/config.toml"));
+    }
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, String> {
+        let mut config = Config::default();
+        config.read(text).map(|()| config.settings)
+    }
+
+    #[test]
+    fn settings_are_read() {
+        let text =
+            "[merge]\ncopy-max = \"1 GiB\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
+        let expected = Settings {
+            merge_copy_bytes_max: 1 << 30,
+            attempts_max: 3,
+            retry_delay_ms_min: 1_000,
+            retry_delay_ms_max: 120_000,
+        };
+        assert_eq!(read(text), Ok(expected));
+        assert_eq!(read(""), Ok(Settings::default()));
+    }
+
+    #[test]
+    fn what_is_unknown_is_refused_with_the_nearest_name() {
+        for (text, says) in [
+            ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
+            ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
+            ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
+            ("[something-else]", "there are merge, retry"),
+            ("merge = 1", "there is no setting 'merge'"),
+        ] {
+            let problem = read(text).unwrap_err();
+            assert!(problem.contains(says), "{problem}");
+        }
+    }
+
+    #[test]
+    fn values_of_another_kind_are_refused() {
+        for (text, says) in [
+            ("[merge]\ncopy-max = \"lots\"", "merge.copy-max is \"lots\", and should be a size"),
+            ("[merge]\ncopy-max = -1", "should be a size"),
+            ("[retry]\nattempts = 0", "should be a number from 1"),
+            ("[retry]\ndelay-min = 5", "should be a duration"),
+            ("[retry]\ndelay-min = \"1m\"\ndelay-max = \"1s\"", "longer than"),
+            ("[merge]\ncopy-max = 1\n[retry", "line 3: "),
+        ] {
+            let problem = read(text).unwrap_err();
+            assert!(problem.contains(says), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Where the state is, and how it is opened.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use jiff::{Timestamp, Zoned};
+use snaptree_drivers::qemu::QemuDriver;
+use snaptree_drivers::sim::SimDriver;
+use snaptree_engine::DomainId;
+use snaptree_engine::domain::DriverKind;
+use snaptree_engine::driver::Hooks;
+use snaptree_engine::engine::{Engine, Requester};
+use snaptree_engine::log::{ClockOrder, EventFilter, EventLog};
+use snaptree_engine::project::DomainState;
+use snaptree_store::{DATABASE_FILE, LockWait, Store, StoreError};
+
+use crate::args::{Global, WriterArgs};
+use crate::config::Config;
+use crate::exit::{NO_STATE_HINT, Trouble};
+use crate::hooks;
+use crate::render::note;
+use crate::render::text::safe;
+use crate::requester::this_user;
+use crate::when::{Moment, moment};
+
+/// Where drivers keep what lives as long as an operation, in the state directory.
+const RUN_FOLDER: &str = "run";
+
+/// How long a wait for the lock stays unmentioned.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// What every command works with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The state directory.
+    pub dir: PathBuf,
+    /// Whether JSON is wanted.
+    pub json: bool,
+}
+
+/// The state, opened for reading.
+pub struct Reader {
+    /// The engine over it.
+    pub engine: Engine,
+    /// The log itself.
+    pub store: Arc<Store>,
+}
+
+/// The state, opened for writing.
+pub struct Writer {
+    /// The engine over it.
+    pub engine: Engine,
+    /// Who asks.
+    pub requester: Requester,
+}
+
+/// Whether a state directory may be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// It is made.
+    Make,
+    /// It is an error.
+    Refuse,
+}
+
+/// The prefix of the log that is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// Its last event; `u64::MAX` for now.
+    pub seq: u64,
+    /// The moment itself, for what expires.
+    pub at: Timestamp,
+    /// Whether the clock went back before it; none for now.
+    pub clock: Option<ClockOrder>,
+}
+
+impl Prefix {
+    /// Whether it is not simply now.
+    pub const fn is_past(&self) -> bool {
+        self.clock.is_some()
+    }
+}
+
+impl Context {
+    /// From the command line and the environment.
+    ///
+    /// # Errors
+    /// No directory is named and none can be found.
+    pub fn new(global: &Global) -> Result<Self> {
+        let dir = match &global.state {
+            Some(dir) => dir.clone(),
+            None => default_dir()?,
+        };
+        Ok(Self { dir: std::path::absolute(&dir)?, json: global.json })
+    }
+
+    fn exists(&self) -> bool {
+        self.dir.join(DATABASE_FILE).exists()
+    }
+
+    fn no_state(&self) -> Trouble {
+        Trouble::not_found(format!("no state at {}", self.dir.display())).hint(NO_STATE_HINT)
+    }
+
+    /// Opens the state for reading: no lock, no waiting.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn reader(&self) -> Result<Reader> {
+        let store = Store::open_reader(&self.dir).map_err(|error| match error {
+            StoreError::Missing { .. } => self.no_state().into(),
+            other => anyhow::Error::from(other),
+        })?;
+        let store = Arc::new(store);
+        Ok(Reader { engine: Engine::new(store.clone()), store })
+    }
+
+    /// Opens the state for looking at hypervisors, too: for dry runs.
+    ///
+    /// # Errors
+    /// There is none, or it or the settings cannot be read.
+    pub fn planner(&self) -> Result<Reader> {
+        let Reader { engine, store } = self.reader()?;
+        let engine = self.with_drivers(engine).with_settings(Config::load()?.settings);
+        Ok(Reader { engine, store })
+    }
+
+    /// Opens the state for writing.
+    ///
+    /// # Errors
+    /// Another process has it for longer than we wait, or it or the settings cannot be used.
+    pub fn writer(&self, args: &WriterArgs, missing: Missing) -> Result<Writer> {
+        self.writer_with(args, missing, hooks::of_process()?)
+    }
+
+    /// The same with other hooks.
+    ///
+    /// # Errors
+    /// As [`Context::writer`].
+    pub fn writer_with(&self, args: &WriterArgs, missing: Missing, hooks: Arc<dyn Hooks>) -> Result<Writer> {
+        let settings = Config::load()?.settings;
+        if missing == Missing::Refuse && !self.exists() {
+            return Err(self.no_state().into());
+        }
+        let store = Arc::new(open_writer(&self.dir, args.lock_timeout)?);
+        let engine = self.with_drivers(Engine::new(store)).with_settings(settings).with_hooks(hooks);
+        Ok(Writer { engine, requester: this_user() })
+    }
+
+    /// The simulated hypervisor of this state directory.
+    pub fn sim(&self) -> SimDriver {
+        SimDriver::new(self.dir.clone())
+    }
+
+    fn with_drivers(&self, engine: Engine) -> Engine {
+        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER));
+        engine
+            .with_driver(DriverKind::Sim, Arc::new(self.sim()))
+            .with_driver(DriverKind::Qemu, Arc::new(qemu))
+    }
+}
+
+impl Reader {
+    /// The prefix of the log that `--at` asks for.
+    ///
+    /// # Errors
+    /// The text is no moment, the log does not reach so far, or cannot be read.
+    pub async fn prefix(&self, at: Option<&str>) -> Result<Prefix> {
+        let Some(text) = at else {
+            return Ok(Prefix { seq: u64::MAX, at: Timestamp::now(), clock: None });
+        };
+        match moment(text, &Zoned::now())? {
+            Moment::Time(at) => {
+                let found = self.engine.seq_at(at).await?;
+                Ok(Prefix { seq: found.seq, at, clock: Some(found.clock) })
+            }
+            Moment::Seq(seq) => {
+                let head = self.store.head().await?.seq;
+                if seq > head {
+                    let message = format!("the log has no event {seq}; its last is {head}");
+                    return Err(Trouble::not_found(message).into());
+                }
+                let event = match seq.checked_sub(1) {
+                    Some(before) => self.store.read(before, &EventFilter::default(), 1).await?,
+                    None => Vec::new(),
+                };
+                let at = event.first().map_or(Timestamp::UNIX_EPOCH, |event| event.at);
+                Ok(Prefix { seq, at, clock: Some(ClockOrder::Monotone) })
+            }
+        }
+    }
+
+    /// A domain as it was at the end of a prefix.
+    ///
+    /// # Errors
+    /// There was none of that name, or the log cannot be read.
+    pub async fn domain(&self, wanted: &str, prefix: Prefix) -> Result<DomainState> {
+        let id = self.engine.find_domain_at(wanted, prefix.seq).await?;
+        Ok(self.engine.load_at(id, prefix.seq).await?)
+    }
+
+    /// A domain as it is.
+    ///
+    /// # Errors
+    /// There is none of that name, or the log cannot be read.
+    pub async fn find(&self, wanted: &str) -> Result<DomainId> {
+        Ok(self.engine.find_domain(wanted).await?)
+    }
+}
+
+/// Opens the store, and tells after a while who has it.
+fn open_writer(dir: &Path, timeout: Duration) -> Result<Store, StoreError> {
+    let first = Store::open_writer(dir, LockWait { timeout: timeout.min(QUIET) });
+    let left = timeout.saturating_sub(QUIET);
+    match first {
+        Err(StoreError::Locked { holder, .. }) if !left.is_zero() => {
+            let (place, holder) = (dir.display().to_string(), holder.to_string());
+            note(&format!("waiting for {}: {} has it", safe(&place), safe(&holder)));
+            Store::open_writer(dir, LockWait { timeout: left })
+        }
+        other => other,
+    }
+}
+
+fn default_dir() -> Result<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(dir) = named("SNAPTREE_STATE") {
+        return Ok(dir);
+    }
+    if nix::unistd::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/snaptree"));
+    }
+    // The base directory specification: a relative path there is to be ignored.
+    let absolute = |name: &str| named(name).filter(|path| path.is_absolute());
+    absolute("XDG_STATE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .map(|base| base.join("snaptree"))
+        .ok_or_else(|| {
+            Trouble::usage("no state directory: HOME is not set").hint("name one with --state").into()
+        })
+}

@@ -1,0 +1,162 @@
+//! `list`, `show` and `domain list` for people.
+
+use std::fmt::Write as _;
+
+use snaptree_engine::event::MemoryKind;
+use snaptree_engine::reconcile::merge::human_bytes;
+use snaptree_engine::tree::Labels;
+
+use super::table::{Cell, table};
+use super::text::{Look, safe};
+use super::view::{DomainView, ListView, PhaseWord, ShowView, SnapshotView};
+
+/// The table of snapshots.
+pub fn list(view: &ListView, look: &Look) -> String {
+    if view.snapshots.is_empty() {
+        return String::new();
+    }
+    let rows: Vec<Vec<Cell>> = view.snapshots.iter().map(|snapshot| row(snapshot, look)).collect();
+    table(&["", "NAME", "CREATED", "STATE", "PARENT", "SIZE", "NOTES"], &rows, look.paint)
+}
+
+fn row(snapshot: &SnapshotView, look: &Look) -> Vec<Cell> {
+    let paint = look.paint;
+    let name = safe(&snapshot.name);
+    let gone = snapshot.phase == PhaseWord::Tombstone;
+    let created = snapshot.created.or(snapshot.deleted).map(|at| look.time(at)).unwrap_or_default();
+    vec![
+        Cell::painted(if snapshot.current { "*" } else { "" }, |text| paint.good(text)),
+        Cell::painted(&name, |text| if gone { paint.dim(text) } else { paint.name(text) }),
+        Cell::plain(created),
+        Cell::painted(snapshot.state.unwrap_or("deleted"), |text| {
+            if gone { paint.dim(text) } else { text.to_owned() }
+        }),
+        Cell::plain(snapshot.parent.as_deref().map(|parent| safe(parent).into_owned()).unwrap_or_default()),
+        Cell::plain(snapshot.bytes.map(human_bytes).unwrap_or_default()),
+        Cell::painted(&notes(snapshot), |text| paint.dim(text)),
+    ]
+}
+
+/// Held, labels, and whatever is unusual.
+pub fn notes(snapshot: &SnapshotView) -> String {
+    let mut notes = Vec::new();
+    if snapshot.held {
+        notes.push("held".to_owned());
+    }
+    match snapshot.phase {
+        PhaseWord::Ready => {}
+        PhaseWord::Deleting => notes.push("being deleted".to_owned()),
+        PhaseWord::Lost => notes.push("lost: the hypervisor no longer has it".to_owned()),
+        PhaseWord::Tombstone => {
+            let reason = snapshot.reason.as_deref().unwrap_or_default();
+            notes.push(format!("data still there: {}", safe(reason)));
+        }
+    }
+    notes.extend(label_words(&snapshot.labels));
+    notes.join("  ")
+}
+
+fn label_words(labels: &Labels) -> Vec<String> {
+    labels.iter().map(|(key, value)| format!("{key}={}", safe(value))).collect()
+}
+
+/// One snapshot, line by line.
+pub fn show(view: &ShowView, look: &Look) -> String {
+    let snapshot = &view.snapshot;
+    let mut lines: Vec<(&str, String)> = vec![
+        ("Name", look.paint.bold(safe(&snapshot.name))),
+        ("Domain", safe(&view.domain).into_owned()),
+        ("Id", snapshot.id.to_string()),
+    ];
+    if let Some(text) = &snapshot.description {
+        lines.push(("Description", text.lines().map(safe).collect::<Vec<_>>().join("\n               ")));
+    }
+    lines.push(("Current", if snapshot.current { "yes" } else { "no" }.to_owned()));
+    lines.push(("State", snapshot.state.unwrap_or("-").to_owned()));
+    let memory = match view.memory {
+        MemoryKind::No => "not kept",
+        MemoryKind::Internal => "inside the image",
+        MemoryKind::External => "in a file",
+    };
+    lines.push(("Memory", memory.to_owned()));
+    if let Some(created) = snapshot.created {
+        lines.push(("Created", format!("{} ({})", look.time(created), look.age(created))));
+    }
+    lines.push(("Made by", format!("{} in operation {}", safe(&view.made_by.to_string()), view.operation)));
+    lines.push(("Parent", snapshot.parent.as_deref().map_or("-".to_owned(), |name| safe(name).into_owned())));
+    let children: Vec<_> = snapshot.children.iter().map(|name| safe(name)).collect();
+    lines.push(("Children", if children.is_empty() { "-".to_owned() } else { children.join(", ") }));
+    if !snapshot.labels.is_empty() {
+        lines.push(("Labels", label_words(&snapshot.labels).join("  ")));
+    }
+    if let Some(hold) = view.hold.as_ref().filter(|_| snapshot.held) {
+        let until = hold.until.map_or_else(String::new, |until| format!(" until {}", look.time(until)));
+        lines.push(("Held", format!("by {}{until}: {}", safe(&hold.by.to_string()), safe(&hold.reason))));
+    }
+    for disk in &view.disks {
+        let size = disk.allocated.map(|bytes| format!(" ({} used)", human_bytes(bytes))).unwrap_or_default();
+        let file = disk.file.as_ref().map_or_else(String::new, |file| format!(" in {}", file.display()));
+        lines.push(("Disk", format!("{}{}{size}", disk.name, safe(&file))));
+    }
+    let mut out = String::new();
+    for (head, text) in lines {
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "{:<14} {text}", format!("{head}:"));
+    }
+    out
+}
+
+/// The table of domains.
+pub fn domains(views: &[DomainView], look: &Look) -> String {
+    if views.is_empty() {
+        return String::new();
+    }
+    let rows: Vec<Vec<Cell>> = views
+        .iter()
+        .map(|view| {
+            let open = view.open_operations.len();
+            vec![
+                Cell::painted(&safe(view.domain.name.as_str()), |text| look.paint.name(text)),
+                Cell::plain(view.domain.driver.as_str()),
+                Cell::plain(view.snapshots.to_string()),
+                Cell::plain(view.current.as_deref().map(|name| safe(name).into_owned()).unwrap_or_default()),
+                Cell::plain(if open == 0 { String::new() } else { open.to_string() }),
+                Cell::painted(&label_words(&view.domain.labels).join("  "), |text| look.paint.dim(text)),
+            ]
+        })
+        .collect();
+    table(&["NAME", "DRIVER", "SNAPSHOTS", "CURRENT", "OPEN", "LABELS"], &rows, look.paint)
+}
+
+/// One domain, line by line.
+pub fn domain(view: &DomainView, look: &Look) -> String {
+    let domain = &view.domain;
+    let mut out = String::new();
+    let mut line = |head: &str, text: String| {
+        // Writing to a String does not fail.
+        let _ = writeln!(out, "{:<14} {text}", format!("{head}:"));
+    };
+    line("Name", look.paint.bold(safe(domain.name.as_str())));
+    line("Id", domain.id.to_string());
+    line("Driver", domain.driver.to_string());
+    for disk in &domain.disks {
+        let path = disk.path.as_ref().map_or_else(String::new, |path| format!(" {}", path.display()));
+        line("Disk", format!("{}{} ({})", disk.name, safe(&path), human_bytes(disk.virtual_size_bytes)));
+    }
+    if !domain.labels.is_empty() {
+        line("Labels", label_words(&domain.labels).join("  "));
+    }
+    line("Snapshots", view.snapshots.to_string());
+    line("Current", view.current.as_deref().map_or("-".to_owned(), |name| safe(name).into_owned()));
+    if view.tombstones > 0 {
+        line("Tombstones", format!("{} (deleted, data still there: list --all)", view.tombstones));
+    }
+    for operation in &view.open_operations {
+        line("Open", operation.to_string());
+    }
+    for layer in &view.layers {
+        let file = layer.file.display().to_string();
+        line("Layer", format!("{} {:<9} {}", layer.disk, layer.role, safe(&file)));
+    }
+    out
+}

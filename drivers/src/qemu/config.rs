@@ -1,0 +1,147 @@
+//! What a user says of a QEMU domain, and what the driver remembers of it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use snaptree_engine::domain::{Capabilities, Domain};
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
+use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
+
+/// Deepest chain: QEMU opens one file per layer, and slows down with their number.
+pub(super) const DEPTH_MAX: usize = 200;
+/// QEMU's limit on the name of a backing file.
+pub(super) const BACKING_PATH_BYTES_MAX: usize = 1023;
+
+/// What becomes of the path that the user registered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathWish {
+    /// It becomes a symlink that always opens the machine's current disk.
+    #[default]
+    Follow,
+    /// It stays the image itself; whoever starts the machine must use `active/<disk>` in the layers folder.
+    Keep,
+}
+
+/// What becomes of a raw image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RawWish {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It is converted to qcow2, in its place.
+    Convert,
+}
+
+/// The options of a registration: [`Registration::options`](snaptree_engine::driver::Registration::options).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QemuOptions {
+    /// The layers go to `<this>/<domain uuid>/`; by default to `.snaptree/<domain uuid>/` beside the first disk.
+    pub layers_dir: Option<PathBuf>,
+    /// What becomes of the registered paths.
+    pub keep_path: PathWish,
+    /// What becomes of raw images.
+    pub raw: RawWish,
+    /// Files that other domains are built upon and only read (see [`bases_of`]), with the domain's name. Such a file
+    /// cannot be registered as a disk, but a disk may be built upon it.
+    pub bases: BTreeMap<PathBuf, DomainName>,
+}
+
+/// What the driver remembers of a domain: [`Domain::config`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QemuConfig {
+    /// The layers folder: absolute, its existing part resolved.
+    pub layers: PathBuf,
+    /// What becomes of the registered paths.
+    pub keep_path: PathWish,
+    /// The registered images.
+    pub disks: BTreeMap<DiskName, DiskPaths>,
+}
+
+/// A registered image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskPaths {
+    /// As given, made absolute.
+    pub given: PathBuf,
+    /// Where it led: the image itself.
+    pub resolved: PathBuf,
+    /// What the image was built upon when it was registered, nearest first. Snaptree only reads these files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<PathBuf>,
+}
+
+impl QemuConfig {
+    /// The configuration in a domain's state.
+    pub(super) fn of(state: &DomainState) -> Result<(&Domain, Self), Failure> {
+        let domain = state
+            .domain
+            .as_ref()
+            .ok_or_else(|| Failure::new(Code::NotFound, "the domain is not registered"))?;
+        let config = Self::deserialize(&domain.config).map_err(|error| {
+            Failure::new(
+                Code::Invalid,
+                format!("the configuration of domain '{}' is no QEMU one: {error}", domain.name),
+            )
+        })?;
+        Ok((domain, config))
+    }
+
+    /// The file of a layer that Snaptree makes.
+    pub(super) fn file(&self, layer: &LayerId) -> PathBuf {
+        self.layers.join(format!("{layer}.qcow2"))
+    }
+}
+
+/// The symlink in a layers folder that names the generation that is switched on.
+pub(super) fn active(layers: &Path) -> PathBuf {
+    layers.join("active")
+}
+
+/// The id of a registered image as a layer. The same operation may put a layer of its own on the same disk, so the
+/// two ids differ; a disk's name cannot make up for the difference, since an id ends in a UUID otherwise.
+pub(super) fn adopted_id(disk: &DiskName, operation: OperationId) -> Result<LayerId, Failure> {
+    let text = format!("{}-base", LayerId::new(disk, operation));
+    LayerId::deserialize(serde::de::value::StringDeserializer::<serde::de::value::Error>::new(text))
+        .map_err(|error| Failure::new(Code::Invalid, format!("no layer can be named: {error}")))
+}
+
+/// What can be done with a machine that is off.
+pub(super) const fn capabilities() -> Capabilities {
+    Capabilities {
+        memory: false,
+        disk_only: true,
+        quiesce: false,
+        internal: false,
+        disk_selection: true,
+        children_only: true,
+        metadata_only: true,
+        merges_itself: false,
+        name_bytes_max: 255,
+        depth_max: DEPTH_MAX,
+    }
+}
+
+/// Every file of a domain, for [`Registration::taken`](snaptree_engine::driver::Registration::taken): its layers,
+/// and its registered paths as given and as resolved.
+pub fn files_of(state: &DomainState) -> Vec<PathBuf> {
+    let layers =
+        state.layers.disks.values().flat_map(|disk| disk.layers.values().map(|layer| layer.file.clone()));
+    let mut files: Vec<PathBuf> = layers.collect();
+    if let Ok((_, config)) = QemuConfig::of(state) {
+        files.extend(config.disks.into_values().flat_map(|disk| [disk.given, disk.resolved]));
+    }
+    files.sort();
+    files.dedup();
+    files
+}
+
+/// Every file that a domain is built upon and that is not its own, for [`QemuOptions::bases`].
+pub fn bases_of(state: &DomainState) -> Vec<PathBuf> {
+    QemuConfig::of(state)
+        .map(|(_, config)| config.disks.into_values().flat_map(|disk| disk.bases).collect())
+        .unwrap_or_default()
+}

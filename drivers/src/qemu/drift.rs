@@ -1,0 +1,117 @@
+//! Whether what is on disk is what the log says. Pure.
+
+use std::path::Path;
+
+use snaptree_engine::DiskName;
+use snaptree_engine::driver::Observation;
+use snaptree_engine::layer::{DiskLayers, FileStamp, Layer};
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
+
+use super::config::{DiskPaths, PathWish, QemuConfig, active};
+use super::observe::{Detail, Entry};
+use super::plan::log_generation;
+
+const HINT: &str = "nothing was touched; snaptree drift shows all differences";
+
+fn drift(message: String) -> Failure {
+    Failure::new(Code::Drift, message).hint(HINT)
+}
+
+/// The first difference between the log and what is on disk.
+pub(super) fn check(
+    state: &DomainState,
+    seen: &Observation,
+    config: &QemuConfig,
+    detail: &Detail,
+) -> Result<(), Failure> {
+    let switch = active(&config.layers);
+    if let Some(reason) = seen.unreadable.get(&switch) {
+        return Err(drift(reason.clone()));
+    }
+    let expected = log_generation(state);
+    if seen.generation != expected {
+        return Err(drift(format!(
+            "{} leads to {}, and the log says {}",
+            switch.display(),
+            seen.generation.as_deref().unwrap_or("nothing"),
+            expected.as_deref().unwrap_or("nothing"),
+        )));
+    }
+    for (disk, paths) in &config.disks {
+        let layers = state.layers.disks.get(disk);
+        let adopted = layers.is_some_and(|layers| layers.active_layer().is_some());
+        if adopted && config.keep_path == PathWish::Follow {
+            check_path(disk, paths, config, detail)?;
+        }
+        for (id, layer) in layers.into_iter().flat_map(|layers| &layers.layers) {
+            let frozen = layers.is_some_and(|layers| layers.active.as_ref() != Some(id));
+            check_layer(layer, layers, seen, if frozen { layer.stamp } else { None })?;
+        }
+    }
+    Ok(())
+}
+
+/// The registered path leads to what the machine shall open.
+fn check_path(
+    disk: &DiskName,
+    paths: &DiskPaths,
+    config: &QemuConfig,
+    detail: &Detail,
+) -> Result<(), Failure> {
+    let target = active(&config.layers).join(disk.as_str());
+    let path = paths.resolved.display();
+    let found = match detail.registered.get(disk) {
+        Some(Entry::Link { target: found }) if *found == target => return Ok(()),
+        Some(Entry::Link { target: found }) => format!("a link to {}", found.display()),
+        Some(Entry::File { .. }) => "a file".to_owned(),
+        Some(Entry::Other) => "something that is no file".to_owned(),
+        Some(Entry::Missing) | None => "nothing".to_owned(),
+    };
+    Err(drift(format!("{path} should be a link to {}, and {found} is there", target.display())))
+}
+
+fn check_layer(
+    layer: &Layer,
+    layers: Option<&DiskLayers>,
+    seen: &Observation,
+    frozen: Option<FileStamp>,
+) -> Result<(), Failure> {
+    let file = layer.file.display();
+    if let Some(reason) = seen.unreadable.get(&layer.file) {
+        return Err(drift(format!("layer {file} cannot be used: {reason}")));
+    }
+    let Some(found) = seen.files.get(&layer.file) else {
+        return Err(drift(format!("layer {file} is missing")));
+    };
+    if let Some(expected) = frozen
+        && let Some(difference) = difference(expected, found.stamp)
+    {
+        return Err(drift(format!("frozen layer {file} was changed: {difference}")));
+    }
+    let parent =
+        layer.parent.as_ref().and_then(|id| layers?.layers.get(id)).map(|parent| parent.file.as_path());
+    let backing = found.backing.as_deref();
+    if parent.is_some() && parent != backing {
+        let name = |path: Option<&Path>| {
+            path.map_or_else(|| "nothing".to_owned(), |path| path.display().to_string())
+        };
+        return Err(drift(format!(
+            "layer {file} is built upon {}, and the log says {}",
+            name(backing),
+            name(parent)
+        )));
+    }
+    Ok(())
+}
+
+/// What differs, in words.
+fn difference(expected: FileStamp, found: FileStamp) -> Option<String> {
+    if expected.inode != found.inode {
+        return Some(format!("its inode is {}, and was {}", found.inode, expected.inode));
+    }
+    if expected.size_bytes != found.size_bytes {
+        return Some(format!("it has {} bytes, and had {}", found.size_bytes, expected.size_bytes));
+    }
+    (expected.mtime_ns != found.mtime_ns).then(|| "it was written since".to_owned())
+}

@@ -1,0 +1,198 @@
+//! Files and folders: what has to be synced, how something is put in place of something else.
+
+use std::fs::{self, File, Metadata, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use snaptree_engine::driver::{DriverError, ErrorClass, FileFacts};
+use snaptree_engine::layer::FileStamp;
+use snaptree_engine::operation::Code;
+
+use super::qcow2::{Header, ReadError};
+
+/// Bits that let someone write.
+pub(super) const WRITE_BITS: u32 = 0o222;
+/// The permission bits that Snaptree keeps and gives back.
+pub(super) const MODE_BITS: u32 = 0o7777;
+const SELINUX: &str = "security.selinux";
+const LABEL_BYTES_MAX: usize = 4096;
+
+/// Something at a path failed.
+pub(super) fn io_error(doing: &str, path: &Path, error: io::Error) -> DriverError {
+    let (class, code) = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (ErrorClass::Permanent, Code::NoSpace),
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            (ErrorClass::Permanent, Code::Permission)
+        }
+        ErrorKind::Interrupted => (ErrorClass::Transient, Code::Io),
+        ErrorKind::NotFound => (ErrorClass::Permanent, Code::NotFound),
+        _ => (ErrorClass::Permanent, Code::Io),
+    };
+    DriverError::new(class, code, format!("cannot {doing} {}: {error}", path.display()))
+}
+
+/// Adds what was being done to an error of the operating system.
+pub(super) trait Doing<T> {
+    /// `doing` is a verb: `rename`, `open`.
+    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError>;
+}
+
+impl<T> Doing<T> for io::Result<T> {
+    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError> {
+        self.map_err(|error| io_error(doing, path, error))
+    }
+}
+
+impl<T> Doing<T> for Result<T, rustix::io::Errno> {
+    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError> {
+        self.map_err(|error| io_error(doing, path, error.into()))
+    }
+}
+
+/// Turns "not there" into `None`.
+pub(super) fn if_there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What tells that a file was not touched.
+pub(super) fn stamp(metadata: &Metadata) -> FileStamp {
+    FileStamp {
+        inode: metadata.ino(),
+        size_bytes: metadata.len(),
+        mtime_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+    }
+}
+
+/// The stamp of the regular file at `path`.
+pub(super) fn stamp_of(path: &Path) -> Result<FileStamp, DriverError> {
+    let metadata = fs::symlink_metadata(path).doing("look at", path)?;
+    if !metadata.is_file() {
+        return Err(DriverError::permanent(
+            Code::Drift,
+            format!("{} is no regular file any more", path.display()),
+        ));
+    }
+    Ok(stamp(&metadata))
+}
+
+/// All that is known of an image without a child process.
+pub(super) fn facts(path: &Path) -> Result<(FileFacts, Metadata, Header), ReadError> {
+    let file = open_image(path).map_err(ReadError::Io)?;
+    let metadata = file.metadata().map_err(ReadError::Io)?;
+    if !metadata.is_file() {
+        return Err(ReadError::Io(io::Error::other("it is no regular file")));
+    }
+    let header = Header::read(&file)?;
+    let facts = FileFacts {
+        stamp: stamp(&metadata),
+        mode: metadata.mode() & MODE_BITS,
+        allocated_bytes: metadata.blocks().saturating_mul(512),
+        backing: header.backing.as_ref().map(|backing| backing.file(path)),
+        virtual_size_bytes: header.virtual_size_bytes,
+        internal_snapshots: header.internal_snapshots,
+    };
+    Ok((facts, metadata, header))
+}
+
+/// Opens for reading; a pipe or a device in an image's place must not make the open wait.
+pub(super) fn open_image(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY).open(path)
+}
+
+/// Syncs a file or a folder, on a thread that may wait for the disk.
+pub(super) async fn sync(path: &Path) -> Result<(), DriverError> {
+    let owned = path.to_path_buf();
+    let synced =
+        tokio::task::spawn_blocking(move || File::open(owned).and_then(|file| file.sync_all())).await;
+    match synced {
+        Ok(result) => result.doing("sync", path),
+        Err(error) => {
+            Err(DriverError::unknown(Code::Io, format!("cannot sync {}", path.display())).source(error))
+        }
+    }
+}
+
+/// The folder that `path` is in.
+pub(super) fn folder_of(path: &Path) -> PathBuf {
+    path.parent().map_or_else(|| PathBuf::from("/"), Path::to_path_buf)
+}
+
+/// Removes a file or symlink; one that is not there is fine. Says whether there was one.
+pub(super) fn remove(path: &Path) -> Result<bool, DriverError> {
+    Ok(if_there(fs::remove_file(path)).doing("remove", path)?.is_some())
+}
+
+/// Sets the permission bits, if they are others.
+pub(super) fn set_mode(path: &Path, mode: u32) -> Result<(), DriverError> {
+    let now = fs::metadata(path).doing("look at", path)?.mode() & MODE_BITS;
+    if now != mode & MODE_BITS {
+        fs::set_permissions(path, Permissions::from_mode(mode & MODE_BITS))
+            .doing("change the mode of", path)?;
+    }
+    Ok(())
+}
+
+/// Gives a new file the owner, group, label and mode that the layer below had before it was frozen.
+pub(super) fn dress(path: &Path, like: &Path, mode: u32) -> Result<(), DriverError> {
+    let below = fs::metadata(like).doing("look at", like)?;
+    let now = fs::metadata(path).doing("look at", path)?;
+    if (now.uid(), now.gid()) != (below.uid(), below.gid()) {
+        std::os::unix::fs::chown(path, Some(below.uid()), Some(below.gid())).map_err(|error| {
+            io_error("give the new layer to the owner of the image below it:", path, error)
+                .hint("run snaptree as root, or as the owner of the image")
+        })?;
+    }
+    copy_label(path, like)?;
+    set_mode(path, mode)
+}
+
+/// Copies the SELinux label; file systems and kernels without labels have none to copy.
+fn copy_label(path: &Path, like: &Path) -> Result<(), DriverError> {
+    let mut label = vec![0_u8; LABEL_BYTES_MAX];
+    let Ok(length) = rustix::fs::getxattr(like, SELINUX, &mut label[..]) else { return Ok(()) };
+    label.truncate(length);
+    match rustix::fs::setxattr(path, SELINUX, &label, rustix::fs::XattrFlags::empty()) {
+        Err(rustix::io::Errno::NOTSUP) => Ok(()),
+        set => set.doing("label", path),
+    }
+}
+
+/// Makes a folder and its missing parents, and syncs each folder that got a new entry.
+pub(super) async fn make_folder(path: &Path) -> Result<(), DriverError> {
+    let mut missing = Vec::new();
+    let mut at = path;
+    while !at.is_dir() {
+        missing.push(at.to_path_buf());
+        let Some(parent) = at.parent() else { break };
+        at = parent;
+    }
+    for folder in missing.iter().rev() {
+        match fs::create_dir(folder) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(io_error("make the folder", folder, error));
+            }
+            _ => {}
+        }
+        // QEMU may run as another user, and has to pass through; the images have modes of their own.
+        set_mode(folder, 0o755)?;
+        sync(&folder_of(folder)).await?;
+    }
+    Ok(())
+}
+
+/// Makes an empty file that only its owner may read. One that is there is an error.
+pub(super) fn make_private(path: &Path) -> Result<(), DriverError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).doing("make", path).map(|_| ())
+}
+
+/// A short name for a temporary entry beside `path`, of this operation alone.
+pub(super) fn beside(path: &Path, name: &str) -> PathBuf {
+    folder_of(path).join(name)
+}

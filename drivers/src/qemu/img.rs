@@ -1,0 +1,364 @@
+//! Running qemu-img.
+//!
+//! Every child has a time limit, a limit on what is read of its output, the C locale, and, where it works on layers,
+//! the operation's lock as its stdin. Such a child is not killed when nobody waits for it any more: recovery waits for
+//! it, or ends it, through that lock.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use snaptree_engine::driver::{DriverError, ErrorClass, Progress};
+use snaptree_engine::operation::Code;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::Command;
+
+use super::lock::OperationLock;
+
+/// For what reads or writes headers.
+const QUICK: Duration = Duration::from_secs(30);
+/// For what moves a disk's data.
+const MOVING: Duration = Duration::from_secs(24 * 3600);
+const OUTPUT_BYTES_MAX: usize = 1 << 20;
+const MESSAGE_CHARS_MAX: usize = 600;
+const MESSAGE_LINES_MAX: usize = 4;
+
+/// The program.
+#[derive(Clone, Debug)]
+pub(super) struct QemuImg {
+    program: PathBuf,
+}
+
+/// What a child said.
+#[derive(Debug)]
+struct Output {
+    /// How it ended.
+    status: ExitStatus,
+    /// The beginning of what it wrote to stdout.
+    stdout: String,
+    /// The beginning of what it wrote to stderr.
+    stderr: String,
+}
+
+/// How a child is run.
+struct Run<'a> {
+    args: Vec<OsString>,
+    limit: Duration,
+    lock: Option<&'a OperationLock>,
+    progress: Option<&'a dyn Progress>,
+}
+
+impl QemuImg {
+    pub(super) fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+
+    /// Makes an empty overlay. The caller has made `file` itself, exclusively.
+    pub(super) async fn create(
+        &self,
+        lock: &OperationLock,
+        file: &Path,
+        on: &Path,
+        virtual_size_bytes: u64,
+    ) -> Result<(), DriverError> {
+        let size = virtual_size_bytes.to_string();
+        let args = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"].map(OsStr::new);
+        let args = args.into_iter().chain([on.as_os_str(), file.as_os_str(), OsStr::new(&size)]);
+        self.done("create", file, Run::quick(args).lock(lock)).await
+    }
+
+    /// Puts `file` upon `onto` by its header alone; the content must be the same.
+    pub(super) async fn rebase_header(
+        &self,
+        lock: &OperationLock,
+        file: &Path,
+        onto: &Path,
+        format: &str,
+    ) -> Result<(), DriverError> {
+        let args = ["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+        let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
+        self.done("rebase", file, Run::quick(args).lock(lock)).await
+    }
+
+    /// Puts `file` upon `onto`, and copies what differs. With writes through, the tables are on disk before the
+    /// header names the new backing file: seen, a kill at every write left the content as it was. (With the default
+    /// cache the header is written first, and a kill there changes the content.)
+    pub(super) async fn rebase(
+        &self,
+        lock: &OperationLock,
+        file: &Path,
+        onto: &Path,
+        format: &str,
+        progress: &dyn Progress,
+    ) -> Result<(), DriverError> {
+        let args = ["rebase", "-p", "-t", "writethrough", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+        let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
+        self.done("rebase", file, Run::moving(args).lock(lock).progress(progress)).await
+    }
+
+    /// Writes all that `from` and the layers between have into `into`. `from` itself is not changed.
+    pub(super) async fn commit(
+        &self,
+        lock: &OperationLock,
+        from: &Path,
+        into: &Path,
+        progress: &dyn Progress,
+    ) -> Result<(), DriverError> {
+        let args = ["commit", "-p", "-d", "-f", "qcow2", "-b"].map(OsStr::new);
+        let args = args.into_iter().chain([into.as_os_str(), from.as_os_str()]);
+        self.done("commit", from, Run::moving(args).lock(lock).progress(progress)).await
+    }
+
+    /// Copies an image of `format`, with all that it is built upon, into one qcow2 file.
+    pub(super) async fn convert(
+        &self,
+        lock: Option<&OperationLock>,
+        format: &str,
+        from: &Path,
+        into: &Path,
+        progress: &dyn Progress,
+    ) -> Result<(), DriverError> {
+        let args = ["convert", "-p", "-f", format, "-O", "qcow2"].map(OsStr::new);
+        let args = args.into_iter().chain([from.as_os_str(), into.as_os_str()]);
+        let mut run = Run::moving(args).progress(progress);
+        run.lock = lock;
+        self.done("convert", from, run).await
+    }
+
+    /// Whether two images read the same.
+    pub(super) async fn compare(
+        &self,
+        lock: Option<&OperationLock>,
+        (a, a_format): (&Path, &str),
+        (b, b_format): (&Path, &str),
+    ) -> Result<(), DriverError> {
+        let args = ["compare", "-q", "-s", "-f", a_format, "-F", b_format].map(OsStr::new);
+        let mut run = Run::moving(args.into_iter().chain([a.as_os_str(), b.as_os_str()]));
+        run.lock = lock;
+        let output = self.run("compare", a, run).await?;
+        match output.status.code() {
+            Some(0) => Ok(()),
+            Some(1) => Err(DriverError::permanent(
+                Code::BadImage,
+                format!("the copy {} does not read as {} does", b.display(), a.display()),
+            )),
+            _ => Err(output.failure("compare", a)),
+        }
+    }
+
+    /// Looks for damage. What can be lived with comes back as a note.
+    pub(super) async fn check(
+        &self,
+        file: &Path,
+        force_share: ForceShare,
+    ) -> Result<Option<String>, DriverError> {
+        let mut args = vec![OsStr::new("check"), OsStr::new("-f"), OsStr::new("qcow2")];
+        if force_share == ForceShare::Yes {
+            args.push(OsStr::new("-U"));
+        }
+        args.push(file.as_os_str());
+        let mut run = Run::quick(args);
+        // It reads all tables of the image.
+        run.limit = Duration::from_secs(600);
+        let output = self.run("check", file, run).await?;
+        match output.status.code() {
+            Some(0) => Ok(None),
+            Some(3) => Ok(Some(format!(
+                "{} has leaked clusters, which only cost space (qemu-img check -r leaks frees them)",
+                file.display()
+            ))),
+            Some(2) => Err(DriverError::permanent(
+                Code::BadImage,
+                format!("image {} is damaged: {}", file.display(), output.summary()),
+            )
+            .hint(format!("qemu-img check {} tells more", file.display()))),
+            Some(_) => Err(DriverError::permanent(
+                Code::BadImage,
+                format!("image {} cannot be opened: {}", file.display(), output.summary()),
+            )),
+            None => Err(output.failure("check", file)),
+        }
+    }
+
+    /// The format that qemu-img takes an image for.
+    pub(super) async fn format(&self, file: &Path) -> Result<String, DriverError> {
+        let args = ["info", "--output=json"].map(OsStr::new);
+        let output = self.run("info", file, Run::quick(args.into_iter().chain([file.as_os_str()]))).await?;
+        if !output.status.success() {
+            return Err(output.failure("info", file));
+        }
+        let info: Option<serde_json::Value> = serde_json::from_str(&output.stdout).ok();
+        let format = info.as_ref().and_then(|info| info.get("format")).and_then(|format| format.as_str());
+        format.map(|name| name.chars().filter(|c| !c.is_control()).take(32).collect()).ok_or_else(|| {
+            DriverError::permanent(
+                Code::Io,
+                format!("qemu-img does not say which format {} has", file.display()),
+            )
+        })
+    }
+
+    async fn done(&self, command: &str, file: &Path, run: Run<'_>) -> Result<(), DriverError> {
+        let output = self.run(command, file, run).await?;
+        if output.status.success() { Ok(()) } else { Err(output.failure(command, file)) }
+    }
+
+    #[tracing::instrument(level = "debug", skip_all, fields(command, file = %file.display()))]
+    async fn run(&self, command: &str, file: &Path, run: Run<'_>) -> Result<Output, DriverError> {
+        let stdin = match run.lock {
+            Some(lock) => Stdio::from(lock.for_child()?),
+            None => Stdio::null(),
+        };
+        let mut child = Command::new(&self.program)
+            .args(&run.args)
+            .env("LC_ALL", "C")
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(run.lock.is_none())
+            .spawn()
+            .map_err(|error| {
+                DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
+                    .hint("install qemu-img (Debian: qemu-utils, Fedora: qemu-img)")
+            })?;
+        let (out, err) = (child.stdout.take(), child.stderr.take());
+        let work =
+            async { tokio::join!(child.wait(), read_limited(out, run.progress), read_limited(err, None)) };
+        match tokio::time::timeout(run.limit, work).await {
+            Ok((status, stdout, stderr)) => {
+                let status = status.map_err(|error| {
+                    DriverError::unknown(Code::Io, "cannot wait for qemu-img").source(error)
+                })?;
+                Ok(Output { status, stdout, stderr })
+            }
+            // What it moves may still be moving: recovery takes the operation's lock before anything else.
+            Err(_) => Err(DriverError::unknown(
+                Code::Timeout,
+                format!(
+                    "qemu-img {command} of {} took longer than {} s",
+                    file.display(),
+                    run.limit.as_secs()
+                ),
+            )),
+        }
+    }
+}
+
+/// Whether an image that a machine writes may be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ForceShare {
+    /// Yes; what is found is only a hint then.
+    Yes,
+    /// No.
+    No,
+}
+
+impl<'a> Run<'a> {
+    fn quick<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
+        let args = args.into_iter().map(OsStr::to_os_string).collect();
+        Self { args, limit: QUICK, lock: None, progress: None }
+    }
+
+    fn moving<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
+        Self { limit: MOVING, ..Self::quick(args) }
+    }
+
+    fn lock(mut self, lock: &'a OperationLock) -> Self {
+        self.lock = Some(lock);
+        self
+    }
+
+    fn progress(mut self, progress: &'a dyn Progress) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl Output {
+    /// The first lines that it wrote to stderr, without control characters.
+    fn summary(&self) -> String {
+        let text: Vec<&str> = self
+            .stderr
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .take(MESSAGE_LINES_MAX)
+            .collect();
+        let clean: String =
+            text.join("; ").chars().filter(|c| !c.is_control()).take(MESSAGE_CHARS_MAX).collect();
+        if clean.is_empty() { format!("it ended with {}", self.status) } else { clean }
+    }
+
+    fn failure(&self, command: &str, file: &Path) -> DriverError {
+        let summary = self.summary();
+        let message = format!("qemu-img {command} of {} failed: {summary}", file.display());
+        // No exit code: it was killed, and may have done any part of its work.
+        let (class, code) = if self.status.code().is_none() {
+            (ErrorClass::Unknown, Code::Io)
+        } else if self.stderr.contains("No space left on device") {
+            (ErrorClass::Permanent, Code::NoSpace)
+        } else if self.stderr.contains("Permission denied") || self.stderr.contains("Operation not permitted")
+        {
+            (ErrorClass::Permanent, Code::Permission)
+        } else if self.stderr.contains("Failed to get") && self.stderr.contains("lock") {
+            (ErrorClass::Busy, Code::InUse)
+        } else {
+            (ErrorClass::Permanent, Code::Io)
+        };
+        DriverError::new(class, code, message)
+    }
+}
+
+/// Reads to the end, keeps the first part, and tells the percentages that go by.
+async fn read_limited(stream: Option<impl AsyncRead + Unpin>, progress: Option<&dyn Progress>) -> String {
+    let Some(mut stream) = stream else { return String::new() };
+    let mut kept = Vec::new();
+    let mut buffer = [0_u8; 8192];
+    let mut told = None;
+    // What a tool says is read to its end, so that it never waits for us; an error ends it as well.
+    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+        let chunk = &buffer[..read];
+        if let (Some(progress), Some(percent)) = (progress, last_percentage(chunk))
+            && told != Some(percent)
+        {
+            told = Some(percent);
+            progress.step_progress(percent, 100);
+        }
+        let room = OUTPUT_BYTES_MAX.saturating_sub(kept.len());
+        kept.extend_from_slice(&chunk[..read.min(room)]);
+    }
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+/// The last `(12.34/100%)` of a piece of output, in whole percent.
+fn last_percentage(chunk: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(chunk).ok()?;
+    let end = text.rfind("/100%)")?;
+    let number = text.get(..end)?.rsplit('(').next()?;
+    let whole = number.split('.').next()?.trim();
+    whole.parse().ok().filter(|percent| *percent <= 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentages_are_read() {
+        assert_eq!(last_percentage(b"    (0.00/100%)\r    (12.34/100%)\r"), Some(12));
+        assert_eq!(last_percentage(b"    (100.00/100%)\r\n"), Some(100));
+        for none in [b"".as_slice(), b"hello", b"(x/100%)", b"\xff(1.0/100%)", b"(999.0/100%)"] {
+            assert_eq!(last_percentage(none), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_named_with_what_to_do() {
+        let error = QemuImg::new("/nonexistent/qemu-img".into())
+            .check(Path::new("/x"), ForceShare::No)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/qemu-img"), "{error}");
+        assert!(error.failure.hint.is_some());
+    }
+}

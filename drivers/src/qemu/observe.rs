@@ -1,0 +1,235 @@
+//! Reading what is there: headers and locks only, no child process.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use snaptree_engine::DiskName;
+use snaptree_engine::domain::RunState;
+use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation};
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
+
+use super::config::{QemuConfig, active};
+use super::files::{Doing, facts, folder_of, if_there};
+use super::generation;
+use super::lock::writer;
+use super::qcow2::{Backing, ReadError};
+
+/// Most entries that are looked at in a folder that is not Snaptree's own.
+const FOREIGN_ENTRIES_MAX: usize = 4096;
+/// Most entries that are looked at in the layers folder.
+const OWN_ENTRIES_MAX: usize = 65_536;
+
+/// What only this driver reads of an observation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Detail {
+    /// Who Snaptree runs as.
+    pub(super) uid: u32,
+    /// What is at each registered path.
+    pub(super) registered: BTreeMap<DiskName, Entry>,
+    /// Every name in the layers folder.
+    pub(super) folder: BTreeSet<String>,
+    /// The owner of every image of ours.
+    pub(super) owners: BTreeMap<PathBuf, u32>,
+    /// What every image of ours says it is built upon, word for word.
+    pub(super) backing: BTreeMap<PathBuf, Backing>,
+}
+
+/// What is at a registered path.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "entry", rename_all = "kebab-case")]
+pub(super) enum Entry {
+    /// A regular file.
+    File {
+        /// Its inode.
+        inode: u64,
+        /// How many names it has.
+        links: u64,
+    },
+    /// A symlink.
+    Link {
+        /// Where it leads, word for word.
+        target: PathBuf,
+    },
+    /// Nothing.
+    Missing,
+    /// A folder, a device.
+    Other,
+}
+
+impl Detail {
+    pub(super) fn of(observation: &Observation) -> Result<Self, Failure> {
+        Self::deserialize(&observation.detail).map_err(|error| {
+            Failure::new(Code::Invalid, format!("the observation was not made by the qemu driver: {error}"))
+        })
+    }
+}
+
+/// Reads everything that planning and recovery decide by.
+pub(super) fn observe(state: &DomainState, at: Timestamp) -> Result<Observation, DriverError> {
+    let (_, config) = QemuConfig::of(state)?;
+    let mut detail = Detail { uid: nix::unistd::geteuid().as_raw(), ..Detail::default() };
+    detail.folder = names(&config.layers)?;
+    for (disk, paths) in &config.disks {
+        detail.registered.insert(disk.clone(), entry(&paths.resolved)?);
+    }
+    let mut seen = Observation {
+        at,
+        run_state: RunState::Off,
+        in_use: in_use(state, &config)?,
+        files: BTreeMap::new(),
+        unreadable: BTreeMap::new(),
+        foreign_dependants: BTreeMap::new(),
+        generation: None,
+        snapshots: Vec::new(),
+        current: None,
+        detail: serde_json::Value::Null,
+    };
+    if !seen.in_use.is_empty() {
+        seen.run_state = RunState::Running;
+    }
+    match generation::current(&config.layers) {
+        Ok(current) => seen.generation = current,
+        Err(error) if error.failure.code == Code::Drift => {
+            seen.unreadable.insert(active(&config.layers), error.to_string());
+        }
+        Err(error) => return Err(error),
+    }
+    let known = known_files(state, &config);
+    let in_folder = detail.folder.iter().filter(|name| name.contains(".qcow2"));
+    let files: BTreeSet<PathBuf> =
+        known.iter().cloned().chain(in_folder.map(|name| config.layers.join(name))).collect();
+    for path in files {
+        match facts(&path) {
+            Ok((found, metadata, header)) => {
+                note(&mut seen, &mut detail, path, found, metadata.uid(), header.backing)
+            }
+            Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                seen.unreadable.insert(path, error.to_string());
+            }
+        }
+    }
+    let ours: Vec<&Path> = known.iter().map(PathBuf::as_path).collect();
+    seen.foreign_dependants = scan_folders(&config, &ours, &[])?;
+    for found in seen.foreign_dependants.values_mut() {
+        found.retain(|file| !known.contains(file));
+    }
+    seen.foreign_dependants.retain(|_, found| !found.is_empty());
+    seen.detail = serde_json::to_value(detail).map_err(|error| {
+        DriverError::permanent(Code::Invalid, "a file name is no UTF-8 text, which the log cannot hold")
+            .source(error)
+    })?;
+    Ok(seen)
+}
+
+fn note(
+    seen: &mut Observation,
+    detail: &mut Detail,
+    path: PathBuf,
+    found: FileFacts,
+    owner: u32,
+    backing: Option<Backing>,
+) {
+    detail.owners.insert(path.clone(), owner);
+    if let Some(backing) = backing {
+        detail.backing.insert(path.clone(), backing);
+    }
+    seen.files.insert(path, found);
+}
+
+/// The files of the log, and the registered images that are not in it yet.
+fn known_files(state: &DomainState, config: &QemuConfig) -> BTreeSet<PathBuf> {
+    let graph = &state.layers.disks;
+    let layers = graph.values().flat_map(|disk| disk.layers.values().map(|layer| layer.file.clone()));
+    let untaken = config
+        .disks
+        .iter()
+        .filter(|(name, _)| graph.get(*name).and_then(|disk| disk.active_layer()).is_none())
+        .map(|(_, paths)| paths.resolved.clone());
+    layers.chain(untaken).collect()
+}
+
+/// Who writes the machine's disks.
+fn in_use(state: &DomainState, config: &QemuConfig) -> Result<Vec<InUse>, DriverError> {
+    let mut found = Vec::new();
+    for (name, paths) in &config.disks {
+        let active = state.layers.disks.get(name).and_then(|disk| disk.active_layer());
+        let file = active.map_or(&paths.resolved, |(_, layer)| &layer.file);
+        found.extend(writer(file).doing("ask for the locks of", file)?);
+    }
+    Ok(found)
+}
+
+fn entry(path: &Path) -> Result<Entry, DriverError> {
+    let Some(metadata) = if_there(fs::symlink_metadata(path)).doing("look at", path)? else {
+        return Ok(Entry::Missing);
+    };
+    if metadata.is_symlink() {
+        return Ok(Entry::Link { target: fs::read_link(path).doing("read the link", path)? });
+    }
+    Ok(if metadata.is_file() {
+        Entry::File { inode: metadata.ino(), links: metadata.nlink() }
+    } else {
+        Entry::Other
+    })
+}
+
+/// Every name in the layers folder. A name that is no text is not one of ours.
+pub(super) fn names(layers: &Path) -> Result<BTreeSet<String>, DriverError> {
+    let Some(entries) = if_there(fs::read_dir(layers)).doing("read the folder", layers)? else {
+        return Ok(BTreeSet::new());
+    };
+    let mut names = BTreeSet::new();
+    for entry in entries.take(OWN_ENTRIES_MAX) {
+        names.extend(entry.doing("read the folder", layers)?.file_name().into_string());
+    }
+    Ok(names)
+}
+
+/// Per file of `files`: the images in the layers folder, beside the registered images and among `more` that are built
+/// directly upon it. Files are told by their inodes, so every spelling of a name counts.
+pub(super) fn scan_folders(
+    config: &QemuConfig,
+    files: &[&Path],
+    more: &[&Path],
+) -> Result<BTreeMap<PathBuf, Vec<PathBuf>>, DriverError> {
+    let mut inodes: BTreeMap<(u64, u64), Vec<&Path>> = BTreeMap::new();
+    for file in files {
+        if let Some(metadata) = if_there(fs::metadata(file)).doing("look at", file)? {
+            inodes.entry((metadata.dev(), metadata.ino())).or_default().push(file);
+        }
+    }
+    let folders: BTreeSet<PathBuf> = config
+        .disks
+        .values()
+        .map(|paths| folder_of(&paths.resolved))
+        .chain([config.layers.clone()])
+        .collect();
+    let mut candidates: BTreeSet<PathBuf> = more.iter().map(|path| path.to_path_buf()).collect();
+    for folder in folders {
+        let limit = if folder == config.layers { OWN_ENTRIES_MAX } else { FOREIGN_ENTRIES_MAX };
+        let Some(entries) = if_there(fs::read_dir(&folder)).doing("read the folder", &folder)? else {
+            continue;
+        };
+        for entry in entries.take(limit).flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                candidates.insert(entry.path());
+            }
+        }
+    }
+    let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+    for candidate in candidates {
+        // What cannot be read as an image is built upon nothing.
+        let Ok((image, _, _)) = facts(&candidate) else { continue };
+        let Some(backing) = image.backing.and_then(|path| fs::metadata(path).ok()) else { continue };
+        for file in inodes.get(&(backing.dev(), backing.ino())).into_iter().flatten() {
+            found.entry(file.to_path_buf()).or_default().push(candidate.clone());
+        }
+    }
+    Ok(found)
+}

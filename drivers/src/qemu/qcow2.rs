@@ -1,0 +1,371 @@
+//! Reading a qcow2 header.
+//!
+//! Only what Snaptree decides by is read: what the image is built upon, how large the disk is, and whether the
+//! image is one of those that are left alone. It is done without a child process, so that looking at a domain
+//! costs next to nothing. What comes from the file is outside input: every length is checked before it is used.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// The part of a file that holds the header of every image that QEMU makes.
+const FIRST_READ_BYTES: usize = 4096;
+/// The header, its extensions and the backing name stand in the first cluster, which has 2 MiB at most.
+const CLUSTER_BITS_MAX: u32 = 21;
+const CLUSTER_BITS_MIN: u32 = 9;
+/// QEMU's own limit.
+const BACKING_NAME_BYTES_MAX: u32 = 1023;
+const V2_HEADER_BYTES: usize = 72;
+const V3_HEADER_BYTES_MIN: usize = 104;
+/// QEMU's limit on the first table: 32 MiB.
+const L1_ENTRIES_MAX: u32 = 4 << 20;
+const EXTENSION_END: u32 = 0;
+const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
+const EXTENSIONS_MAX: usize = 64;
+const FORMAT_NAME_BYTES_MAX: usize = 32;
+
+const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
+const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
+const INCOMPATIBLE_EXTERNAL_DATA: u64 = 1 << 2;
+const INCOMPATIBLE_KNOWN: u64 = (1 << 5) - 1;
+
+/// What is wrong with a header.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum HeaderError {
+    /// No qcow2 at all.
+    #[error("it is not a qcow2 image")]
+    NotQcow2,
+    /// Ends before the header does.
+    #[error("it is cut off inside its header")]
+    Short,
+    /// A field has a value that no sound image has.
+    #[error("its header is damaged: {0}")]
+    Damaged(&'static str),
+    /// Sound, and not supported.
+    #[error("it {0}")]
+    Unsupported(&'static str),
+    /// The tables reach behind the end of the file.
+    #[error("it is truncated: its tables end at byte {needed}, and the file has {actual}")]
+    Truncated {
+        /// Where the tables end.
+        needed: u64,
+        /// The file's length.
+        actual: u64,
+    },
+}
+
+/// What a header says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// What the guest sees as the disk's size.
+    pub(super) virtual_size_bytes: u64,
+    /// Snapshots inside the image.
+    pub(super) internal_snapshots: u32,
+    /// What it is built upon.
+    pub(super) backing: Option<Backing>,
+}
+
+/// What an image says it is built upon, word for word.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Backing {
+    /// The name as it stands in the header.
+    pub(super) name: PathBuf,
+    /// The format, where the header names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) format: Option<String>,
+}
+
+impl Backing {
+    /// The file meant: a relative name counts from the folder of the file that names it.
+    pub(super) fn file(&self, named_in: &Path) -> PathBuf {
+        named_in.parent().unwrap_or(Path::new("/")).join(&self.name)
+    }
+
+    /// Whether the name is no plain path: `nbd://...`, `json:{...}`, `fat:...`.
+    pub(super) fn is_protocol(&self) -> bool {
+        let name = self.name.as_os_str().as_bytes();
+        let colon = name.iter().position(|&byte| byte == b':');
+        let slash = name.iter().position(|&byte| byte == b'/');
+        // QEMU's rule (path_has_protocol): a colon before the first slash.
+        colon.is_some_and(|colon| slash.is_none_or(|slash| colon < slash))
+    }
+}
+
+/// Why a file could not be read as an image.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReadError {
+    /// The operating system refused.
+    #[error("it cannot be read: {0}")]
+    Io(io::Error),
+    /// It is no sound image.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+}
+
+impl Header {
+    /// Reads the header of an open file.
+    pub(super) fn read(file: &File) -> Result<Self, ReadError> {
+        let length = file.metadata().map_err(ReadError::Io)?.len();
+        let first = read_up_to(file, FIRST_READ_BYTES).map_err(ReadError::Io)?;
+        match Self::parse(&first, length) {
+            Err(HeaderError::Short) if first.len() == FIRST_READ_BYTES => {
+                let cluster = read_up_to(file, 1 << CLUSTER_BITS_MAX).map_err(ReadError::Io)?;
+                Ok(Self::parse(&cluster, length)?)
+            }
+            parsed => Ok(parsed?),
+        }
+    }
+
+    /// Reads a header from the first bytes of a file that is `length` bytes long.
+    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<Self, HeaderError> {
+        if bytes.get(..4) != Some(&MAGIC) {
+            return Err(HeaderError::NotQcow2);
+        }
+        let version = be32(bytes, 4)?;
+        let header_bytes = match version {
+            2 => V2_HEADER_BYTES,
+            3 => usize::try_from(be32(bytes, 100)?).unwrap_or(usize::MAX),
+            _ => return Err(HeaderError::Unsupported("has a qcow2 version that is neither 2 nor 3")),
+        };
+        let cluster_bits = be32(bytes, 20)?;
+        if !(CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&cluster_bits) {
+            return Err(HeaderError::Damaged("its cluster size is out of range"));
+        }
+        let cluster_bytes = 1_usize << cluster_bits;
+        if header_bytes > cluster_bytes || (version == 3 && header_bytes < V3_HEADER_BYTES_MIN) {
+            return Err(HeaderError::Damaged("its header length is out of range"));
+        }
+        if be32(bytes, 32)? != 0 {
+            return Err(HeaderError::Unsupported("is encrypted, which Snaptree does not support"));
+        }
+        if version == 3 {
+            check_features(be64(bytes, 72)?)?;
+        }
+        check_tables(bytes, length)?;
+        let backing_offset = be64(bytes, 8)?;
+        let backing = if backing_offset == 0 {
+            None
+        } else {
+            Some(Backing {
+                name: backing_name(bytes, backing_offset, cluster_bytes)?,
+                format: backing_format(bytes, header_bytes, cluster_bytes, backing_offset)?,
+            })
+        };
+        Ok(Self { virtual_size_bytes: be64(bytes, 24)?, internal_snapshots: be32(bytes, 60)?, backing })
+    }
+}
+
+fn check_features(incompatible: u64) -> Result<(), HeaderError> {
+    if incompatible & INCOMPATIBLE_CORRUPT != 0 {
+        return Err(HeaderError::Damaged("QEMU marked the image as corrupt"));
+    }
+    if incompatible & INCOMPATIBLE_EXTERNAL_DATA != 0 {
+        return Err(HeaderError::Unsupported(
+            "keeps its data in another file (data_file), which Snaptree does not support",
+        ));
+    }
+    // A dirty image (lazy refcounts) is sound: QEMU repairs the counts when it next opens it for writing.
+    if incompatible & !(INCOMPATIBLE_KNOWN | INCOMPATIBLE_DIRTY) != 0 {
+        return Err(HeaderError::Unsupported("uses a qcow2 feature that Snaptree does not know"));
+    }
+    Ok(())
+}
+
+fn check_tables(bytes: &[u8], length: u64) -> Result<(), HeaderError> {
+    let entries = be32(bytes, 36)?;
+    if entries > L1_ENTRIES_MAX {
+        return Err(HeaderError::Damaged("its first table is out of range"));
+    }
+    let l1_end = be64(bytes, 40)?.checked_add(u64::from(entries) * 8);
+    let needed = l1_end.ok_or(HeaderError::Damaged("its first table is out of range"))?;
+    let refcounts = be64(bytes, 48)?;
+    let needed = needed.max(refcounts.saturating_add(8));
+    if needed > length {
+        return Err(HeaderError::Truncated { needed, actual: length });
+    }
+    Ok(())
+}
+
+fn backing_name(bytes: &[u8], offset: u64, cluster_bytes: usize) -> Result<PathBuf, HeaderError> {
+    let out_of_range = HeaderError::Damaged("the name of its backing file is out of range");
+    let size = be32(bytes, 16)?;
+    let start = usize::try_from(offset).map_err(|_| out_of_range.clone())?;
+    let length = usize::try_from(size).map_err(|_| out_of_range.clone())?;
+    let Some(end) = start.checked_add(length) else { return Err(out_of_range) };
+    if size == 0 || size > BACKING_NAME_BYTES_MAX || end > cluster_bytes || start < V2_HEADER_BYTES {
+        return Err(out_of_range);
+    }
+    let name = bytes.get(start..end).ok_or(HeaderError::Short)?;
+    if name.contains(&0) {
+        return Err(out_of_range);
+    }
+    Ok(PathBuf::from(std::ffi::OsStr::from_bytes(name)))
+}
+
+/// The backing format stands in a header extension.
+fn backing_format(
+    bytes: &[u8],
+    header_bytes: usize,
+    cluster_bytes: usize,
+    backing_offset: u64,
+) -> Result<Option<String>, HeaderError> {
+    let end = usize::try_from(backing_offset).unwrap_or(usize::MAX).min(cluster_bytes);
+    let mut at = header_bytes;
+    for _ in 0..EXTENSIONS_MAX {
+        if at.saturating_add(8) > end {
+            return Ok(None);
+        }
+        let kind = be32(bytes, at)?;
+        let length = usize::try_from(be32(bytes, at + 4)?).unwrap_or(usize::MAX);
+        let data = at + 8;
+        if kind == EXTENSION_END {
+            return Ok(None);
+        }
+        let Some(data_end) = data.checked_add(length).filter(|&data_end| data_end <= end) else {
+            return Err(HeaderError::Damaged("a header extension is out of range"));
+        };
+        if kind == EXTENSION_BACKING_FORMAT {
+            let name = bytes.get(data..data_end).ok_or(HeaderError::Short)?;
+            let sound = name.len() <= FORMAT_NAME_BYTES_MAX
+                && name.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+            return match std::str::from_utf8(name) {
+                Ok(name) if sound => Ok(Some(name.to_owned())),
+                _ => Err(HeaderError::Damaged("the format of its backing file is no format's name")),
+            };
+        }
+        // Extensions are padded to eight bytes.
+        at = data_end.next_multiple_of(8);
+    }
+    Err(HeaderError::Damaged("it has too many header extensions"))
+}
+
+fn be32(bytes: &[u8], at: usize) -> Result<u32, HeaderError> {
+    let field = at.checked_add(4).and_then(|end| bytes.get(at..end)).ok_or(HeaderError::Short)?;
+    field.try_into().map(u32::from_be_bytes).map_err(|_| HeaderError::Short)
+}
+
+fn be64(bytes: &[u8], at: usize) -> Result<u64, HeaderError> {
+    let field = at.checked_add(8).and_then(|end| bytes.get(at..end)).ok_or(HeaderError::Short)?;
+    field.try_into().map(u64::from_be_bytes).map_err(|_| HeaderError::Short)
+}
+
+fn read_up_to(file: &File, bytes: usize) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; bytes];
+    let mut filled = 0;
+    while filled < bytes {
+        match file.read_at(&mut buffer[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buffer.truncate(filled);
+    Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn image(backing: &str, format: Option<&str>) -> Vec<u8> {
+        let mut bytes = vec![0; 4096];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[7] = 3;
+        bytes[20..24].copy_from_slice(&16_u32.to_be_bytes());
+        bytes[24..32].copy_from_slice(&(8_u64 << 20).to_be_bytes());
+        bytes[36..40].copy_from_slice(&1_u32.to_be_bytes());
+        bytes[40..48].copy_from_slice(&1024_u64.to_be_bytes());
+        bytes[48..56].copy_from_slice(&2048_u64.to_be_bytes());
+        bytes[100..104].copy_from_slice(&104_u32.to_be_bytes());
+        let mut at = 104;
+        if let Some(format) = format {
+            bytes[at..at + 4].copy_from_slice(&EXTENSION_BACKING_FORMAT.to_be_bytes());
+            bytes[at + 4..at + 8].copy_from_slice(&u32::try_from(format.len()).unwrap().to_be_bytes());
+            bytes[at + 8..at + 8 + format.len()].copy_from_slice(format.as_bytes());
+            at = (at + 8 + format.len()).next_multiple_of(8);
+        }
+        if !backing.is_empty() {
+            let name = at + 8;
+            bytes[8..16].copy_from_slice(&(name as u64).to_be_bytes());
+            bytes[16..20].copy_from_slice(&u32::try_from(backing.len()).unwrap().to_be_bytes());
+            bytes[name..name + backing.len()].copy_from_slice(backing.as_bytes());
+        }
+        bytes
+    }
+
+    fn set(mut bytes: Vec<u8>, at: usize, value: &[u8]) -> Vec<u8> {
+        bytes[at..at + value.len()].copy_from_slice(value);
+        bytes
+    }
+
+    #[test]
+    fn a_sound_header_is_read() {
+        let header = Header::parse(&image("base.qcow2", Some("qcow2")), 4096).unwrap();
+        assert_eq!(header.virtual_size_bytes, 8 << 20);
+        let backing = header.backing.unwrap();
+        assert_eq!(backing.format.as_deref(), Some("qcow2"));
+        assert_eq!(backing.file(Path::new("/a/b.qcow2")), Path::new("/a/base.qcow2"));
+        assert_eq!(Header::parse(&image("", None), 4096).unwrap().backing, None);
+        assert_eq!(Header::parse(&image("/x", None), 4096).unwrap().backing.unwrap().format, None);
+    }
+
+    #[test]
+    fn unsound_headers_are_refused() {
+        let good = || image("/base", Some("qcow2"));
+        for (what, bytes, length) in [
+            ("empty", vec![], 0),
+            ("raw", vec![0; 4096], 4096),
+            ("cut", good()[..90].to_vec(), 90),
+            ("version", set(good(), 7, &[9]), 4096),
+            ("cluster bits", set(good(), 20, &99_u32.to_be_bytes()), 4096),
+            ("encrypted", set(good(), 32, &1_u32.to_be_bytes()), 4096),
+            ("corrupt", set(good(), 79, &[2]), 4096),
+            ("data file", set(good(), 79, &[4]), 4096),
+            ("unknown feature", set(good(), 72, &[1]), 4096),
+            ("truncated", good(), 1000),
+            ("header length", set(good(), 100, &u32::MAX.to_be_bytes()), 4096),
+            ("name offset", set(good(), 8, &u64::MAX.to_be_bytes()), 4096),
+            ("name size", set(good(), 16, &u32::MAX.to_be_bytes()), 4096),
+            ("table", set(good(), 36, &u32::MAX.to_be_bytes()), 4096),
+            ("extension", set(good(), 108, &u32::MAX.to_be_bytes()), 4096),
+        ] {
+            assert!(Header::parse(&bytes, length).is_err(), "{what}");
+        }
+    }
+
+    #[test]
+    fn protocols_are_told_from_paths() {
+        for (name, protocol) in
+            [("nbd://x", true), ("json:{}", true), ("/a:b", false), ("a/b:c", false), ("a", false)]
+        {
+            assert_eq!(Backing { name: name.into(), format: None }.is_protocol(), protocol, "{name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), length in any::<u64>()) {
+            let _ = Header::parse(&bytes, length);
+        }
+
+        #[test]
+        fn no_damage_makes_it_panic(
+            damage in prop::collection::vec((0_usize..200, any::<u8>()), 0..12),
+            keep in 0_usize..4096,
+        ) {
+            let mut bytes = image("/some/base.qcow2", Some("qcow2"));
+            for (at, value) in damage {
+                bytes[at] = value;
+            }
+            bytes.truncate(keep);
+            let _ = Header::parse(&bytes, 4096);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What became of a step, told from an observation alone. Pure.
+
+use snaptree_engine::driver::{Observation, Remedy, Resolution, StepContext, StepReport};
+use snaptree_engine::layer::FileStamp;
+use snaptree_engine::operation::{Code, Failure};
+
+use super::config::PathWish;
+use super::files::WRITE_BITS;
+use super::generation::Stand;
+use super::lock::in_use;
+use super::observe::{Detail, Entry};
+use super::step::{Adopt, DropLayers, Flatten, Guard, Place, Pull, QemuStep, Switch, Writer};
+use super::switch::written_meanwhile;
+
+/// What became of a step.
+pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observation) -> Resolution {
+    let detail = match Detail::of(seen) {
+        Ok(detail) => detail,
+        Err(failure) => return Resolution::HalfDone(Remedy::AskSomeone(failure)),
+    };
+    match step {
+        QemuStep::Adopt(adopt) => adopt.resolve(seen, &detail),
+        QemuStep::Switch(switch) => switch.resolve(context, seen, &detail),
+        QemuStep::Pull(pull) => pull.resolve(seen, &detail),
+        // Whether a push came to its end cannot be seen, and it can always be run again.
+        QemuStep::Push(_) => Resolution::HalfDone(Remedy::Finish),
+        QemuStep::Drop(drop) => drop.resolve(seen),
+        QemuStep::Flatten(flatten) => flatten.resolve(seen, &detail),
+        QemuStep::Place(place) => place.resolve(seen, &detail),
+        // Removing what is gone already is nothing, and whether the folders were synced cannot be seen.
+        QemuStep::Clean(_) => FINISH,
+    }
+}
+
+const FINISH: Resolution = Resolution::HalfDone(Remedy::Finish);
+
+fn take_back(failure: Failure) -> Resolution {
+    Resolution::HalfDone(Remedy::TakeBack(failure))
+}
+
+fn ask(message: String) -> Resolution {
+    Resolution::HalfDone(Remedy::AskSomeone(
+        Failure::new(Code::Drift, message)
+            .hint("see what is there, then run snaptree op retry or op resolve"),
+    ))
+}
+
+impl Adopt {
+    fn resolve(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        let ours = match detail.registered.get(&self.disk) {
+            Some(Entry::File { inode, .. }) if *inode == self.stamp.inode => false,
+            Some(Entry::Link { target }) if *target == self.target() => true,
+            _ => {
+                return ask(format!(
+                    "{} is neither the image that was being adopted nor Snaptree's link",
+                    self.resolved.display()
+                ));
+            }
+        };
+        match self.turn.stand(seen.generation.as_deref()) {
+            Stand::Elsewhere => ask(self.turn.elsewhere(seen.generation.as_deref()).to_string()),
+            // The path may still be the image itself; the same inode is opened either way.
+            Stand::Switched if !ours && self.keep_path == PathWish::Follow => match seen.in_use.first() {
+                Some(holder) => take_back(in_use(holder)),
+                None => FINISH,
+            },
+            // The generation before is removed last, when all else is synced.
+            Stand::Switched => match &self.turn.previous {
+                Some(previous) if !detail.folder.contains(previous) => {
+                    Resolution::Done(StepReport { changes: self.changes(), learnt: serde_json::Value::Null })
+                }
+                _ => FINISH,
+            },
+            Stand::Before => self.resolve_before(seen, detail),
+        }
+    }
+
+    fn resolve_before(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        if let Some(holder) = seen.in_use.first() {
+            return take_back(in_use(holder));
+        }
+        let name = detail.backing.get(&self.resolved).map(|backing| &backing.name);
+        let rewritten = self.own_backing.as_ref().is_some_and(|own| name == Some(&own.absolute));
+        let untouched = seen.files.get(&self.resolved).is_some_and(|found| {
+            let expected = self.stamp;
+            let found = found.stamp;
+            found == expected
+                || (rewritten && (found.inode, found.size_bytes) == (expected.inode, expected.size_bytes))
+        });
+        if !untouched {
+            return take_back(written_meanwhile(&self.resolved));
+        }
+        let linked = self.file.file_name().and_then(|name| name.to_str());
+        let linked = self.file != self.resolved && linked.is_some_and(|name| detail.folder.contains(name));
+        let begun = detail.folder.iter().any(|name| self.turn.leaves(name));
+        if rewritten || linked || begun { FINISH } else { Resolution::NotDone }
+    }
+}
+
+impl Switch {
+    fn resolve(&self, context: &StepContext<'_>, seen: &Observation, detail: &Detail) -> Resolution {
+        match self.turn.stand(seen.generation.as_deref()) {
+            Stand::Elsewhere => ask(self.turn.elsewhere(seen.generation.as_deref()).to_string()),
+            Stand::Switched if !self.is_finished(seen, detail) => FINISH,
+            Stand::Switched => {
+                let stamp_of = |path: &std::path::Path| seen.files.get(path).map(|facts| facts.stamp);
+                match self.report(context, &stamp_of) {
+                    Ok(report) => Resolution::Done(report),
+                    Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
+                }
+            }
+            Stand::Before => match self.hindrance(seen) {
+                Some(failure) => take_back(failure),
+                None if self.has_begun(seen, detail) => FINISH,
+                None => Resolution::NotDone,
+            },
+        }
+    }
+
+    fn is_finished(&self, seen: &Observation, detail: &Detail) -> bool {
+        let mode = |file: &std::path::Path| seen.files.get(file).map(|facts| facts.mode);
+        let frozen = self.freeze.iter().all(|f| mode(&f.file).is_some_and(|mode| mode & WRITE_BITS == 0));
+        let mut pushed = self.push.iter().filter(|push| push.writer == Writer::Machine);
+        let opened = pushed.all(|push| mode(&push.into_file) == Some(push.into_mode));
+        // The generation before is removed last, when all else is synced.
+        let cleaned = self.turn.previous.as_ref().is_some_and(|previous| !detail.folder.contains(previous));
+        frozen && opened && cleaned
+    }
+
+    /// Why it must not go on: the machine runs, or ran meanwhile.
+    fn hindrance(&self, seen: &Observation) -> Option<Failure> {
+        let guarded = |guard: &Guard| seen.in_use.iter().find(|holder| holder.file == guard.file);
+        if let Some(holder) = self.guard.iter().find_map(guarded) {
+            return Some(in_use(holder));
+        }
+        let untouched =
+            |guard: &&Guard| seen.files.get(&guard.file).is_some_and(|facts| guard.expect.holds(facts.stamp));
+        self.guard.iter().find(|guard| !untouched(guard)).map(|guard| written_meanwhile(&guard.file))
+    }
+
+    fn has_begun(&self, seen: &Observation, detail: &Detail) -> bool {
+        let made = self.fresh.iter().flat_map(|fresh| [fresh.file.clone(), fresh.draft()]).any(|file| {
+            file.file_name().and_then(|name| name.to_str()).is_some_and(|name| detail.folder.contains(name))
+        });
+        let restacked = self.restack.iter().any(|restack| {
+            seen.files
+                .get(&restack.file)
+                .is_none_or(|facts| facts.backing.as_ref() != Some(&restack.old_file))
+        });
+        let pushed = self.push.iter().any(|push| push.writer == Writer::Machine);
+        made || restacked || pushed || detail.folder.iter().any(|name| self.turn.leaves(name))
+    }
+}
+
+impl Pull {
+    /// Never found done: a header proves nothing.
+    fn resolve(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        let name = detail.backing.get(&self.file).map(|backing| &backing.name);
+        if name == Some(&self.from_file) {
+            // The mode may still be the one for writing, which only the step itself takes back.
+            let open = seen.files.get(&self.file).is_some_and(|facts| facts.mode & WRITE_BITS != 0);
+            return if open && self.writer == Writer::Nobody { FINISH } else { Resolution::NotDone };
+        }
+        if name == Some(&self.onto_file) {
+            return FINISH;
+        }
+        ask(format!("{} is built upon a file that Snaptree did not put it upon", self.file.display()))
+    }
+}
+
+impl DropLayers {
+    fn resolve(&self, seen: &Observation) -> Resolution {
+        let left = self.drop.iter().filter(|dropped| {
+            seen.files.contains_key(&dropped.file) || seen.unreadable.contains_key(&dropped.file)
+        });
+        // Where all are gone it is not known whether the folder was synced; unlinking again is nothing.
+        if left.count() == self.drop.len() { Resolution::NotDone } else { FINISH }
+    }
+}
+
+impl Flatten {
+    fn resolve(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        if let Some(holder) = seen.in_use.first() {
+            return take_back(in_use(holder));
+        }
+        let stamp: Option<FileStamp> = seen.files.get(&self.from).map(|facts| facts.stamp);
+        if stamp != Some(self.stamp) {
+            return take_back(written_meanwhile(&self.from));
+        }
+        // A copy that is there may be half a copy: it is made anew.
+        let name = self.into.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| detail.folder.contains(name)) { FINISH } else { Resolution::NotDone }
+    }
+}
+
+impl Place {
+    fn resolve(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        let there = |file: &std::path::Path| {
+            file.file_name().and_then(|name| name.to_str()).is_some_and(|name| detail.folder.contains(name))
+        };
+        let waiting = self.disks.iter().filter(|placed| there(&placed.file)).count();
+        // Where none waits it is done once more, for the sync of the folders.
+        if waiting < self.disks.len() || waiting == 0 {
+            return FINISH;
+        }
+        match seen.in_use.first() {
+            Some(holder) => take_back(in_use(holder)),
+            None => Resolution::NotDone,
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! The steps that the driver plans. They are data: journaled before anything is done, and enough to do a step,
+//! to tell what became of it, and to take it back.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use snaptree_engine::layer::{FileStamp, Layer, LayerChange};
+use snaptree_engine::operation::{Code, Failure, Step};
+use snaptree_engine::{DiskName, LayerId, SnapshotId};
+
+use super::config::PathWish;
+use super::qcow2::Backing;
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub(super) enum QemuStep {
+    /// Takes a registered image into the layers folder.
+    Adopt(Adopt),
+    /// Switches to another generation.
+    Switch(Switch),
+    /// A layer takes what it needs of the tombstones below it.
+    Pull(Pull),
+    /// A frozen layer goes down into the tombstone below it.
+    Push(Push),
+    /// Unlinks layers that nothing needs.
+    Drop(DropLayers),
+    /// Copies a disk's current content into one plain file.
+    Flatten(Flatten),
+    /// Puts plain images at the registered paths.
+    Place(Place),
+    /// Removes all that Snaptree made for the domain.
+    Clean(Clean),
+}
+
+impl QemuStep {
+    /// What a journaled step says.
+    pub(super) fn of(step: &Step) -> Result<Self, Failure> {
+        Self::deserialize(&step.data).map_err(|error| {
+            Failure::new(Code::Invalid, format!("step '{}' cannot be read: {error}", step.name))
+                .hint("was it planned by another version of snaptree?")
+        })
+    }
+}
+
+/// From one generation to the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Turn {
+    /// The layers folder.
+    pub(super) layers: PathBuf,
+    /// The generation that is switched on until then; none before the first.
+    pub(super) previous: Option<String>,
+    /// The one that is switched on.
+    pub(super) generation: String,
+}
+
+/// Whether the machine writes a layer, or a snapshot (or tombstone) holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Writer {
+    /// The machine may write it while it runs.
+    Machine,
+    /// Nobody.
+    Nobody,
+}
+
+/// [`QemuStep::Adopt`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Adopt {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    /// Where the image is.
+    pub(super) resolved: PathBuf,
+    /// Where it will be; the same path where it is kept.
+    pub(super) file: PathBuf,
+    pub(super) keep_path: PathWish,
+    /// As it was at planning.
+    pub(super) stamp: FileStamp,
+    pub(super) mode: u32,
+    pub(super) virtual_size_bytes: u64,
+    /// The image's own backing name is relative, and would not be found from the layers folder.
+    pub(super) own_backing: Option<OwnBacking>,
+    pub(super) turn: Turn,
+}
+
+/// A backing name that becomes absolute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct OwnBacking {
+    pub(super) old: Backing,
+    pub(super) absolute: PathBuf,
+}
+
+/// [`QemuStep::Switch`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Switch {
+    pub(super) turn: Turn,
+    /// New overlays, each to be its disk's active layer.
+    pub(super) fresh: Vec<Fresh>,
+    /// Active layers that a snapshot holds from now on.
+    pub(super) freeze: Vec<Freeze>,
+    /// Layers whose content is in another file from now on.
+    pub(super) push: Vec<Push>,
+    /// Layers that are put upon another file with the same content.
+    pub(super) restack: Vec<Restack>,
+    /// Files that nobody may write while it is switched.
+    pub(super) guard: Vec<Guard>,
+    /// Layers that the operation unlinks afterwards; the manifest leaves them out.
+    pub(super) gone: Vec<(DiskName, LayerId)>,
+}
+
+/// A new overlay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Fresh {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    pub(super) file: PathBuf,
+    pub(super) on: LayerId,
+    pub(super) on_file: PathBuf,
+    pub(super) mode: u32,
+    pub(super) virtual_size_bytes: u64,
+}
+
+/// An active layer that is frozen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Freeze {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    pub(super) file: PathBuf,
+    pub(super) mode: u32,
+    pub(super) snapshot: SnapshotId,
+}
+
+/// [`QemuStep::Push`], and its part of a switch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Push {
+    pub(super) disk: DiskName,
+    pub(super) from: LayerId,
+    pub(super) from_file: PathBuf,
+    pub(super) from_mode: u32,
+    /// Who writes `from`, and so `into` afterwards.
+    pub(super) writer: Writer,
+    pub(super) into: LayerId,
+    pub(super) into_file: PathBuf,
+    pub(super) into_mode: u32,
+    /// The tombstones between, lowest first.
+    pub(super) between: Vec<PathBuf>,
+    pub(super) virtual_size_bytes: u64,
+}
+
+/// A layer that gets another parent with the same content.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Restack {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    pub(super) file: PathBuf,
+    pub(super) mode: u32,
+    pub(super) writer: Writer,
+    pub(super) old_file: PathBuf,
+    pub(super) onto: LayerId,
+    pub(super) onto_file: PathBuf,
+}
+
+/// A file that nobody may write while it is switched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Guard {
+    pub(super) file: PathBuf,
+    pub(super) expect: Expect,
+}
+
+/// How a guarded file must be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "expect", rename_all = "kebab-case")]
+pub(super) enum Expect {
+    /// Its content is given up, or was compared otherwise.
+    Anything,
+    /// As it was at planning.
+    Untouched {
+        /// The stamp then.
+        stamp: FileStamp,
+    },
+    /// Only its header was rewritten since the planning, by the adoption.
+    SameFile {
+        /// The stamp before that.
+        stamp: FileStamp,
+    },
+}
+
+impl Expect {
+    /// Whether a file with that stamp is as expected.
+    pub(super) fn holds(self, found: FileStamp) -> bool {
+        match self {
+            Self::Anything => true,
+            Self::Untouched { stamp } => stamp == found,
+            Self::SameFile { stamp } => (stamp.inode, stamp.size_bytes) == (found.inode, found.size_bytes),
+        }
+    }
+}
+
+/// [`QemuStep::Pull`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Pull {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    pub(super) file: PathBuf,
+    pub(super) mode: u32,
+    pub(super) writer: Writer,
+    /// What it stands on: the highest of the tombstones.
+    pub(super) from: LayerId,
+    pub(super) from_file: PathBuf,
+    pub(super) onto: LayerId,
+    pub(super) onto_file: PathBuf,
+    /// What it is built upon now, and how those files were at planning.
+    pub(super) below: Vec<(PathBuf, FileStamp)>,
+}
+
+/// [`QemuStep::Drop`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct DropLayers {
+    pub(super) layers: PathBuf,
+    pub(super) drop: Vec<Dropped>,
+}
+
+/// A layer that is unlinked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Dropped {
+    pub(super) disk: DiskName,
+    pub(super) layer: LayerId,
+    pub(super) file: PathBuf,
+    pub(super) inode: u64,
+}
+
+/// [`QemuStep::Flatten`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Flatten {
+    pub(super) disk: DiskName,
+    pub(super) layers: PathBuf,
+    /// The active layer.
+    pub(super) from: PathBuf,
+    pub(super) stamp: FileStamp,
+    /// What the plain image is built upon: what the registered one was.
+    pub(super) own_backing: Option<Backing>,
+    pub(super) virtual_size_bytes: u64,
+    pub(super) mode: u32,
+    /// The plain image.
+    pub(super) into: PathBuf,
+}
+
+/// [`QemuStep::Place`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Place {
+    pub(super) layers: PathBuf,
+    pub(super) disks: Vec<Placed>,
+}
+
+/// A plain image that is put at its registered path.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Placed {
+    pub(super) disk: DiskName,
+    pub(super) resolved: PathBuf,
+    /// The plain image: a flat copy, or the layer itself.
+    pub(super) file: PathBuf,
+    /// The inode of the layer itself; none for a flat copy, which is made after the planning.
+    pub(super) inode: Option<u64>,
+    pub(super) mode: u32,
+    /// The active layer, which nobody may have written since it was copied.
+    pub(super) active: PathBuf,
+    pub(super) stamp: FileStamp,
+}
+
+/// [`QemuStep::Clean`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Clean {
+    pub(super) layers: PathBuf,
+    pub(super) drop: Vec<(DiskName, LayerId, PathBuf)>,
+    /// The images that are at the registered paths now.
+    pub(super) keep: Vec<PathBuf>,
+}
+
+/// Where the stamp of a file comes from: the file itself, or an observation.
+pub(super) type StampOf<'a> = &'a dyn Fn(&Path) -> Option<FileStamp>;
+
+fn stamped(stamp_of: StampOf<'_>, file: &Path) -> Result<FileStamp, Failure> {
+    stamp_of(file).ok_or_else(|| Failure::new(Code::Drift, format!("layer {} is missing", file.display())))
+}
+
+impl Adopt {
+    /// What the log records when it is done.
+    pub(super) fn changes(&self) -> Vec<LayerChange> {
+        let facts = Layer {
+            file: self.file.clone(),
+            parent: None,
+            snapshot: None,
+            mode: self.mode,
+            virtual_size_bytes: self.virtual_size_bytes,
+            registered: true,
+            stamp: None,
+        };
+        let (disk, layer) = (self.disk.clone(), self.layer.clone());
+        vec![
+            LayerChange::Added { disk: disk.clone(), layer: layer.clone(), facts },
+            LayerChange::Activated { disk, layer },
+            LayerChange::Switched { generation: self.turn.generation.clone() },
+        ]
+    }
+}
+
+impl Switch {
+    /// What the log records when it is done.
+    pub(super) fn changes(&self, stamp_of: StampOf<'_>) -> Result<Vec<LayerChange>, Failure> {
+        let mut changes: Vec<LayerChange> = self.fresh.iter().map(Fresh::added).collect();
+        for frozen in &self.freeze {
+            changes.push(LayerChange::Frozen {
+                disk: frozen.disk.clone(),
+                layer: frozen.layer.clone(),
+                snapshot: frozen.snapshot,
+                stamp: stamped(stamp_of, &frozen.file)?,
+            });
+        }
+        changes.extend(
+            self.fresh
+                .iter()
+                .map(|fresh| LayerChange::Activated { disk: fresh.disk.clone(), layer: fresh.layer.clone() }),
+        );
+        for push in &self.push {
+            let stamp = match push.writer {
+                Writer::Machine => None,
+                Writer::Nobody => Some(stamped(stamp_of, &push.into_file)?),
+            };
+            let (from, into) = (push.from.clone(), push.into.clone());
+            changes.push(LayerChange::Pushed { disk: push.disk.clone(), from, into, stamp });
+        }
+        for restack in &self.restack {
+            let stamp = match restack.writer {
+                Writer::Machine => None,
+                Writer::Nobody => Some(stamped(stamp_of, &restack.file)?),
+            };
+            changes.push(LayerChange::Rebased {
+                disk: restack.disk.clone(),
+                layer: restack.layer.clone(),
+                parent: Some(restack.onto.clone()),
+                stamp,
+            });
+        }
+        changes.push(LayerChange::Switched { generation: self.turn.generation.clone() });
+        Ok(changes)
+    }
+}
+
+impl Fresh {
+    fn added(&self) -> LayerChange {
+        LayerChange::Added {
+            disk: self.disk.clone(),
+            layer: self.layer.clone(),
+            facts: Layer {
+                file: self.file.clone(),
+                parent: Some(self.on.clone()),
+                snapshot: None,
+                mode: self.mode,
+                virtual_size_bytes: self.virtual_size_bytes,
+                registered: false,
+                stamp: None,
+            },
+        }
+    }
+
+    /// The name under which it is made, before it is moved into place.
+    pub(super) fn draft(&self) -> PathBuf {
+        let mut name = self.file.clone().into_os_string();
+        name.push(".new");
+        PathBuf::from(name)
+    }
+}
+
+impl Pull {
+    /// What the log records when it is done, or taken back.
+    pub(super) fn rebased(&self, parent: &LayerId, stamp: FileStamp) -> LayerChange {
+        LayerChange::Rebased {
+            disk: self.disk.clone(),
+            layer: self.layer.clone(),
+            parent: Some(parent.clone()),
+            stamp: (self.writer == Writer::Nobody).then_some(stamp),
+        }
+    }
+}
+
+impl Push {
+    /// What the log records of the two files when it is done, or taken back.
+    pub(super) fn stamped(&self, stamp_of: StampOf<'_>) -> Result<Vec<LayerChange>, Failure> {
+        let mut changes = vec![LayerChange::Stamped {
+            disk: self.disk.clone(),
+            layer: self.into.clone(),
+            stamp: stamped(stamp_of, &self.into_file)?,
+        }];
+        if self.writer == Writer::Nobody {
+            let stamp = stamped(stamp_of, &self.from_file)?;
+            changes.push(LayerChange::Stamped { disk: self.disk.clone(), layer: self.from.clone(), stamp });
+        }
+        Ok(changes)
+    }
+}
+
+impl DropLayers {
+    /// What the log records when it is done.
+    pub(super) fn changes(&self) -> Vec<LayerChange> {
+        let dropped = |d: &Dropped| LayerChange::Dropped { disk: d.disk.clone(), layer: d.layer.clone() };
+        self.drop.iter().map(dropped).collect()
+    }
+}
+
+impl Clean {
+    /// What the log records when it is done.
+    pub(super) fn changes(&self) -> Vec<LayerChange> {
+        let dropped = |(disk, layer, _): &(DiskName, LayerId, PathBuf)| LayerChange::Dropped {
+            disk: disk.clone(),
+            layer: layer.clone(),
+        };
+        self.drop.iter().map(dropped).collect()
+    }
+}
