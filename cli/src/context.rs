@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use jiff::{Timestamp, Zoned};
+use jiff::Timestamp;
 use snaptree_drivers::qemu::QemuDriver;
 use snaptree_drivers::sim::SimDriver;
 use snaptree_engine::DomainId;
@@ -23,7 +23,7 @@ use crate::hooks;
 use crate::render::note;
 use crate::render::text::safe;
 use crate::requester::this_user;
-use crate::when::{Moment, moment};
+use crate::when::{Moment, local_now, moment};
 
 /// Where drivers keep what lives as long as an operation, in the state directory.
 const RUN_FOLDER: &str = "run";
@@ -171,7 +171,7 @@ impl Reader {
         let Some(text) = at else {
             return Ok(Prefix { seq: u64::MAX, at: Timestamp::now(), clock: None });
         };
-        match moment(text, &Zoned::now())? {
+        match moment(text, &local_now())? {
             Moment::Time(at) => {
                 let found = self.engine.seq_at(at).await?;
                 Ok(Prefix { seq: found.seq, at, clock: Some(found.clock) })

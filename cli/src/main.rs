@@ -49,7 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
 
 fn tell(error: &anyhow::Error, json: bool) -> Exit {
     let told = exit::told(error);
-    tracing::debug!(?error, "the command failed");
+    tracing::debug!(error = format!("{error:#}"), "the command failed");
     if json {
         // If nobody can read the error, the exit code still tells.
         let _ = render::print(&format!("{}\n", exit::in_json(&told)));

@@ -1,6 +1,7 @@
 //! An operation's life as its events tell it.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -58,6 +59,8 @@ pub struct Story {
     pub names: BTreeMap<SnapshotId, String>,
     /// The snapshots that it deleted.
     pub deleted: Vec<SnapshotId>,
+    /// Files that stay of a domain that was let go.
+    pub left: Vec<PathBuf>,
 }
 
 impl Story {
@@ -78,6 +81,7 @@ impl Story {
             needs_attention: false,
             names: BTreeMap::new(),
             deleted: Vec::new(),
+            left: Vec::new(),
         };
         events.iter().for_each(|event| story.follow(event));
         Some(story)
@@ -92,6 +96,7 @@ impl Story {
                 self.names.insert(e.snapshot, e.name.to_string());
                 self.deleted.push(e.snapshot);
             }
+            Event::DomainUnregistered(e) => self.left.clone_from(&e.left),
             Event::OperationPlanned(e) => {
                 let step = |step: &snaptree_engine::operation::Step| StepView {
                     name: step.name.clone(),

@@ -27,6 +27,23 @@ pub enum Direction {
     Future,
 }
 
+/// The reader's time zone.
+///
+/// Asking jiff for it by name walks the whole time zone database, which takes longer than everything else that
+/// `list` does; the file that `/etc/localtime` leads to holds all that is needed.
+pub fn local_zone() -> TimeZone {
+    if std::env::var_os("TZ").is_some() {
+        return TimeZone::system();
+    }
+    let zone = std::fs::read("/etc/localtime").ok().and_then(|bytes| TimeZone::tzif("Local", &bytes).ok());
+    zone.unwrap_or(TimeZone::UTC)
+}
+
+/// Now, in the reader's time zone.
+pub fn local_now() -> Zoned {
+    Timestamp::now().to_zoned(local_zone())
+}
+
 /// Reads a time.
 ///
 /// # Errors

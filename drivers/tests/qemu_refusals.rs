@@ -72,9 +72,10 @@ async fn unfit_images_are_refused() {
     qemu_lab::run("qemu-img", &[&args[..], &[two.to_str().unwrap(), one.to_str().unwrap()]].concat());
     assert!(refused(dir.path(), "loop1").await.to_string().contains("loops"));
 
-    let secret = "--object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s";
-    let args: Vec<&str> = ["create", "-q", "-f", "qcow2"].into_iter().chain(secret.split(' ')).collect();
-    qemu_lab::run("qemu-img", &[&args[..], &[at("luks").to_str().unwrap(), "8M"]].concat());
+    // The header's field alone: making a real one times the CPU, which a busy host fails at.
+    let mut encrypted = fs::read(at("good")).unwrap();
+    encrypted[35] = 2;
+    fs::write(at("luks"), encrypted).unwrap();
     assert_eq!(refused(dir.path(), "luks").await.failure.code, Code::Unsupported);
 
     assert!(probe_with(dir.path(), &["good"], QemuOptions::default()).await.is_ok());

@@ -63,10 +63,10 @@ pub struct AddArgs {
     /// A disk and its image, as vda=FILE; may be given several times
     #[arg(long, value_name = "NAME=FILE", value_parser = disk)]
     pub disk: Vec<DiskArg>,
-    /// Where the layers go: to DIR/<domain uuid>/ [default: .snaptree/ beside the first disk]
+    /// Where the layers go: to DIR/UUID/ of the domain [default: .snaptree/ beside the first disk]
     #[arg(long, value_name = "DIR")]
     pub layers: Option<PathBuf>,
-    /// Leave the registered path as it is; the machine must then be started from active/<disk> in the layers folder
+    /// Leave the registered path as it is; the machine must then be started from active/DISK in the layers folder
     #[arg(long)]
     pub keep_path: bool,
     /// Convert a raw image to qcow2, in its place

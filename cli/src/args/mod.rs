@@ -80,7 +80,7 @@ pub enum Command {
     /// Show all that is known of a snapshot
     #[command(after_help = inspect::SHOW_EXAMPLES)]
     Show(inspect::ShowArgs),
-    /// Print a snapshot as libvirt's <domainsnapshot>
+    /// Print a snapshot as libvirt's snapshot XML
     #[command(after_help = inspect::XML_EXAMPLES)]
     Xml(inspect::ShowArgs),
     /// Print the name of the current snapshot

@@ -65,7 +65,7 @@ pub struct CreateArgs {
     /// The disks alone
     #[arg(long)]
     pub disk_only: bool,
-    /// Read a libvirt <domainsnapshot> from FILE, or from standard input with '-'
+    /// Read libvirt snapshot XML from FILE, or from standard input with '-'
     #[arg(long, value_name = "FILE")]
     pub xml: Option<String>,
     /// Makes the request idempotent: given again with the same command, the first result is the answer

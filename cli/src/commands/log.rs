@@ -4,7 +4,6 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::Result;
-use jiff::Zoned;
 use serde::Serialize;
 use snaptree_engine::engine::Engine;
 use snaptree_engine::event::{Actor, Envelope, Event, Origin};
@@ -17,7 +16,7 @@ use crate::context::{Context, Reader};
 use crate::exit::{Exit, Trouble};
 use crate::render::text::Look;
 use crate::render::words::{Known, line, mentioned};
-use crate::when::{Direction, time};
+use crate::when::{Direction, local_now, time};
 
 /// Events that are read at once.
 const PAGE_EVENTS: usize = 1_000;
@@ -150,7 +149,7 @@ impl Printer {
 }
 
 async fn filter(engine: &Engine, args: &LogArgs) -> Result<EventFilter> {
-    let now = Zoned::now();
+    let now = local_now();
     let when =
         |text: &Option<String>| text.as_deref().map(|text| time(text, &now, Direction::Past)).transpose();
     let stream = match &args.domain {

@@ -3,7 +3,6 @@
 use std::io::Read as _;
 
 use anyhow::{Context as _, Result};
-use jiff::Zoned;
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish};
@@ -19,7 +18,7 @@ use crate::exit::{Exit, Trouble};
 use crate::render;
 use crate::render::text::safe;
 use crate::render::view::domain_name;
-use crate::when::{Direction, time};
+use crate::when::{Direction, local_now, time};
 
 /// `snaptree create`
 ///
@@ -165,7 +164,7 @@ pub async fn edit(context: &Context, args: EditArgs) -> Result<Exit> {
 /// # Errors
 /// It was rejected, or the state cannot be used.
 pub async fn hold(context: &Context, args: HoldArgs) -> Result<Exit> {
-    let until = args.until.as_deref().map(|text| time(text, &Zoned::now(), Direction::Future)).transpose()?;
+    let until = args.until.as_deref().map(|text| time(text, &local_now(), Direction::Future)).transpose()?;
     let command = Command::Hold { snapshot: args.name.clone(), reason: args.reason, until };
     let writer = open(context, &args.writer)?;
     recorded(context, &writer, &args.domain, &args.name, command, "Holding").await

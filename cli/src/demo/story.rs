@@ -13,7 +13,7 @@ use super::stage::{Stage, is_watched};
 use crate::render::text::{count, short};
 
 /// How long somebody who watches gets to read a chapter.
-const PAUSE: Duration = Duration::from_millis(600);
+const PAUSE: Duration = Duration::from_millis(400);
 
 /// Plays all of it.
 ///

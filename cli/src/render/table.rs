@@ -28,21 +28,28 @@ impl Cell {
 pub fn table(heads: &[&str], rows: &[Vec<Cell>], paint: Paint) -> String {
     let widths: Vec<usize> = heads
         .iter()
-        .enumerate()
-        .map(|(column, head)| {
-            let widest = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.columns).max();
-            widest.filter(|columns| *columns > 0).map_or(0, |columns| columns.max(width(head)))
-        })
+        .zip(widest(rows, heads.len()))
+        .map(|(head, columns)| if columns == 0 { 0 } else { columns.max(width(head)) })
         .collect();
     let head: Vec<Cell> = heads.iter().map(|head| Cell::painted(head, |text| paint.dim(text))).collect();
-    let mut out = String::new();
-    for row in std::iter::once(&head).chain(rows) {
-        line(&mut out, row, &widths);
-    }
-    out
+    std::iter::once(&head).chain(rows).map(|row| line(row, &widths)).collect()
 }
 
-fn line(out: &mut String, row: &[Cell], widths: &[usize]) {
+/// Rows without heads. A column is at most `columns_max` wide; what is wider pushes the rest of its row to the right.
+pub fn aligned(rows: &[Vec<Cell>], columns_max: usize) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> =
+        widest(rows, count).into_iter().map(|columns| columns.min(columns_max)).collect();
+    rows.iter().map(|row| line(row, &widths)).collect()
+}
+
+fn widest(rows: &[Vec<Cell>], count: usize) -> Vec<usize> {
+    let column = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.columns).max();
+    (0..count).map(|index| column(index).unwrap_or(0)).collect()
+}
+
+fn line(row: &[Cell], widths: &[usize]) -> String {
+    let mut out = String::new();
     let mut pending = 0;
     for (cell, columns) in row.iter().zip(widths).filter(|(_, columns)| **columns > 0) {
         if cell.columns > 0 {
@@ -50,9 +57,10 @@ fn line(out: &mut String, row: &[Cell], widths: &[usize]) {
             let _ = write!(out, "{:pending$}{}", "", cell.shown);
             pending = 0;
         }
-        pending += columns - cell.columns + 2;
+        pending += columns.saturating_sub(cell.columns) + 2;
     }
     out.push('\n');
+    out
 }
 
 #[cfg(test)]

@@ -128,7 +128,10 @@ fn plan(steps: &[&str]) -> OperationPlanned {
 fn layer(id: u128) -> Vec<LayerChange> {
     let added = json!({
         "change": "added", "disk": "vda", "layer": format!("vda-{id}"),
-        "facts": {"file": format!("/vm/vda-{id}.qcow2"), "snapshot": snapshot(id), "mode": 0o644, "virtual_size_bytes": 1024},
+        "facts": {
+            "file": format!("/vm/vda-{id}.qcow2"), "snapshot": snapshot(id), "mode": 0o644,
+            "virtual_size_bytes": 1024, "parent": (id == 0xb).then_some("vda-10"),
+        },
     });
     vec![serde_json::from_value(added).unwrap()]
 }

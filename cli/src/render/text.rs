@@ -8,6 +8,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use unicode_width::UnicodeWidthStr;
 
+use crate::when::local_zone;
+
 /// Text from the log, from files or from tools, made safe to print: what a terminal would obey, or what would make a
 /// line read otherwise than it is, is shown as `\u{..}`.
 pub fn safe(text: &str) -> Cow<'_, str> {
@@ -103,7 +105,7 @@ pub struct Look {
 impl Look {
     /// For this process's standard output.
     pub fn of_stdout() -> Self {
-        Self { paint: Paint::of_stdout(), zone: TimeZone::system(), now: Timestamp::now() }
+        Self { paint: Paint::of_stdout(), zone: local_zone(), now: Timestamp::now() }
     }
 
     /// A time of day with its date, in the reader's zone.

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::list::notes;
-use super::text::{Look, safe, width};
+use super::table::{Cell, aligned};
+use super::text::{Look, safe};
 use super::view::{ListView, PhaseWord, SnapshotView};
 
-/// Names are padded to one column, up to this one.
-const NAMES_COLUMNS_MAX: usize = 64;
+/// A column is not padded beyond this: a deep tree would push everything else out of sight.
+const COLUMNS_MAX: usize = 48;
 
 /// One line of the drawing.
 struct Line<'a> {
@@ -15,25 +16,12 @@ struct Line<'a> {
     snapshot: &'a SnapshotView,
 }
 
-impl Line<'_> {
-    fn columns(&self) -> usize {
-        let mark = if self.snapshot.current { width(CURRENT) } else { 0 };
-        width(&self.rails) + width(&safe(&self.snapshot.name)) + mark
-    }
-}
-
 const CURRENT: &str = " ← current";
 
 /// The tree under the domain's name.
 pub fn tree(view: &ListView, look: &Look) -> String {
-    let mut out = format!("{}\n", look.paint.bold(safe(&view.domain)));
-    let lines = lines(&view.snapshots);
-    let column = lines.iter().map(Line::columns).max().unwrap_or(0).min(NAMES_COLUMNS_MAX);
-    for line in &lines {
-        out.push_str(&drawn(line, column, look));
-        out.push('\n');
-    }
-    out
+    let rows: Vec<Vec<Cell>> = lines(&view.snapshots).iter().map(|line| row(line, look)).collect();
+    format!("{}\n{}", look.paint.bold(safe(&view.domain)), aligned(&rows, COLUMNS_MAX))
 }
 
 /// The snapshots in the order of the drawing: parents first, siblings by name.
@@ -70,29 +58,24 @@ fn push<'a>(
     }
 }
 
-fn drawn(line: &Line<'_>, column: usize, look: &Look) -> String {
+fn row(line: &Line<'_>, look: &Look) -> Vec<Cell> {
     let paint = look.paint;
     let snapshot = line.snapshot;
     let name = safe(&snapshot.name);
-    let name = match (snapshot.current, snapshot.phase) {
+    let shown = match (snapshot.current, snapshot.phase) {
         (true, _) => format!("{}{}", paint.bold(paint.name(&name)), paint.good(CURRENT)),
         (false, PhaseWord::Tombstone) => paint.dim(&name),
         (false, _) => paint.name(&name),
     };
-    let when = match (snapshot.created, snapshot.deleted) {
-        (Some(created), _) => look.age(created),
-        (None, Some(deleted)) => format!("deleted {}", look.age(deleted)),
-        (None, None) => String::new(),
-    };
-    let state = snapshot.state.unwrap_or_default();
+    let mark = if snapshot.current { CURRENT } else { "" };
+    let when = snapshot.created.or(snapshot.deleted).map(|at| look.age(at)).unwrap_or_default();
     let notes = notes(snapshot);
-    let notes = if snapshot.held { paint.warn(notes) } else { paint.dim(notes) };
-    let padding = column.saturating_sub(line.columns());
-    let text = format!(
-        "{}{name}{:padding$}  {}  {state:<9}  {notes}",
-        paint.dim(&line.rails),
-        "",
-        paint.dim(format!("{when:>10}")),
-    );
-    text.trim_end().to_owned()
+    vec![
+        Cell::painted(&format!("{}{name}{mark}", line.rails), |_| {
+            format!("{}{shown}", paint.dim(&line.rails))
+        }),
+        Cell::painted(&when, |text| paint.dim(text)),
+        Cell::plain(snapshot.state.unwrap_or("deleted")),
+        Cell::painted(&notes, |text| if snapshot.held { paint.warn(text) } else { paint.dim(text) }),
+    ]
 }
