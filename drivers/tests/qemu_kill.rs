@@ -237,31 +237,6 @@ async fn what_is_written_between_push_and_switch_is_pushed_too() {
     assert!(!text.contains("failed"), "{text}");
 }
 
-/// What a create costs beside the one qemu-img call that it cannot do without.
-#[tokio::test]
-async fn a_create_costs_little_more_than_its_overlay() {
-    let mut lab = Lab::new(&["vda"]).await;
-    lab.create("s0").await;
-    let mut bare = Vec::new();
-    let mut ours = Vec::new();
-    for round in 0..12 {
-        let over = lab.dir.path().join("bare.qcow2");
-        let begun = Instant::now();
-        qemu_lab::make_on(&over, lab.disks[0].1.canonicalize().unwrap().to_str().unwrap());
-        bare.push(begun.elapsed());
-        fs::remove_file(&over).unwrap();
-        lab.read_before_create = false;
-        let request = lab.create_request(&format!("n{round}"));
-        let begun = Instant::now();
-        assert_eq!(lab.operate(request.into(), None, Wish::Forward).await, Ended::Done);
-        ours.push(begun.elapsed());
-    }
-    bare.sort();
-    ours.sort();
-    println!("median: bare {:?}, ours {:?}", bare[6], ours[6]);
-    assert!(ours[6] < bare[6] * 3, "a create took {:?}, a bare overlay {:?}", ours[6], bare[6]);
-}
-
 /// A small file system of its own; unmounted at the end.
 struct SmallDisk(tempfile::TempDir);
 

@@ -6,10 +6,10 @@ mod qemu_lab;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use qemu_lab::{Ended, Lab, Wish, content, io, make, make_on, registration};
 use snaptree_drivers::qemu::{PathWish, QemuDriver, QemuOptions, RawWish, bases_of, files_of};
@@ -154,13 +154,27 @@ struct Machine(Child);
 
 impl Machine {
     fn start(path: &Path) -> Self {
-        let child = Command::new("qemu-system-x86_64")
-            .args(["-machine", "accel=tcg", "-display", "none", "-nodefaults", "-S", "-drive"])
+        let mut child = Command::new("qemu-system-x86_64")
+            .args([
+                "-machine",
+                "accel=tcg",
+                "-display",
+                "none",
+                "-nodefaults",
+                "-S",
+                "-qmp",
+                "stdio",
+                "-drive",
+            ])
             .arg(format!("file={},format=qcow2,if=virtio", path.display()))
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(700));
+        // It greets once its disks are open.
+        let mut greeting = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut greeting).unwrap();
+        assert!(greeting.contains("QMP"), "{greeting}");
         Self(child)
     }
 }

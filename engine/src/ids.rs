@@ -276,6 +276,11 @@ impl LayerId {
         Self(format!("{disk}-{operation}"))
     }
 
+    /// The registered image of `disk`, which `operation` adopts; the same operation may put a layer upon it.
+    pub fn adopted(disk: &DiskName, operation: OperationId) -> Self {
+        Self(format!("{disk}-{operation}-base"))
+    }
+
     /// The id as text, fit for a file name.
     pub fn as_str(&self) -> &str {
         &self.0

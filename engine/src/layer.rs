@@ -153,14 +153,16 @@ impl LayerGraph {
             }
             LayerChange::Pushed { disk, from, into, stamp } => self.disk_mut(disk).push(from, into, *stamp),
             LayerChange::Dropped { disk, layer } => {
-                self.disk_mut(disk).layers.remove(layer);
+                let disk = self.disk_mut(disk);
+                disk.layers.remove(layer);
+                disk.active.take_if(|active| active == layer);
             }
             LayerChange::Stamped { disk, layer, stamp } => {
                 if let Some(layer) = self.disk_mut(disk).layers.get_mut(layer) {
                     layer.stamp = Some(*stamp);
                 }
             }
-            LayerChange::Switched { generation } => self.generation = Some(generation.clone()),
+            LayerChange::Switched { generation } => self.generation.clone_from(generation),
         }
     }
 }
@@ -256,9 +258,9 @@ pub enum LayerChange {
         /// The file afterwards.
         stamp: FileStamp,
     },
-    /// Another generation is switched on.
+    /// Another generation is switched on, or none any more.
     Switched {
         /// Its folder's name.
-        generation: String,
+        generation: Option<String>,
     },
 }

@@ -297,7 +297,9 @@ fn advanced(
     match event {
         Event::OperationSucceeded(_) => ended(connection, envelope, &id, Outcome::Succeeded, None),
         Event::OperationFailed(e) => ended(connection, envelope, &id, Outcome::Failed, Some(&e.failure)),
-        Event::OperationCancelled(e) => ended(connection, envelope, &id, Outcome::Cancelled, Some(&e.failure)),
+        Event::OperationCancelled(e) => {
+            ended(connection, envelope, &id, Outcome::Cancelled, Some(&e.failure))
+        }
         Event::OperationNeedsAttention(e) => run(
             connection,
             "UPDATE operations SET needs_attention = 1, error = ?2 WHERE id = ?1 AND outcome IS NULL",

@@ -62,9 +62,22 @@ fn images_that_cannot_be_registered_are_refused_and_nothing_changes() {
     std::fs::write(image("header-only"), &bytes[..80]).expect("a file");
     let overlay = |name: &str, backing: &str| {
         let backing = image(backing);
-        tool("qemu-img", &[
-            "create", "-q", "-u", "-f", "qcow2", "-b", text(&backing), "-F", "qcow2", text(&image(name)), "4M",
-        ]);
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-u",
+                "-f",
+                "qcow2",
+                "-b",
+                text(&backing),
+                "-F",
+                "qcow2",
+                text(&image(name)),
+                "4M",
+            ],
+        );
     };
     overlay("orphan", "gone");
     overlay("loop-a", "loop-b");

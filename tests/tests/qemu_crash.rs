@@ -130,7 +130,7 @@ fn the_first_create_adopting_two_disks_recovers() {
         command: &["create", "web", "new"],
         apply: |model| model.create("new", &DISKS),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn a_create_recovers() {
         command: &["create", "web", "new"],
         apply: |model| model.create("new", &DISKS),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn a_revert_recovers() {
         command: &["revert", "web", "a"],
         apply: |model| model.revert("a"),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_delete_with_several_dependants_recovers() {
         command: &["delete", "web", "b"],
         apply: |model| model.delete("b"),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_delete_with_one_dependant_recovers() {
         command: &["delete", "web", "b"],
         apply: |model| model.delete("b"),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn a_delete_of_the_root_pushed_into_the_registered_image_recovers() {
         command: &["delete", "web", "a"],
         apply: |model| model.delete("a"),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn a_delete_of_a_branch_with_several_tombstones_in_a_row_recovers() {
         command: &["delete", "web", "a", "--children"],
         apply: |model| ["c", "b", "a"].iter().for_each(|name| model.delete(name)),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn a_delete_of_the_current_one_recovers() {
         command: &["delete", "web", "d"],
         apply: |model| model.delete("d"),
     };
-    kill_everywhere(&scenario, 10);
+    kill_everywhere(&scenario, 9);
 }
 
 /// Letting go of the domain with `--flatten`: one plain image at each path, whenever it was killed.

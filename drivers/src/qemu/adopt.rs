@@ -219,9 +219,7 @@ impl Adopt {
         remove_empty_folder(&self.turn.layers, self.turn.previous.as_deref())?;
         let known = work.context.state.layers.disks.get(&self.disk);
         let changes = if known.is_some_and(|disk| disk.layers.contains_key(&self.layer)) {
-            // The graph has no word for "no generation"; an empty name is read as that.
-            let generation = self.turn.previous.clone().unwrap_or_default();
-            vec![dropped, LayerChange::Switched { generation }]
+            vec![dropped, LayerChange::Switched { generation: self.turn.previous.clone() }]
         } else {
             Vec::new()
         };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Capabilities, Domain};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
+use snaptree_engine::{DiskName, DomainName, LayerId};
 
 /// Deepest chain: QEMU opens one file per layer, and slows down with their number.
 pub(super) const DEPTH_MAX: usize = 200;
@@ -99,14 +99,6 @@ impl QemuConfig {
 /// The symlink in a layers folder that names the generation that is switched on.
 pub(super) fn active(layers: &Path) -> PathBuf {
     layers.join("active")
-}
-
-/// The id of a registered image as a layer. The same operation may put a layer of its own on the same disk, so the
-/// two ids differ; a disk's name cannot make up for the difference, since an id ends in a UUID otherwise.
-pub(super) fn adopted_id(disk: &DiskName, operation: OperationId) -> Result<LayerId, Failure> {
-    let text = format!("{}-base", LayerId::new(disk, operation));
-    LayerId::deserialize(serde::de::value::StringDeserializer::<serde::de::value::Error>::new(text))
-        .map_err(|error| Failure::new(Code::Invalid, format!("no layer can be named: {error}")))
 }
 
 /// What can be done with a machine that is off.

@@ -10,7 +10,6 @@ use snaptree_engine::project::DomainState;
 
 use super::config::{DiskPaths, PathWish, QemuConfig, active};
 use super::observe::{Detail, Entry};
-use super::plan::log_generation;
 
 const HINT: &str = "nothing was touched; snaptree drift shows all differences";
 
@@ -29,7 +28,7 @@ pub(super) fn check(
     if let Some(reason) = seen.unreadable.get(&switch) {
         return Err(drift(reason.clone()));
     }
-    let expected = log_generation(state);
+    let expected = state.layers.generation.clone();
     if seen.generation != expected {
         return Err(drift(format!(
             "{} leads to {}, and the log says {}",

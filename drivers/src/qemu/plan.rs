@@ -13,7 +13,7 @@ use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
-use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig, adopted_id};
+use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
 use super::generation;
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
@@ -115,7 +115,7 @@ impl Planner<'_> {
 
     /// The next switch: from the generation of the last step that switches to this step's.
     pub(super) fn turn(&mut self) -> Turn {
-        let previous = self.turns.last().cloned().or_else(|| log_generation(self.state));
+        let previous = self.turns.last().cloned().or_else(|| self.state.layers.generation.clone());
         let generation = generation::name(self.operation, self.steps.len());
         self.turns.push(generation.clone());
         Turn { layers: self.config.layers.clone(), previous, generation }
@@ -284,7 +284,7 @@ impl Planner<'_> {
             }
         }
         let own_backing = self.own_backing(image)?;
-        let layer = adopted_id(disk, self.operation)?;
+        let layer = LayerId::adopted(disk, self.operation);
         let file = match self.config.keep_path {
             PathWish::Keep => image.clone(),
             PathWish::Follow => {
@@ -429,9 +429,4 @@ impl Planner<'_> {
         let poison = Poison::AtFinish(request.snapshots.clone());
         self.push("mark as deleted", Reversal::PointOfNoReturn, poison, &QemuStep::Switch(switch))
     }
-}
-
-/// The generation that the log says is switched on. An empty name stands for none, after an adoption that was undone.
-pub(super) fn log_generation(state: &DomainState) -> Option<String> {
-    state.layers.generation.clone().filter(|name| !name.is_empty())
 }

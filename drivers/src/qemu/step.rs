@@ -299,7 +299,7 @@ impl Adopt {
         vec![
             LayerChange::Added { disk: disk.clone(), layer: layer.clone(), facts },
             LayerChange::Activated { disk, layer },
-            LayerChange::Switched { generation: self.turn.generation.clone() },
+            LayerChange::Switched { generation: Some(self.turn.generation.clone()) },
         ]
     }
 }
@@ -341,7 +341,7 @@ impl Switch {
                 stamp,
             });
         }
-        changes.push(LayerChange::Switched { generation: self.turn.generation.clone() });
+        changes.push(LayerChange::Switched { generation: Some(self.turn.generation.clone()) });
         Ok(changes)
     }
 }
