@@ -17,7 +17,7 @@ use self::guest::Guest;
 use self::stage::Stage;
 use crate::args::inspect::DemoArgs;
 use crate::context::Context;
-use crate::exit::{Exit, Trouble};
+use crate::exit::{Exit, Trouble, is_broken_pipe};
 use crate::render;
 
 /// The tools that show the real thing.
@@ -84,6 +84,11 @@ pub async fn run(context: &Context, args: DemoArgs) -> Result<Exit> {
         dir: None,
     };
     if let Err(error) = played {
+        if is_broken_pipe(&error) {
+            // Nobody watches any more, so nobody will look around either.
+            place.remove()?;
+            return Err(error);
+        }
         let dir = place.keep();
         return Err(error.context(format!("the demo failed; look around in {}", dir.display())));
     }
@@ -143,7 +148,7 @@ fn place(dir: Option<&Path>) -> Result<Place> {
 
 fn summary(view: &DemoView, kept: Option<&Path>, state: &Path) -> String {
     let mut text = format!(
-        "\n{} snapshots, compared {} times by SHA-256: each still reads as when it was taken.\n\nTry next:\n",
+        "\n{} snapshots, compared {} times by SHA-256: each read as when it was taken, every time.\n\nTry next:\n",
         view.snapshots, view.comparisons,
     );
     if let Some(dir) = kept {
