@@ -21,7 +21,7 @@ use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError,
 use crate::operation::{Code, Failure, IllegalHistory, Request};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::merge::{self, COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff, Verdict};
-use crate::reconcile::recovery::{Recovered, recover_domain};
+use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
 
 /// How many events are read from a stream at once.
@@ -525,7 +525,13 @@ impl Engine {
         }
         let mut recovered = Vec::new();
         for domain in domains {
-            recovered.extend(recover_domain(self, requester, domain, watch).await?);
+            let state = self.load(domain).await?;
+            recovered.extend(match recover_domain(self, requester, &state, watch).await {
+                Ok(recovered) => recovered,
+                // One hypervisor that cannot be asked does not keep the others from being recovered.
+                Err(EngineError::Driver(error)) => unrecovered(&state, &error.failure),
+                Err(error) => return Err(error),
+            });
         }
         Ok(recovered)
     }

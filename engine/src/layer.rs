@@ -125,6 +125,11 @@ impl LayerGraph {
         self.disks.entry(disk.clone()).or_default()
     }
 
+    /// Every file that Snaptree answers for.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.disks.values().flat_map(|disk| disk.layers.values().map(|layer| &layer.file))
+    }
+
     /// Applies one recorded change. Total: what names an unknown layer changes nothing.
     pub fn apply(&mut self, change: &LayerChange) {
         match change {

@@ -144,8 +144,13 @@ fn names_that_break_the_rules_are_refused_and_nothing_changes() {
 fn a_raw_image_is_refused_unless_it_is_converted() {
     let (_folder, images, program) = lab();
     let image = images.join("vda.raw");
-    let bytes: Vec<u8> = (0..2_u32 << 20).map(|n| u8::try_from(n / 4096 % 251).expect("a byte")).collect();
+    // Data, a written stretch of zeros, and a hole at the end.
+    let data = (0..1_u32 << 20).map(|n| u8::try_from(n / 4096 % 251).expect("a byte"));
+    let mut bytes: Vec<u8> = data.chain(std::iter::repeat_n(0, 1 << 20)).collect();
     std::fs::write(&image, &bytes).expect("a raw image");
+    bytes.resize(4 << 20, 0);
+    let file = std::fs::OpenOptions::new().write(true).open(&image).expect("the image");
+    file.set_len(4 << 20).expect("a hole");
     let refused = add(&program, 4, "web", &image);
     assert!(refused["error"]["hint"].as_str().expect("a hint").contains("--convert"), "{refused}");
     assert_eq!(std::fs::read(&image).expect("the image"), bytes);

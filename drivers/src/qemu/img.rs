@@ -133,7 +133,7 @@ impl QemuImg {
         (a, a_format): (&Path, &str),
         (b, b_format): (&Path, &str),
     ) -> Result<(), DriverError> {
-        let args = ["compare", "-q", "-s", "-f", a_format, "-F", b_format].map(OsStr::new);
+        let args = ["compare", "-q", "-f", a_format, "-F", b_format].map(OsStr::new);
         let mut run = Run::moving(args.into_iter().chain([a.as_os_str(), b.as_os_str()]));
         run.lock = lock;
         let output = self.run("compare", a, run).await?;

@@ -7,8 +7,9 @@ use jiff::Timestamp;
 
 use crate::driver::Watch;
 use crate::engine::{Engine, EngineError, Requester};
-use crate::ids::{DomainId, DomainName, OperationId};
+use crate::ids::{DomainName, OperationId};
 use crate::operation::{Failure, Operation, Outcome, Phase};
+use crate::project::DomainState;
 use crate::reconcile::worker::{Carried, Worker};
 
 /// What recovery found of an operation, and what it did.
@@ -36,18 +37,26 @@ pub struct Recovered {
 pub(crate) async fn recover_domain(
     engine: &Engine,
     requester: &Requester,
-    domain: DomainId,
+    state: &DomainState,
     watch: &dyn Watch,
 ) -> Result<Vec<Recovered>, EngineError> {
-    let state = engine.load(domain).await?;
     let Some(name) = state.domain.as_ref().map(|domain| domain.name.clone()) else { return Ok(Vec::new()) };
-    let before = state.open.clone();
-    let driven = Worker::new(engine, requester, state, watch)?.drive().await?;
+    let driven = Worker::new(engine, requester, state.clone(), watch)?.drive().await?;
     let account = |operation: &Operation| {
         let carried = driven.carried.iter().find(|carried| carried.operation.id == operation.id);
         account_of(&name, operation, carried)
     };
-    Ok(before.iter().map(account).collect())
+    Ok(state.open.iter().map(account).collect())
+}
+
+/// The account of a domain whose hypervisor cannot be asked: everything stays as it stood.
+pub(crate) fn unrecovered(state: &DomainState, failure: &Failure) -> Vec<Recovered> {
+    let Some(domain) = &state.domain else { return Vec::new() };
+    let account = |operation| {
+        let did = format!("left it, since the hypervisor cannot be asked: {failure}");
+        Recovered { did, failure: Some(failure.clone()), ..account_of(&domain.name, operation, None) }
+    };
+    state.open.iter().map(account).collect()
 }
 
 fn account_of(domain: &DomainName, operation: &Operation, carried: Option<&Carried>) -> Recovered {

@@ -27,7 +27,7 @@ use crate::event::{
     Actor, DomainUnregistered, Envelope, Event, HowFinished, MemoryKind, MergeDeferred, MergeFinished,
     MergeStarted, OperationAttemptFailed, OperationCancelled, OperationFailed, OperationNeedsAttention,
     OperationPlanned, OperationStepFinished, OperationStepStarted, OperationSucceeded, OperationUndoFinished,
-    OperationUndoStarted, RetryKind, SnapshotCreated, SnapshotDeleted, SnapshotReverted,
+    OperationUndoStarted, RetryKind, SnapshotCreated, SnapshotDeleted, SnapshotReverted, UnregisterWish,
 };
 use crate::ids::{OperationId, SnapshotId, StreamId};
 use crate::log::{LogError, NewEvent};
@@ -521,7 +521,10 @@ impl<'a> Worker<'a> {
                 events.push(MergeFinished { snapshots: request.plan.snapshots.clone() }.into());
             }
             Request::Unregister(request) => {
-                let left = learnt.left.into_iter().collect();
+                let mut left: Vec<_> = learnt.left.into_iter().collect();
+                if request.wish == UnregisterWish::KeepLayers {
+                    left.extend(self.state.layers.files().cloned());
+                }
                 events.push(DomainUnregistered { wish: request.wish, left }.into());
             }
         }
