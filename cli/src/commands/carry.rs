@@ -1,13 +1,11 @@
 //! Submitting a request, driving it to its outcome, and telling what came of it.
 
 use std::future::Future;
-use std::path::PathBuf;
 
 use anyhow::Result;
 use snaptree_engine::DomainId;
 use snaptree_engine::command::Command;
 use snaptree_engine::engine::{DryRun, Engine, EngineError, Requester, Stop, Submitted};
-use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::operation::{Outcome, Request};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::merge::Verdict;
@@ -236,27 +234,13 @@ fn view_of(story: &Story, state: &DomainState, carried: &[Carried], known: &Know
         current: current_name(state),
         steps: story.steps.clone(),
         merges: merges(story, state, carried, &name),
-        left: left(story, state),
+        left: story.left.clone(),
         cost: None,
         error: story.failure.as_ref().map(ErrorView::from),
         kind: story.request.kind(),
         domain: domain_name(state),
         parent,
     }
-}
-
-/// The files that stay of a domain that was let go.
-fn left(story: &Story, state: &DomainState) -> Vec<PathBuf> {
-    let mut left = story.left.clone();
-    let kept =
-        matches!(&story.request, Request::Unregister(request) if request.wish == UnregisterWish::KeepLayers);
-    if kept && story.outcome == Some(Outcome::Succeeded) {
-        let layers = state.layers.disks.values().flat_map(|disk| disk.layers.values());
-        left.extend(layers.map(|layer| layer.file.clone()));
-        left.sort();
-        left.dedup();
-    }
-    left
 }
 
 /// What became of the data of the snapshots that an operation deleted.
