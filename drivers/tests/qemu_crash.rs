@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use qemu_lab::{CrashAt, Ended, Lab, Wish};
 use snaptree_drivers::qemu::PathWish;
-use snaptree_engine::event::{DomainUnregisterRequested, Event, MergeStarted, RequestDigest, UnregisterWish};
+use snaptree_engine::event::{DomainUnregisterRequested, Event, MergeStarted, RequestTerms, UnregisterWish};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Scenario {
@@ -77,7 +77,7 @@ async fn build(scenario: Scenario) -> (Lab, Event) {
                 S::Delete => lab.delete_request(&["s3", "s2"]),
                 S::Flatten => DomainUnregisterRequested {
                     wish: UnregisterWish::Flatten,
-                    request: RequestDigest::default(),
+                    request: RequestTerms::default(),
                 }
                 .into(),
                 _ => {

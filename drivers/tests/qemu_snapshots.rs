@@ -6,7 +6,7 @@ mod qemu_lab;
 
 use qemu_lab::{Ended, Lab, Wish, content, io, run};
 use snaptree_drivers::qemu::PathWish;
-use snaptree_engine::event::{DomainUnregisterRequested, Event, MergeStarted, RequestDigest, UnregisterWish};
+use snaptree_engine::event::{DomainUnregisterRequested, Event, MergeStarted, RequestTerms, UnregisterWish};
 use snaptree_engine::operation::Code;
 use snaptree_engine::reconcile::merge::MergeAction;
 
@@ -187,7 +187,7 @@ async fn one_disk_of_two() {
 }
 
 fn unregister(wish: UnregisterWish) -> Event {
-    DomainUnregisterRequested { wish, request: RequestDigest::default() }.into()
+    DomainUnregisterRequested { wish, request: RequestTerms::default() }.into()
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use snaptree_engine::driver::{
 };
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainRegistered, DomainUnregisterRequested, Envelope, Event, Hash,
-    MemoryKind, MergeStarted, MergeWish, Origin, RequestDigest, SnapshotCreateRequested, SnapshotCreated,
+    MemoryKind, MergeStarted, MergeWish, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
     SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, Step};
@@ -261,12 +261,12 @@ fn create(name: &str) -> SnapshotCreateRequested {
         labels: BTreeMap::new(),
         disks: BTreeSet::from([vda()]),
         memory: MemoryKind::Internal,
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     }
 }
 
 fn revert(snapshot: SnapshotId) -> Request {
-    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, request: RequestDigest::default() })
+    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() })
 }
 
 fn delete(snapshots: &[SnapshotId], what: DeleteWhat) -> Request {
@@ -277,12 +277,12 @@ fn delete(snapshots: &[SnapshotId], what: DeleteWhat) -> Request {
         what,
         merge: MergeWish::Auto,
         reasons: vec![],
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     })
 }
 
 fn unregister(wish: UnregisterWish) -> Request {
-    Request::Unregister(DomainUnregisterRequested { wish, request: RequestDigest::default() })
+    Request::Unregister(DomainUnregisterRequested { wish, request: RequestTerms::default() })
 }
 
 /// (our id, our parent's id) of every snapshot that the hypervisor lists, in its order.
@@ -372,7 +372,7 @@ fn memory_and_run_state_come_back() {
     let mut paused = SnapshotRevertRequested {
         snapshot: running,
         run_state: Some(RunState::Paused),
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     };
     bench.carry(Request::Revert(paused.clone()));
     assert_eq!(bench.observe().run_state, RunState::Paused);

@@ -130,6 +130,15 @@ pub enum Command {
     Unregister(UnregisterWish),
     /// Let an operation that needs attention try again.
     Retry(crate::ids::OperationId),
+    /// Say what became of the step in hand of an operation that needs attention.
+    Resolve {
+        /// The operation.
+        operation: crate::ids::OperationId,
+        /// What became of it.
+        verdict: crate::operation::Verdict,
+        /// Why that is known.
+        reason: String,
+    },
 }
 
 /// A request that was turned down; nothing was written.

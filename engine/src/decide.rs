@@ -12,11 +12,11 @@ use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, r
 use crate::domain::Domain;
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
-    OperationRetried, RequestDigest, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEdited,
-    SnapshotHeld, SnapshotReleased, SnapshotRevertRequested, UnregisterWish,
+    OperationResolved, OperationRetried, RequestTerms, SnapshotCreateRequested, SnapshotDeleteRequested,
+    SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested, UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
-use crate::operation::{Code, Phase};
+use crate::operation::{Code, Operation, Phase, Verdict};
 use crate::project::DomainState;
 use crate::tree::{Hold, Labels, Snapshot, Tree};
 
@@ -38,8 +38,8 @@ pub struct Ctx {
     pub fresh: Uuid,
     /// Who asks.
     pub actor: Actor,
-    /// The digest of the command, if it was given with a key.
-    pub digest: RequestDigest,
+    /// What goes with the request: its deadline, and the digest of the command if there is a key.
+    pub terms: RequestTerms,
 }
 
 /// Judges `command`.
@@ -48,8 +48,15 @@ pub struct Ctx {
 /// A [`Rejection`] that says what is wrong and what to do; nothing is to be written then.
 pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<Event>, Rejection> {
     let domain = registered(state)?;
-    if let Command::Retry(operation) = command {
-        return retry(state, *operation);
+    match command {
+        Command::Retry(operation) => {
+            needs_attention(state, *operation)?;
+            return Ok(vec![OperationRetried {}.into()]);
+        }
+        Command::Resolve { operation, verdict, reason } => {
+            return resolved(state, *operation, *verdict, reason);
+        }
+        _ => nothing_needs_attention(state)?,
     }
     if state.open.len() >= OPEN_OPERATIONS_MAX {
         return Err(reject(
@@ -63,7 +70,7 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
         Command::Revert { snapshot, run_state } => {
             let snapshot = find(state, &tree, snapshot)?;
             not_lost(snapshot)?;
-            let request = ctx.digest.clone();
+            let request = ctx.terms.clone();
             SnapshotRevertRequested { snapshot: snapshot.id, run_state: *run_state, request }.into()
         }
         Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
@@ -82,7 +89,9 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
             DomainChanged { name: name.clone(), labels: merged(&domain.labels, labels)? }.into()
         }
         Command::Unregister(wish) => unregister(state, *wish, ctx)?,
-        Command::Retry(_) => return Err(reject(Code::Invalid, "a retry makes no request")),
+        Command::Retry(_) | Command::Resolve { .. } => {
+            return Err(reject(Code::Invalid, "this makes no request"));
+        }
     };
     Ok(vec![event])
 }
@@ -203,7 +212,7 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         labels: create.labels.clone(),
         disks: selected_disks(domain, create.disks.as_ref())?,
         memory,
-        request: ctx.digest.clone(),
+        request: ctx.terms.clone(),
     }
     .into())
 }
@@ -272,7 +281,7 @@ fn delete_requested(
         what: delete.what,
         merge: delete.merge,
         reasons: delete.reasons.clone(),
-        request: ctx.digest.clone(),
+        request: ctx.terms.whenever(),
     }
     .into())
 }
@@ -379,15 +388,47 @@ fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Ev
             refuse_held(&state.tree, snapshot.id, ctx.now)?;
         }
     }
-    Ok(DomainUnregisterRequested { wish, request: ctx.digest.clone() }.into())
+    Ok(DomainUnregisterRequested { wish, request: ctx.terms.whenever() }.into())
 }
 
-fn retry(state: &DomainState, operation: OperationId) -> Result<Vec<Event>, Rejection> {
-    match state.operation(operation).map(|operation| &operation.phase) {
-        Some(Phase::NeedsAttention { .. }) => Ok(vec![OperationRetried {}.into()]),
+/// While an operation can go neither on nor back, nobody knows what another one would build upon.
+fn nothing_needs_attention(state: &DomainState) -> Result<(), Rejection> {
+    let stuck = state.open.iter().find(|operation| matches!(operation.phase, Phase::NeedsAttention { .. }));
+    match stuck {
+        Some(stuck) => Err(reject(
+            Code::NeedsAttention,
+            format!("the {} {} of this domain needs attention first", stuck.request.kind(), stuck.id),
+        )
+        .hint("`snaptree op show` tells why; then `snaptree op retry` or `snaptree op resolve`")),
+        None => Ok(()),
+    }
+}
+
+fn needs_attention(state: &DomainState, operation: OperationId) -> Result<&Operation, Rejection> {
+    match state.operation(operation) {
+        Some(found) if matches!(found.phase, Phase::NeedsAttention { .. }) => Ok(found),
         Some(_) => Err(reject(Code::Invalid, format!("operation {operation} does not need attention"))),
         None => Err(reject(Code::NotFound, format!("operation {operation} is not open"))),
     }
+}
+
+fn resolved(
+    state: &DomainState,
+    operation: OperationId,
+    verdict: Verdict,
+    reason: &str,
+) -> Result<Vec<Event>, Rejection> {
+    let found = needs_attention(state, operation)?;
+    text_fits("reason", reason)?;
+    if reason.trim().is_empty() {
+        return Err(reject(Code::Invalid, "a verdict needs a reason").hint("--reason 'what was seen'"));
+    }
+    let event = OperationResolved { verdict, reason: reason.to_owned(), changes: Vec::new() }.into();
+    if found.phase.next(&event, found.steps.len()).is_none() {
+        return Err(reject(Code::Invalid, "no step of it is in hand that could be done or not done")
+            .hint("--abandon lets it end here"));
+    }
+    Ok(vec![event])
 }
 
 fn text_fits(what: &str, text: &str) -> Result<(), Rejection> {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tracing::instrument;
@@ -14,11 +14,14 @@ use tracing::instrument;
 use crate::command::{Command, Rejection, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::{Domain, DriverKind};
-use crate::driver::{Driver, DriverError, Hooks, NoHooks, Observation, Plan, Registration, Watch};
-use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestDigest};
+use crate::driver::{
+    Driver, DriverError, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext,
+    Watch,
+};
+use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
-use crate::operation::{Code, Failure, IllegalHistory, Request};
+use crate::operation::{Code, Failure, IllegalHistory, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::merge::{self, COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
@@ -67,6 +70,8 @@ pub struct Settings {
     pub retry_delay_ms_min: u64,
     /// The longest pause before another try.
     pub retry_delay_ms_max: u64,
+    /// How long after it was asked for a create or a revert may begin; none for ever.
+    pub first_step_s_max: Option<u64>,
 }
 
 impl Default for Settings {
@@ -76,6 +81,7 @@ impl Default for Settings {
             attempts_max: 5,
             retry_delay_ms_min: 200,
             retry_delay_ms_max: 30_000,
+            first_step_s_max: Some(3_600),
         }
     }
 }
@@ -426,7 +432,10 @@ impl Engine {
             }
             let state = self.load(domain).await?;
             let ctx = self.ctx(requester, digest.clone());
-            let events = decide(&state, command, &ctx)?;
+            let mut events = decide(&state, command, &ctx)?;
+            if let Command::Resolve { operation, verdict: Said::Done, .. } = command {
+                self.fill_in_changes(&state, *operation, &mut events).await;
+            }
             let operation = OperationId::from_uuid(self.ids.next());
             let (submitted, events) = self.addressed(&stream, command, operation, key, events);
             match self.append(requester, vec![(stream.clone(), state.version)], events).await {
@@ -439,12 +448,44 @@ impl Engine {
         }
     }
 
-    fn ctx(&self, requester: &Requester, digest: Option<String>) -> Ctx {
-        Ctx {
+    /// What of the layer graph changed with a step that someone says is done, as far as an observation tells.
+    async fn fill_in_changes(&self, state: &DomainState, id: OperationId, events: &mut [Event]) {
+        let Some((operation, step)) =
+            state.operation(id).and_then(|found| Some((found, found.step_in_hand()?)))
+        else {
+            return;
+        };
+        let Ok(driver) = self.driver_of(state) else { return };
+        let (Ok(seen), Ok(head)) = (driver.observe(state).await, self.log.head().await) else { return };
+        let context = StepContext {
+            state,
+            operation: id,
+            request: &operation.request,
+            index: step,
+            head,
             now: self.clock.now(),
+            hooks: &*self.hooks,
+            progress: &NoWatch,
+        };
+        let Some(step) = operation.steps.get(step) else { return };
+        if let Resolution::Done(report) = driver.resolve(&context, step, &seen) {
+            for event in events {
+                if let Event::OperationResolved(resolved) = event {
+                    resolved.changes.clone_from(&report.changes);
+                }
+            }
+        }
+    }
+
+    fn ctx(&self, requester: &Requester, digest: Option<String>) -> Ctx {
+        let now = self.clock.now();
+        let wait = self.settings.first_step_s_max.and_then(|seconds| i64::try_from(seconds).ok());
+        let deadline = wait.and_then(|seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok());
+        Ctx {
+            now,
             fresh: self.ids.next(),
             actor: requester.actor.clone(),
-            digest: RequestDigest { command_sha256: digest },
+            terms: RequestTerms { command_sha256: digest, deadline },
         }
     }
 
@@ -459,6 +500,7 @@ impl Engine {
     ) -> (Submitted, Vec<NewEvent>) {
         let is_request = events.iter().any(|event| Request::of(event).is_some());
         let (operation, submitted) = match command {
+            Command::Resolve { operation, .. } => (Some(*operation), Submitted::Operation(*operation)),
             Command::Retry(retried) => (Some(*retried), Submitted::Operation(*retried)),
             _ if is_request => (Some(operation), Submitted::Operation(operation)),
             _ => (None, Submitted::Recorded),

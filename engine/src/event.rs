@@ -16,7 +16,7 @@ use crate::ids::{
     DiskName, DomainName, EventId, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
 };
 use crate::layer::LayerChange;
-use crate::operation::{Failure, Operation, Step};
+use crate::operation::{Failure, Operation, Step, Verdict};
 use crate::reconcile::merge::MergePlan;
 use crate::tree::{Hold, Labels, Snapshot, SnapshotState};
 
@@ -257,10 +257,14 @@ events! {
     OperationFailed = "Operation.Failed" 1,
     /// Outcome: called off, and the domain is as it was.
     OperationCancelled = "Operation.Cancelled" 1,
+    /// Outcome: too late, and the domain is as it was.
+    OperationExpired = "Operation.Expired" 1,
     /// It can go neither on nor back by itself.
     OperationNeedsAttention = "Operation.NeedsAttention" 1,
     /// Someone let it try again.
     OperationRetried = "Operation.Retried" 1,
+    /// Someone said what became of the step that could not be made out.
+    OperationResolved = "Operation.Resolved" 1,
     /// The request of a merge: Snaptree's own.
     MergeStarted = "Merge.Started" 1,
     /// The tombstones are folded away.
@@ -296,7 +300,7 @@ pub struct DomainUnregisterRequested {
     pub wish: UnregisterWish,
     /// Idempotency.
     #[serde(flatten)]
-    pub request: RequestDigest,
+    pub request: RequestTerms,
 }
 
 /// Payload: a domain is no longer registered.
@@ -309,12 +313,22 @@ pub struct DomainUnregistered {
     pub left: Vec<std::path::PathBuf>,
 }
 
-/// The SHA-256 (hex) of the command that a key was given with; none without a key.
+/// What goes with a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RequestDigest {
-    /// The digest.
+pub struct RequestTerms {
+    /// The SHA-256 (hex) of the command that a key was given with; none without a key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_sha256: Option<String>,
+    /// The moment after which the first step must not begin; none for whenever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Timestamp>,
+}
+
+impl RequestTerms {
+    /// The same for a request that may begin whenever.
+    pub(crate) fn whenever(&self) -> Self {
+        Self { deadline: None, ..self.clone() }
+    }
 }
 
 /// Payload: a snapshot was asked for.
@@ -336,7 +350,7 @@ pub struct SnapshotCreateRequested {
     pub memory: MemoryKind,
     /// Idempotency.
     #[serde(flatten)]
-    pub request: RequestDigest,
+    pub request: RequestTerms,
 }
 
 impl SnapshotCreateRequested {
@@ -378,7 +392,7 @@ pub struct SnapshotRevertRequested {
     pub run_state: Option<RunState>,
     /// Idempotency.
     #[serde(flatten)]
-    pub request: RequestDigest,
+    pub request: RequestTerms,
 }
 
 /// Payload: the machine is at that snapshot.
@@ -406,7 +420,7 @@ pub struct SnapshotDeleteRequested {
     pub reasons: Vec<String>,
     /// Idempotency.
     #[serde(flatten)]
-    pub request: RequestDigest,
+    pub request: RequestTerms,
 }
 
 /// Payload: one snapshot is gone.
@@ -549,6 +563,13 @@ pub struct OperationCancelled {
     pub failure: Failure,
 }
 
+/// Payload: outcome.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OperationExpired {
+    /// The deadline, and when it was missed.
+    pub failure: Failure,
+}
+
 /// Payload: neither on nor back.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationNeedsAttention {
@@ -559,6 +580,18 @@ pub struct OperationNeedsAttention {
 /// Payload: an operation that needed attention may try again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationRetried {}
+
+/// Payload: what someone who looked said.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OperationResolved {
+    /// What became of the step in hand.
+    pub verdict: Verdict,
+    /// Why that is known.
+    pub reason: String,
+    /// What of the layer graph changed with it, as far as an observation tells.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<LayerChange>,
+}
 
 /// Payload: the request of a merge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

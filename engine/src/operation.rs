@@ -16,9 +16,12 @@
 //!  Running(i) | Waiting(i) --UndoStarted(i)--> Undoing(i) --UndoFinished(i)--> Undone(i)
 //!  Ready(i)                --UndoStarted(i-1)--> Undoing(i-1)
 //!  Undone(i)               --UndoStarted(i-1)--> Undoing(i-1)
-//!  Undone(0) | Requested | Planned --Failed | Cancelled--> Ended
+//!  Undone(0) | Requested | Planned --Failed | Cancelled | Expired--> Ended
 //!
 //!  any open phase --NeedsAttention--> NeedsAttention(phase) --Retried--> phase
+//!     NeedsAttention(Running(i)) --Resolved(done)--> Ready(i+1), --Resolved(not done)--> Ready(i)
+//!     NeedsAttention(Undoing(i)) --Resolved(done)--> Undone(i),  --Resolved(not done)--> Undoing(i)
+//!     NeedsAttention(phase)      --Resolved(abandon)--> Ended(Failed)
 //! ```
 //!
 //! * `Requested`: in the log, nothing looked at yet.
@@ -75,6 +78,10 @@ pub enum Code {
     Timeout,
     /// The request was called off.
     Cancelled,
+    /// Its first step came too late.
+    Expired,
+    /// Another operation has to be looked at first.
+    NeedsAttention,
 }
 
 impl Code {
@@ -94,6 +101,8 @@ impl Code {
             Self::Io => "io",
             Self::Timeout => "timeout",
             Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
+            Self::NeedsAttention => "needs-attention",
         }
     }
 }
@@ -246,6 +255,20 @@ pub enum Outcome {
     Failed,
     /// It was called off, and the domain is as it was.
     Cancelled,
+    /// Its deadline passed before its first step, and the domain is as it was.
+    Expired,
+}
+
+/// What someone who looked says of a step that Snaptree could not make out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It is done (or undone, if it was being undone); go on behind it.
+    Done,
+    /// It is not; do it (or undo it) again.
+    NotDone,
+    /// Let the operation end here, as failed, and leave everything as it is.
+    Abandon,
 }
 
 impl Outcome {
@@ -255,6 +278,7 @@ impl Outcome {
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
         }
     }
 }
@@ -332,7 +356,11 @@ impl Phase {
     /// Where the operation stands after `event`; `None` if the event cannot follow.
     pub fn next(&self, event: &Event, steps: usize) -> Option<Self> {
         if let Self::NeedsAttention { before, .. } = self {
-            return matches!(event, Event::OperationRetried(_)).then(|| (**before).clone());
+            return match event {
+                Event::OperationRetried(_) => Some((**before).clone()),
+                Event::OperationResolved(e) => before.settled(e.verdict, &e.reason),
+                _ => None,
+            };
         }
         match event {
             Event::OperationPlanned(_) => matches!(self, Self::Requested).then_some(Self::Planned),
@@ -373,6 +401,7 @@ impl Phase {
             },
             Event::OperationFailed(e) => self.end_untouched(Outcome::Failed, &e.failure),
             Event::OperationCancelled(e) => self.end_untouched(Outcome::Cancelled, &e.failure),
+            Event::OperationExpired(e) => self.end_untouched(Outcome::Expired, &e.failure),
             Event::OperationNeedsAttention(e) => (!self.is_ended())
                 .then(|| Self::NeedsAttention { before: Box::new(self.clone()), failure: e.failure.clone() }),
             _ => None,
@@ -383,6 +412,27 @@ impl Phase {
     fn end_untouched(&self, outcome: Outcome, failure: &Failure) -> Option<Self> {
         matches!(self, Self::Requested | Self::Planned | Self::Undone { step: 0, .. })
             .then(|| Self::Ended { outcome, failure: Some(failure.clone()) })
+    }
+
+    /// Where it stands once someone has said what became of the step in hand; `None` if no step is.
+    fn settled(&self, verdict: Verdict, reason: &str) -> Option<Self> {
+        match (verdict, self) {
+            (Verdict::Abandon, _) => {
+                let failure = Failure::new(Code::NeedsAttention, format!("abandoned: {reason}"));
+                Some(Self::Ended { outcome: Outcome::Failed, failure: Some(failure) })
+            }
+            (Verdict::Done, Self::Running { step } | Self::Waiting { step, .. }) => {
+                Some(Self::Ready { step: step + 1 })
+            }
+            (Verdict::NotDone, Self::Running { step } | Self::Waiting { step, .. }) => {
+                Some(Self::Ready { step: *step })
+            }
+            (Verdict::Done, Self::Undoing { step, failure }) => {
+                Some(Self::Undone { step: *step, failure: failure.clone() })
+            }
+            (Verdict::NotDone, Self::Undoing { .. }) => Some(self.clone()),
+            _ => None,
+        }
     }
 
     /// Whether it is over.
@@ -459,7 +509,7 @@ impl Operation {
                 self.attempts = 0;
                 self.learn(&e.learnt);
             }
-            Event::OperationRetried(_) => self.attempts = 0,
+            Event::OperationRetried(_) | Event::OperationResolved(_) => self.attempts = 0,
             _ => {}
         }
         self.phase = next;
@@ -472,6 +522,24 @@ impl Operation {
             self.learnt.taken = learnt.taken.or(self.learnt.taken);
             self.learnt.state = learnt.state.or(self.learnt.state);
             self.learnt.left.extend(learnt.left);
+        }
+    }
+
+    /// The step that was started and whose end is not known, also while someone has to look at it.
+    pub fn step_in_hand(&self) -> Option<usize> {
+        let phase = if let Phase::NeedsAttention { before, .. } = &self.phase { before } else { &self.phase };
+        match phase {
+            Phase::Running { step } | Phase::Waiting { step, .. } => Some(*step),
+            _ => None,
+        }
+    }
+
+    /// The moment after which it must not begin any more.
+    pub fn deadline(&self) -> Option<Timestamp> {
+        match &self.request {
+            Request::Create(request) => request.request.deadline,
+            Request::Revert(request) => request.request.deadline,
+            Request::Delete(_) | Request::Merge(_) | Request::Unregister(_) => None,
         }
     }
 

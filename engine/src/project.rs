@@ -143,6 +143,7 @@ impl DomainState {
         match &envelope.event {
             Event::OperationStepFinished(e) => self.change_layers(&e.changes),
             Event::OperationUndoFinished(e) => self.change_layers(&e.changes),
+            Event::OperationResolved(e) => self.change_layers(&e.changes),
             _ => {}
         }
         if self.open[position].phase.is_ended() {

@@ -12,7 +12,7 @@ use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
 use snaptree_engine::event::{
-    Actor, DeleteScope, DeleteWhat, Event, MergeWish, RequestDigest, SnapshotHeld, UnregisterWish,
+    Actor, DeleteScope, DeleteWhat, Event, MergeWish, RequestTerms, SnapshotHeld, UnregisterWish,
 };
 use snaptree_engine::operation::Code;
 use snaptree_engine::tree::Hold;
@@ -30,7 +30,7 @@ fn history() -> History {
 
 fn ctx() -> Ctx {
     let actor = Actor::User("ada".to_owned());
-    Ctx { now: at(500), fresh: uuid(77), actor, digest: RequestDigest::default() }
+    Ctx { now: at(500), fresh: uuid(77), actor, terms: RequestTerms::default() }
 }
 
 fn by_name(text: &str) -> SnapshotRef {

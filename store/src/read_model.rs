@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use snaptree_engine::event::{Envelope, Event};
 use snaptree_engine::ids::{DomainId, OperationId, SnapshotId, StreamId};
 use snaptree_engine::log::LogError;
-use snaptree_engine::operation::{Failure, Outcome, Request};
+use snaptree_engine::operation::{Code, Failure, Outcome, Request, Verdict};
 use snaptree_engine::tree::Snapshot;
 
 use crate::error::{Tried, failed};
@@ -297,6 +297,11 @@ fn advanced(
     match event {
         Event::OperationSucceeded(_) => ended(connection, envelope, &id, Outcome::Succeeded, None),
         Event::OperationFailed(e) => ended(connection, envelope, &id, Outcome::Failed, Some(&e.failure)),
+        Event::OperationExpired(e) => ended(connection, envelope, &id, Outcome::Expired, Some(&e.failure)),
+        Event::OperationResolved(e) if e.verdict == Verdict::Abandon => {
+            let failure = Failure::new(Code::NeedsAttention, format!("abandoned: {}", e.reason));
+            ended(connection, envelope, &id, Outcome::Failed, Some(&failure))
+        }
         Event::OperationCancelled(e) => {
             ended(connection, envelope, &id, Outcome::Cancelled, Some(&e.failure))
         }
@@ -305,7 +310,7 @@ fn advanced(
             "UPDATE operations SET needs_attention = 1, error = ?2 WHERE id = ?1 AND outcome IS NULL",
             (&id, &e.failure.message),
         ),
-        Event::OperationRetried(_) => run(
+        Event::OperationRetried(_) | Event::OperationResolved(_) => run(
             connection,
             "UPDATE operations SET needs_attention = 0, error = NULL WHERE id = ?1 AND outcome IS NULL",
             [&id],

@@ -8,7 +8,7 @@ use snaptree_engine::domain::{Disk, Domain, DriverKind};
 use snaptree_engine::driver::Learnt;
 use snaptree_engine::event::{
     Actor, DomainRegistered, Event, HowFinished, MemoryKind, OperationPlanned, OperationStepFinished,
-    OperationStepStarted, OperationSucceeded, Origin, RequestDigest, SnapshotCreateRequested,
+    OperationStepStarted, OperationSucceeded, Origin, RequestTerms, SnapshotCreateRequested,
     SnapshotCreated, SnapshotRevertRequested, SnapshotReverted,
 };
 use snaptree_engine::log::{Append, EventLog, NewEvent};
@@ -107,7 +107,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         labels: BTreeMap::new(),
         disks: disks.clone(),
         memory: MemoryKind::No,
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     };
     let snapshot = Snapshot {
         id,
@@ -128,6 +128,6 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
 }
 
 fn revert(domain: DomainId, snapshot: SnapshotId) -> Vec<NewEvent> {
-    let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestDigest::default() };
+    let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
     operation(domain, request.into(), SnapshotReverted { snapshot }.into())
 }

@@ -240,7 +240,7 @@ impl Lab {
             labels: Labels::new(),
             disks: self.disks.iter().map(|(disk, _)| disk.clone()).collect(),
             memory: MemoryKind::No,
-            request: RequestDigest::default(),
+            request: RequestTerms::default(),
         }
     }
 
@@ -253,7 +253,7 @@ impl Lab {
         SnapshotRevertRequested {
             snapshot: self.names[name],
             run_state: None,
-            request: RequestDigest::default(),
+            request: RequestTerms::default(),
         }
         .into()
     }
@@ -273,7 +273,7 @@ impl Lab {
             what: DeleteWhat::Snapshot,
             merge: MergeWish::Auto,
             reasons: vec![],
-            request: RequestDigest::default(),
+            request: RequestTerms::default(),
         }
         .into()
     }

@@ -68,8 +68,8 @@ fn account_of(domain: &DomainName, operation: &Operation, carried: Option<&Carri
     };
     let did = match (outcome, &failure) {
         (Some(Outcome::Succeeded), _) => "carried it through".to_owned(),
-        (Some(Outcome::Failed | Outcome::Cancelled), Some(failure)) => format!("took it back: {failure}"),
-        (Some(Outcome::Failed | Outcome::Cancelled), None) => "took it back".to_owned(),
+        (Some(_), Some(failure)) => format!("took it back: {failure}"),
+        (Some(_), None) => "took it back".to_owned(),
         (None, Some(failure)) => format!("left it for someone to look at: {failure}"),
         (None, None) => "left it waiting behind another operation".to_owned(),
     };

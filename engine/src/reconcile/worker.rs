@@ -25,9 +25,10 @@ use crate::driver::{
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
     Actor, DomainUnregistered, Envelope, Event, HowFinished, MemoryKind, MergeDeferred, MergeFinished,
-    MergeStarted, OperationAttemptFailed, OperationCancelled, OperationFailed, OperationNeedsAttention,
-    OperationPlanned, OperationStepFinished, OperationStepStarted, OperationSucceeded, OperationUndoFinished,
-    OperationUndoStarted, RetryKind, SnapshotCreated, SnapshotDeleted, SnapshotReverted, UnregisterWish,
+    MergeStarted, OperationAttemptFailed, OperationCancelled, OperationExpired, OperationFailed,
+    OperationNeedsAttention, OperationPlanned, OperationStepFinished, OperationStepStarted,
+    OperationSucceeded, OperationUndoFinished, OperationUndoStarted, RetryKind, SnapshotCreated,
+    SnapshotDeleted, SnapshotReverted, UnregisterWish,
 };
 use crate::ids::{OperationId, SnapshotId, StreamId};
 use crate::log::{LogError, NewEvent};
@@ -244,15 +245,19 @@ impl<'a> Worker<'a> {
     }
 
     fn untouched_end(&self, failure: &Failure) -> Event {
-        if failure.code == Code::Cancelled {
-            OperationCancelled { failure: failure.clone() }.into()
-        } else {
-            OperationFailed { failure: failure.clone() }.into()
+        let failure = failure.clone();
+        match failure.code {
+            Code::Cancelled => OperationCancelled { failure }.into(),
+            Code::Expired => OperationExpired { failure }.into(),
+            _ => OperationFailed { failure }.into(),
         }
     }
 
     /// Observes and plans; a broken precondition ends the operation with nothing touched.
     async fn plan(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
+        if let Some(failure) = self.expired(operation) {
+            return self.end(operation, vec![OperationExpired { failure }.into()]).await;
+        }
         let planned = match self.driver.observe(&self.state).await {
             Ok(seen) => self.driver.plan(operation.id, &operation.request, &self.state, &seen),
             Err(error) => {
@@ -275,6 +280,14 @@ impl<'a> Worker<'a> {
         let mut events = vec![OperationFailed { failure: failure.clone().refused() }.into()];
         events.extend(deferrals(operation, &failure));
         self.end(operation, events).await
+    }
+
+    /// Why it must not begin any more, if its deadline has passed.
+    fn expired(&self, operation: &Operation) -> Option<Failure> {
+        let deadline = operation.deadline().filter(|deadline| *deadline < self.engine.clock.now())?;
+        let message =
+            format!("it was to begin before {deadline}, and what was there then is there no longer");
+        Some(Failure::new(Code::Expired, message).hint("ask for it again"))
     }
 
     /// Commits `before` with the start of step `index`, or with the outcome if there is no such step.
@@ -459,6 +472,20 @@ impl<'a> Worker<'a> {
         let head = self.head().await?;
         let resolution = self.driver.resolve(&self.context(operation, index, head), step, &seen);
         self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
+        let late = if index == 0 { self.expired(operation) } else { None };
+        match (resolution, late) {
+            (Resolution::NotDone, Some(failure)) => self.go_back(operation, index, failure).await,
+            (resolution, _) => self.resolved(operation, index, step, resolution).await,
+        }
+    }
+
+    async fn resolved(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        step: &Step,
+        resolution: Resolution,
+    ) -> Result<Pass, EngineError> {
         match resolution {
             Resolution::Done(report) => {
                 self.finish(operation, index, step, report, HowFinished::Observed).await
@@ -547,6 +574,7 @@ impl<'a> Worker<'a> {
             Event::OperationSucceeded(_) => Some((Outcome::Succeeded, None)),
             Event::OperationFailed(e) => Some((Outcome::Failed, Some(e.failure.clone()))),
             Event::OperationCancelled(e) => Some((Outcome::Cancelled, Some(e.failure.clone()))),
+            Event::OperationExpired(e) => Some((Outcome::Expired, Some(e.failure.clone()))),
             _ => None,
         });
         self.commit(operation, events).await?;

@@ -136,7 +136,7 @@ impl History {
             labels: BTreeMap::new(),
             disks: self.disks(),
             memory: MemoryKind::No,
-            request: RequestDigest::default(),
+            request: RequestTerms::default(),
         }
     }
 
@@ -171,8 +171,7 @@ impl History {
 
     pub fn revert(&mut self, n: u128, changes: Vec<LayerChange>) {
         let snapshot = snapshot_id(n);
-        let request =
-            SnapshotRevertRequested { snapshot, run_state: None, request: RequestDigest::default() };
+        let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
         self.operation(request, changes, vec![SnapshotReverted { snapshot }.into()]);
     }
 
@@ -192,7 +191,7 @@ impl History {
             what: DeleteWhat::Snapshot,
             merge,
             reasons: vec![],
-            request: RequestDigest::default(),
+            request: RequestTerms::default(),
         };
         self.operation(request, vec![], deleted);
     }
