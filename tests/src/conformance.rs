@@ -12,7 +12,7 @@ use snaptree_engine::domain::{Capabilities, Domain, DriverKind};
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainRegistered, DomainUnregistered, Event, MemoryKind,
     MergeWish, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationSucceeded, Origin,
-    RequestDigest, SnapshotCreateRequested, SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted,
+    RequestTerms, SnapshotCreateRequested, SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted,
     SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
 };
 use snaptree_engine::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName, StreamId};
@@ -107,7 +107,7 @@ pub fn create_requested(snapshot: SnapshotId, name: &str) -> Event {
         labels: BTreeMap::new(),
         disks: BTreeSet::new(),
         memory: MemoryKind::No,
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     }
     .into()
 }
@@ -143,7 +143,7 @@ pub fn delete_requested(snapshots: Vec<SnapshotId>) -> Event {
         what: DeleteWhat::Snapshot,
         merge: MergeWish::Auto,
         reasons: vec!["too old".into()],
-        request: RequestDigest::default(),
+        request: RequestTerms::default(),
     }
     .into()
 }
@@ -498,7 +498,7 @@ pub async fn operations_keep_the_names_of_their_snapshots(log: &impl EventLog) {
     let stream = StreamId::Domain(id);
     let ids: Vec<OperationId> = (0..5).map(|_| operation_id()).collect();
     let revert =
-        |snapshot| SnapshotRevertRequested { snapshot, run_state: None, request: RequestDigest::default() };
+        |snapshot| SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
     log.append(facts(vec![
         new(&stream, registered(id, "d")),
         of(ids[0], &stream, create_requested(first, "first")),

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 use snaptree_engine::event::{
     Actor, DomainChanged, DomainUnregistered, Event, OperationFailed, OperationNeedsAttention,
-    OperationPlanned, OperationRetried, OperationSucceeded, RequestDigest, SnapshotEdited, SnapshotHeld,
+    OperationPlanned, OperationRetried, OperationSucceeded, RequestTerms, SnapshotEdited, SnapshotHeld,
     SnapshotReleased, SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
 };
 use snaptree_engine::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName, StreamId};
@@ -56,7 +56,7 @@ fn events(index: usize, step: Step, open: &mut Vec<(u8, OperationId)>) -> Vec<Ne
         0..=2 => whole(create_requested(fresh, &name), created(fresh, &name, operation)),
         3 => {
             let request =
-                SnapshotRevertRequested { snapshot: id, run_state: None, request: RequestDigest::default() };
+                SnapshotRevertRequested { snapshot: id, run_state: None, request: RequestTerms::default() };
             whole(request.into(), SnapshotReverted { snapshot: id }.into())
         }
         4..=6 => whole(delete_requested(vec![id, earlier(which.wrapping_add(1))]), deleted(id, "was")),
