@@ -16,6 +16,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Every setting: table, key, and what is written there.
 const KNOWN: &[(&str, &str, &str)] = &[
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
+    ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
     ("retry", "delay-max", "a duration, such as \"30s\""),
@@ -95,6 +96,10 @@ impl Config {
         let settings = &mut self.settings;
         match (table, key) {
             ("merge", "copy-max") => settings.merge_copy_bytes_max = size_of(value)?,
+            ("operation", "deadline") => {
+                let seconds = millis_of(value)? / 1_000;
+                settings.first_step_s_max = Some(seconds).filter(|seconds| *seconds > 0);
+            }
             ("retry", "attempts") => {
                 let attempts = u32::try_from(value.as_integer()?).ok()?;
                 settings.attempts_max = Some(attempts).filter(|attempts| *attempts > 0)?;
@@ -161,13 +166,13 @@ mod tests {
 
     #[test]
     fn settings_are_read() {
-        let text =
-            "[merge]\ncopy-max = \"1 GiB\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
+        let text = "[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
         let expected = Settings {
             merge_copy_bytes_max: 1 << 30,
             attempts_max: 3,
             retry_delay_ms_min: 1_000,
             retry_delay_ms_max: 120_000,
+            first_step_s_max: Some(7_200),
         };
         assert_eq!(read(text), Ok(expected));
         assert_eq!(read(""), Ok(Settings::default()));
@@ -179,7 +184,7 @@ mod tests {
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are merge, retry"),
+            ("[something-else]", "there are merge, operation, retry"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_engine::event::{Actor, Envelope, Event, Origin};
-use snaptree_engine::operation::{Failure, Outcome, Request};
+use snaptree_engine::operation::{Failure, Outcome, Request, Verdict};
 use snaptree_engine::{OperationId, SnapshotId};
 
 /// What became of a step.
@@ -110,11 +110,15 @@ impl Story {
             Event::OperationSucceeded(_) => self.end(envelope, Outcome::Succeeded, None),
             Event::OperationFailed(e) => self.end(envelope, Outcome::Failed, Some(&e.failure)),
             Event::OperationCancelled(e) => self.end(envelope, Outcome::Cancelled, Some(&e.failure)),
+            Event::OperationExpired(e) => self.end(envelope, Outcome::Expired, Some(&e.failure)),
+            Event::OperationResolved(e) if e.verdict == Verdict::Abandon => {
+                self.end(envelope, Outcome::Failed, e.abandoned().as_ref());
+            }
             Event::OperationNeedsAttention(e) => {
                 self.needs_attention = true;
                 self.failure = Some(e.failure.clone());
             }
-            Event::OperationRetried(_) => {
+            Event::OperationRetried(_) | Event::OperationResolved(_) => {
                 self.needs_attention = false;
                 self.failure = None;
             }

@@ -106,7 +106,7 @@ async fn resume(lab: &mut Lab, operation: OperationId, request: &Request, index:
     let hooks = CrashAt::default();
     let context = lab.context(operation, request, index, &hooks);
     match lab.driver.resolve(&context, step, &seen) {
-        Resolution::NotDone | Resolution::HalfDone(Remedy::Finish) => {
+        Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => {
             lab.driver.execute(&context, step).await.unwrap();
         }
         other => panic!("{other:?}"),

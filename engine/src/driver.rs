@@ -245,8 +245,10 @@ pub enum Resolution {
 /// What to do about a step that was begun.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Remedy {
-    /// `execute` finishes it.
+    /// `execute` finishes it; whether `undo` could take it back is not known, or it could not.
     Finish,
+    /// `execute` finishes it and `undo` takes it back: it has not taken effect yet.
+    EitherWay,
     /// `undo` takes it back, and the operation goes back with it, for this reason.
     TakeBack(Failure),
     /// Neither is safe: someone has to look.

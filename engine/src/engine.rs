@@ -21,7 +21,7 @@ use crate::driver::{
 use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
-use crate::operation::{Code, Failure, IllegalHistory, Request, Verdict as Said};
+use crate::operation::{Code, Failure, IllegalHistory, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::merge::{self, COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
@@ -530,6 +530,32 @@ impl Engine {
     ) -> Result<Driven, EngineError> {
         let state = self.load(domain).await?;
         Worker::new(self, requester, state, watch)?.drive().await
+    }
+
+    /// Takes an open operation back, or carries it through where it is past its point of no return.
+    ///
+    /// # Errors
+    /// There is no such open operation, or the store failed.
+    pub async fn cancel(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        operation: OperationId,
+        watch: &dyn Watch,
+    ) -> Result<Driven, EngineError> {
+        let state = self.load(domain).await?;
+        let Some(found) = state.operation(operation) else {
+            return Err(reject(Code::NotFound, format!("operation {operation} is not open")).into());
+        };
+        if matches!(found.phase, Phase::NeedsAttention { .. }) {
+            return Err(reject(
+                Code::NeedsAttention,
+                format!("operation {operation} can go neither on nor back"),
+            )
+            .hint("`snaptree op retry` or `snaptree op resolve`")
+            .into());
+        }
+        Worker::new(self, requester, state, watch)?.call_off(operation).await
     }
 
     /// Looks at every tombstone of a domain anew, also those that were put off with `--defer`, and merges what can be.

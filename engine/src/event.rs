@@ -16,7 +16,7 @@ use crate::ids::{
     DiskName, DomainName, EventId, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
 };
 use crate::layer::LayerChange;
-use crate::operation::{Failure, Operation, Step, Verdict};
+use crate::operation::{Code, Failure, Operation, Step, Verdict};
 use crate::reconcile::merge::MergePlan;
 use crate::tree::{Hold, Labels, Snapshot, SnapshotState};
 
@@ -591,6 +591,14 @@ pub struct OperationResolved {
     /// What of the layer graph changed with it, as far as an observation tells.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<LayerChange>,
+}
+
+impl OperationResolved {
+    /// What the operation ends with, if it was abandoned.
+    pub fn abandoned(&self) -> Option<Failure> {
+        let failure = || Failure::new(Code::NeedsAttention, format!("abandoned: {}", self.reason));
+        (self.verdict == Verdict::Abandon).then(failure)
+    }
 }
 
 /// Payload: the request of a merge.

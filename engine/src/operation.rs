@@ -40,8 +40,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::Learnt;
 use crate::event::{
-    Actor, DomainUnregisterRequested, Event, MergeStarted, RetryKind, SnapshotCreateRequested,
-    SnapshotDeleteRequested, SnapshotRevertRequested,
+    Actor, DomainUnregisterRequested, Event, MergeStarted, OperationResolved, RetryKind,
+    SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
 };
 use crate::ids::{OperationId, SnapshotId};
 
@@ -358,7 +358,7 @@ impl Phase {
         if let Self::NeedsAttention { before, .. } = self {
             return match event {
                 Event::OperationRetried(_) => Some((**before).clone()),
-                Event::OperationResolved(e) => before.settled(e.verdict, &e.reason),
+                Event::OperationResolved(e) => before.settled(e),
                 _ => None,
             };
         }
@@ -415,11 +415,10 @@ impl Phase {
     }
 
     /// Where it stands once someone has said what became of the step in hand; `None` if no step is.
-    fn settled(&self, verdict: Verdict, reason: &str) -> Option<Self> {
-        match (verdict, self) {
+    fn settled(&self, said: &OperationResolved) -> Option<Self> {
+        match (said.verdict, self) {
             (Verdict::Abandon, _) => {
-                let failure = Failure::new(Code::NeedsAttention, format!("abandoned: {reason}"));
-                Some(Self::Ended { outcome: Outcome::Failed, failure: Some(failure) })
+                Some(Self::Ended { outcome: Outcome::Failed, failure: said.abandoned() })
             }
             (Verdict::Done, Self::Running { step } | Self::Waiting { step, .. }) => {
                 Some(Self::Ready { step: step + 1 })
@@ -558,8 +557,8 @@ impl Operation {
 mod tests {
     use super::*;
     use crate::event::{
-        HowFinished, OperationFailed, OperationPlanned, OperationStepFinished, OperationStepStarted,
-        OperationSucceeded, OperationUndoFinished, OperationUndoStarted,
+        HowFinished, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationStepFinished,
+        OperationStepStarted, OperationSucceeded, OperationUndoFinished, OperationUndoStarted,
     };
 
     fn failure() -> Failure {
@@ -620,6 +619,23 @@ mod tests {
             failed,
         ]);
         assert_eq!(end, Ok(Phase::Ended { outcome: Outcome::Failed, failure: Some(failure()) }));
+    }
+
+    #[test]
+    fn what_someone_says_of_a_stuck_step_leads_on_again_or_out() {
+        let attention: Event = OperationNeedsAttention { failure: failure() }.into();
+        let said = |verdict| -> Event {
+            OperationResolved { verdict, reason: "seen".to_owned(), changes: vec![] }.into()
+        };
+        let planned = || Event::from(OperationPlanned { steps: vec![] });
+        let stuck = |last| run(&[planned(), started(0), attention.clone(), last]);
+        assert_eq!(stuck(said(Verdict::Done)), Ok(Phase::Ready { step: 1 }));
+        assert_eq!(stuck(said(Verdict::NotDone)), Ok(Phase::Ready { step: 0 }));
+        assert!(matches!(stuck(said(Verdict::Abandon)), Ok(Phase::Ended { outcome: Outcome::Failed, .. })));
+        let back = run(&[planned(), started(0), undo(0), attention.clone(), said(Verdict::Done)]);
+        assert_eq!(back, Ok(Phase::Undone { step: 0, failure: failure() }));
+        assert_eq!(run(&[planned(), started(0), said(Verdict::Done)]), Err(2), "nothing needed attention");
+        assert_eq!(run(&[planned(), attention.clone(), said(Verdict::Done)]), Err(2), "no step was in hand");
     }
 
     #[test]

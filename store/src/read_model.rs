@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use snaptree_engine::event::{Envelope, Event};
 use snaptree_engine::ids::{DomainId, OperationId, SnapshotId, StreamId};
 use snaptree_engine::log::LogError;
-use snaptree_engine::operation::{Code, Failure, Outcome, Request, Verdict};
+use snaptree_engine::operation::{Failure, Outcome, Request, Verdict};
 use snaptree_engine::tree::Snapshot;
 
 use crate::error::{Tried, failed};
@@ -299,8 +299,7 @@ fn advanced(
         Event::OperationFailed(e) => ended(connection, envelope, &id, Outcome::Failed, Some(&e.failure)),
         Event::OperationExpired(e) => ended(connection, envelope, &id, Outcome::Expired, Some(&e.failure)),
         Event::OperationResolved(e) if e.verdict == Verdict::Abandon => {
-            let failure = Failure::new(Code::NeedsAttention, format!("abandoned: {}", e.reason));
-            ended(connection, envelope, &id, Outcome::Failed, Some(&failure))
+            ended(connection, envelope, &id, Outcome::Failed, e.abandoned().as_ref())
         }
         Event::OperationCancelled(e) => {
             ended(connection, envelope, &id, Outcome::Cancelled, Some(&e.failure))

@@ -8,8 +8,8 @@ use snaptree_engine::domain::{Disk, Domain, DriverKind};
 use snaptree_engine::driver::Learnt;
 use snaptree_engine::event::{
     Actor, DomainRegistered, Event, HowFinished, MemoryKind, OperationPlanned, OperationStepFinished,
-    OperationStepStarted, OperationSucceeded, Origin, RequestTerms, SnapshotCreateRequested,
-    SnapshotCreated, SnapshotRevertRequested, SnapshotReverted,
+    OperationStepStarted, OperationSucceeded, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
+    SnapshotRevertRequested, SnapshotReverted,
 };
 use snaptree_engine::log::{Append, EventLog, NewEvent};
 use snaptree_engine::operation::{Poison, Reversal, Step};

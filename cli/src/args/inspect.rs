@@ -162,46 +162,6 @@ pub struct LogArgs {
     pub follow: bool,
 }
 
-const OP_LIST_EXAMPLES: &str = "Examples:
-  snaptree op list
-  snaptree op list web --open";
-const OP_SHOW_EXAMPLES: &str = "Example:
-  snaptree op show 3f2a91bc                    the end of an id is enough";
-const OP_RETRY_EXAMPLES: &str = "Example:
-  snaptree op retry 3f2a91bc                   after the reason was removed";
-
-/// The commands on operations.
-#[derive(Debug, Subcommand)]
-pub enum OpCommand {
-    /// List operations, the newest last
-    #[command(after_help = OP_LIST_EXAMPLES)]
-    List {
-        /// Only this domain, by name or id
-        domain: Option<String>,
-        /// Only those that are not over
-        #[arg(long)]
-        open: bool,
-        /// At most so many
-        #[arg(long, value_name = "N", default_value_t = 100)]
-        limit: usize,
-    },
-    /// Tell the whole story of an operation
-    #[command(after_help = OP_SHOW_EXAMPLES)]
-    Show {
-        /// Its id, or the end of it
-        id: String,
-    },
-    /// Let an operation that needs attention try again
-    #[command(after_help = OP_RETRY_EXAMPLES)]
-    Retry {
-        /// Its id, or the end of it
-        id: String,
-        /// Waiting for the state.
-        #[command(flatten)]
-        writer: WriterArgs,
-    },
-}
-
 const VERIFY_EXAMPLES: &str = "Examples:
   snaptree audit verify
   snaptree audit verify --head 120:9f8e...     also that nothing was cut off since that head was kept";

@@ -2,6 +2,7 @@
 
 pub mod domain;
 pub mod inspect;
+pub mod operation;
 pub mod snapshot;
 pub mod value;
 
@@ -106,7 +107,7 @@ pub enum Command {
     Log(inspect::LogArgs),
     /// List operations, tell the story of one, let one try again
     #[command(subcommand)]
-    Op(inspect::OpCommand),
+    Op(operation::OpCommand),
     /// Check that the log is what was written
     #[command(subcommand)]
     Audit(inspect::AuditCommand),

@@ -62,16 +62,55 @@ pub async fn finish(
     domain: DomainId,
     operation: OperationId,
 ) -> Result<Exit> {
+    let driven = drive(&writer.engine, &writer.requester, domain).await;
+    report(context, writer, domain, operation, &driven).await
+}
+
+/// Takes an operation back, and prints what came of it.
+///
+/// # Errors
+/// It is not open, or the state cannot be read.
+pub async fn call_off(
+    context: &Context,
+    writer: &Writer,
+    domain: DomainId,
+    operation: OperationId,
+) -> Result<Exit> {
     let Writer { engine, requester } = writer;
-    let driven = drive(engine, requester, domain).await;
-    let (carried, problem) = match &driven {
+    let shown = Shown::on_stderr();
+    let work = engine.cancel(requester, domain, operation, &shown);
+    let driven = heeding(engine.stop_handle(), &shown, work).await;
+    shown.end();
+    let driven = Ok(driven?);
+    let exit = report(context, writer, domain, operation, &driven).await?;
+    let carried = driven.iter().flat_map(|driven| &driven.carried);
+    match carried.filter(|carried| carried.operation.id == operation).find_map(|carried| carried.outcome) {
+        Some(Outcome::Cancelled) => Ok(Exit::Done),
+        Some(Outcome::Succeeded) => {
+            render::note("it was past its point of no return, and could only be carried through");
+            Ok(Exit::Refused)
+        }
+        _ => Ok(exit),
+    }
+}
+
+/// Prints what came of an operation.
+async fn report(
+    context: &Context,
+    writer: &Writer,
+    domain: DomainId,
+    operation: OperationId,
+    driven: &Result<Driven>,
+) -> Result<Exit> {
+    let engine = &writer.engine;
+    let (carried, problem) = match driven {
         Ok(driven) => (driven.carried.as_slice(), None),
         Err(error) => (&[][..], Some(error)),
     };
     note_recovered(carried, operation);
     let events = engine.operation_events(operation).await?;
     let Some(story) = Story::of(&events) else { return Ok(Exit::Failed) };
-    let state = match &driven {
+    let state = match driven {
         Ok(driven) => driven.state.clone(),
         Err(_) => engine.load(domain).await?,
     };
@@ -130,6 +169,7 @@ fn failed(view: &OperationView, story: &Story) -> String {
     let touched = story.steps.iter().any(|step| step.outcome != StepOutcome::NotDone);
     let end = match story.outcome {
         Some(Outcome::Cancelled) => "it was called off, and the domain is as it was",
+        Some(Outcome::Expired) => "it came too late, and nothing was changed",
         Some(_) if touched => "what was done is taken back, and the domain is as it was",
         Some(_) => "nothing was changed",
         None if story.needs_attention => "it can go neither on nor back by itself",
@@ -141,7 +181,8 @@ fn failed(view: &OperationView, story: &Story) -> String {
     let hint = hint.or_else(|| match story.outcome {
         Some(_) => None,
         None if story.needs_attention => Some(format!(
-            "`snaptree op show {0}` tells its story, `snaptree op retry {0}` tries again",
+            "`snaptree op show {0}` tells its story, `snaptree op retry {0}` tries again, \
+             `snaptree op resolve {0}` says what became of it",
             short(story.id)
         )),
         None => Some("`snaptree recover` finishes it".to_owned()),

@@ -9,9 +9,9 @@ use snaptree_engine::event::{Envelope, Event, HowFinished};
 use snaptree_engine::log::{EventLog, OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::operation::Outcome;
 
-use super::carry::{finish, open};
+use super::carry::{call_off, finish, open};
 use super::history::{find_operation, learn};
-use crate::args::inspect::OpCommand;
+use crate::args::operation::{OpCommand, ResolveArgs};
 use crate::context::Context;
 use crate::exit::{ErrorView, Exit, Trouble};
 use crate::render;
@@ -65,6 +65,12 @@ pub async fn run(context: &Context, command: OpCommand) -> Result<Exit> {
     match command {
         OpCommand::List { domain, open, limit } => list(context, domain.as_deref(), open, limit).await,
         OpCommand::Show { id } => show(context, &id).await,
+        OpCommand::Cancel { id, writer } => {
+            let writer = open(context, &writer)?;
+            let row = find_operation(&writer.engine, &id).await?;
+            call_off(context, &writer, row.domain, row.id).await
+        }
+        OpCommand::Resolve(args) => resolve(context, args).await,
         OpCommand::Retry { id, writer } => {
             let writer = open(context, &writer)?;
             let row = find_operation(&writer.engine, &id).await?;
@@ -75,6 +81,16 @@ pub async fn run(context: &Context, command: OpCommand) -> Result<Exit> {
             }
         }
     }
+}
+
+/// Says what became of the step in hand, and goes on from there.
+async fn resolve(context: &Context, args: ResolveArgs) -> Result<Exit> {
+    let writer = open(context, &args.writer)?;
+    let row = find_operation(&writer.engine, &args.id).await?;
+    let verdict = args.verdict.verdict();
+    let command = Command::Resolve { operation: row.id, verdict, reason: args.reason };
+    writer.engine.submit(&writer.requester, row.domain, &command, None).await?;
+    finish(context, &writer, row.domain, row.id).await
 }
 
 async fn list(context: &Context, domain: Option<&str>, open: bool, limit: usize) -> Result<Exit> {
@@ -226,6 +242,7 @@ fn found(events: &[Envelope], index: usize) -> &'static str {
         Some(Event::OperationUndoStarted(_)) => "it saw that the step had to be taken back",
         Some(Event::OperationUndoFinished(_)) => "it went on taking back",
         Some(Event::OperationRetried(_)) => "someone let it try again",
+        Some(Event::OperationResolved(_)) => "someone said what had become of the step",
         Some(Event::OperationNeedsAttention(_)) => "it saw that it could go neither on nor back by itself",
         _ if in_step == Some(true) => "it looked at what was there, and went on",
         _ => "nothing was in flight; it went on",
@@ -240,6 +257,7 @@ fn ending(story: &Story, look: &Look) -> String {
     match story.outcome {
         Some(Outcome::Succeeded) => look.paint.good(format!("succeeded{lasted}")),
         Some(Outcome::Failed) => look.paint.bad(format!("failed{lasted}{failure}")),
+        Some(Outcome::Expired) => look.paint.warn(format!("expired{lasted}{failure}")),
         Some(Outcome::Cancelled) => look.paint.warn(format!("called off{lasted}{failure}")),
         None if story.needs_attention => look.paint.bad(format!("needs attention{failure}")),
         None => look.paint.warn("still open: `snaptree recover` finishes it"),

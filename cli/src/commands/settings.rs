@@ -36,6 +36,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
             "state": context.dir,
             "settings": {
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
+                "operation": { "deadline-s": settings.first_step_s_max },
                 "retry": {
                     "attempts": settings.attempts_max,
                     "delay-min-ms": settings.retry_delay_ms_min,
@@ -52,9 +53,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[merge]\ncopy-max = {}    # {}\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
         settings.merge_copy_bytes_max,
         human_bytes(settings.merge_copy_bytes_max),
+        settings.first_step_s_max.unwrap_or(0),
         settings.attempts_max,
         duration_words(settings.retry_delay_ms_min),
         duration_words(settings.retry_delay_ms_max),

@@ -6,7 +6,7 @@ use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{
     DeleteScope, DeleteWhat, Envelope, Event, HowFinished, SnapshotEdited, UnregisterWish,
 };
-use snaptree_engine::operation::Request;
+use snaptree_engine::operation::{Request, Verdict};
 use snaptree_engine::reconcile::merge::{MergeAction, MergePlan, human_bytes};
 use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
 
@@ -151,6 +151,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
         | Event::OperationUndoFinished(_)
         | Event::OperationAttemptFailed(_)
         | Event::OperationCancelled(_)
+        | Event::OperationExpired(_)
         | Event::MergeDeferred(_) => look.paint.warn(words),
         Event::SnapshotCreated(_)
         | Event::SnapshotReverted(_)
@@ -290,6 +291,15 @@ fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::OperationSucceeded(_) => "operation succeeded".to_owned(),
         Event::OperationFailed(e) => format!("operation failed: {}", e.failure),
         Event::OperationCancelled(e) => format!("operation called off: {}", e.failure),
+        Event::OperationExpired(e) => format!("operation expired: {}", e.failure),
+        Event::OperationResolved(e) => {
+            let said = match e.verdict {
+                Verdict::Done => "said that the step is done",
+                Verdict::NotDone => "said that the step is not done",
+                Verdict::Abandon => "abandoned the operation",
+            };
+            format!("{said}: {}", e.reason)
+        }
         Event::OperationNeedsAttention(e) => format!("operation needs attention: {}", e.failure),
         Event::OperationRetried(_) => "operation may try again".to_owned(),
         other => other.kind().to_owned(),

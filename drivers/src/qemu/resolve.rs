@@ -111,7 +111,7 @@ impl Switch {
             }
             Stand::Before => match self.hindrance(seen) {
                 Some(failure) => take_back(failure),
-                None if self.has_begun(seen, detail) => FINISH,
+                None if self.has_begun(seen, detail) => Resolution::HalfDone(Remedy::EitherWay),
                 None => Resolution::NotDone,
             },
         }

@@ -432,12 +432,12 @@ impl Lab {
         let back = Failure::new(snaptree_engine::operation::Code::Cancelled, "as wished");
         match resolution {
             Resolution::Done(report) => return Some(Ok((HowFinished::Observed, report))),
-            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish)
+            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay)
                 if wish == Wish::Back && can_undo(step, &seen) =>
             {
                 return Some(Err(back));
             }
-            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish) => {}
+            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => {}
             Resolution::HalfDone(Remedy::TakeBack(failure)) => return Some(Err(failure)),
             Resolution::HalfDone(Remedy::AskSomeone(failure)) => panic!("someone is asked: {failure}"),
         }

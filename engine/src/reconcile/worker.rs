@@ -95,6 +95,8 @@ pub(crate) struct Worker<'a> {
     head: Option<Head>,
     policy: MergePolicy,
     carried: Vec<Carried>,
+    /// The operation that is to be taken back if that is still possible.
+    calling_off: Option<OperationId>,
     found: Option<String>,
     resolutions: u32,
     busy: u32,
@@ -122,6 +124,7 @@ impl<'a> Worker<'a> {
             head: None,
             policy,
             carried: Vec::new(),
+            calling_off: None,
             found: None,
             resolutions: 0,
             busy: 0,
@@ -131,6 +134,13 @@ impl<'a> Worker<'a> {
     /// Takes up what was put off with `--defer`, too.
     pub(crate) fn forget_deferrals(&mut self) {
         self.policy.put_off = PutOff::Take;
+    }
+
+    /// Takes one open operation back, or carries it through where it is too late for that. The others wait.
+    pub(crate) async fn call_off(mut self, operation: OperationId) -> Result<Driven, EngineError> {
+        self.calling_off = Some(operation);
+        self.carry(operation).await?;
+        Ok(self.driven())
     }
 
     pub(crate) async fn drive(mut self) -> Result<Driven, EngineError> {
@@ -194,7 +204,11 @@ impl<'a> Worker<'a> {
 
     /// One thing done for an operation, according to where it stands.
     async fn pass(&mut self, operation: &Operation, hand: Hand) -> Result<Pass, EngineError> {
-        if self.engine.stop.asked() && hand == Hand::Found {
+        if self.calling_off == Some(operation.id) {
+            if let Some(pass) = self.take_back(operation).await? {
+                return Ok(pass);
+            }
+        } else if self.engine.stop.asked() && hand == Hand::Found {
             return self.park_or_cancel(operation).await;
         }
         match &operation.phase {
@@ -223,7 +237,7 @@ impl<'a> Worker<'a> {
 
     /// Ctrl-C: what can be undone is undone, the rest is left to `recover`.
     async fn park_or_cancel(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
-        let failure = Failure::new(Code::Cancelled, "called off while it was carried out");
+        let failure = called_off();
         match &operation.phase {
             Phase::Requested | Phase::Planned => {
                 self.end(operation, vec![OperationCancelled { failure }.into()]).await
@@ -242,6 +256,23 @@ impl<'a> Worker<'a> {
             Phase::Undone { step, failure } => self.go_back(operation, step - 1, failure.clone()).await,
             _ => Ok(Pass::Rests),
         }
+    }
+
+    /// The next thing toward taking an operation back; `None` to go on with it as usual.
+    async fn take_back(&mut self, operation: &Operation) -> Result<Option<Pass>, EngineError> {
+        let failure = called_off();
+        Ok(match &operation.phase {
+            Phase::Requested | Phase::Planned => {
+                Some(self.end(operation, vec![OperationCancelled { failure }.into()]).await?)
+            }
+            Phase::Ready { step } if *step > 0 && operation.can_go_back() => {
+                Some(self.go_back(operation, step - 1, failure).await?)
+            }
+            Phase::Waiting { step, .. } if operation.can_go_back() => {
+                Some(self.go_back(operation, *step, failure).await?)
+            }
+            _ => None,
+        })
     }
 
     fn untouched_end(&self, failure: &Failure) -> Event {
@@ -473,8 +504,11 @@ impl<'a> Worker<'a> {
         let resolution = self.driver.resolve(&self.context(operation, index, head), step, &seen);
         self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
         let late = if index == 0 { self.expired(operation) } else { None };
-        match (resolution, late) {
-            (Resolution::NotDone, Some(failure)) => self.go_back(operation, index, failure).await,
+        let unwanted = (self.calling_off == Some(operation.id) && operation.can_go_back()).then(called_off);
+        match (resolution, late.or(unwanted)) {
+            (Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay), Some(failure)) => {
+                self.go_back(operation, index, failure).await
+            }
             (resolution, _) => self.resolved(operation, index, step, resolution).await,
         }
     }
@@ -490,7 +524,9 @@ impl<'a> Worker<'a> {
             Resolution::Done(report) => {
                 self.finish(operation, index, step, report, HowFinished::Observed).await
             }
-            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish) => Ok(Pass::On(Hand::Fresh)),
+            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => {
+                Ok(Pass::On(Hand::Fresh))
+            }
             Resolution::HalfDone(Remedy::TakeBack(failure)) => self.go_back(operation, index, failure).await,
             Resolution::HalfDone(Remedy::AskSomeone(failure)) => {
                 self.needs_attention(operation, failure).await
@@ -698,11 +734,15 @@ fn deferrals(operation: &Operation, failure: &Failure) -> Vec<Event> {
     request.plan.snapshots.iter().map(deferred).collect()
 }
 
+fn called_off() -> Failure {
+    Failure::new(Code::Cancelled, "called off while it was carried out")
+}
+
 fn word(resolution: &Resolution) -> &'static str {
     match resolution {
         Resolution::Done(_) => "was done",
         Resolution::NotDone => "had not begun",
-        Resolution::HalfDone(Remedy::Finish) => "was half done and could be finished",
+        Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => "was half done and could be finished",
         Resolution::HalfDone(Remedy::TakeBack(_)) => "was half done and had to be taken back",
         Resolution::HalfDone(Remedy::AskSomeone(_)) => "was half done and is beyond repair",
     }
