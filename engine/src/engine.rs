@@ -2,121 +2,34 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
-use async_trait::async_trait;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tracing::instrument;
 
-use crate::command::{Command, Rejection, reject};
+use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::{Domain, DriverKind};
 use crate::driver::{
-    Driver, DriverError, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext,
-    Watch,
+    Driver, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext, Watch,
 };
 use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
-use crate::operation::{Code, Failure, IllegalHistory, Phase, Request, Verdict as Said};
+use crate::operation::{Code, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
-use crate::reconcile::merge::{self, COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff, Verdict};
+use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
+
+pub use crate::error::EngineError;
+pub use crate::settings::{Clock, Settings, Stop, SystemClock};
 
 /// How many events are read from a stream at once.
 const PAGE_EVENTS: usize = 4_096;
 /// How often a request is decided anew because somebody else appended first.
 const CONFLICTS_MAX: u32 = 16;
-
-/// Where time comes from. The system's in production, virtual in the simulation.
-#[async_trait]
-pub trait Clock: Send + Sync {
-    /// Now.
-    fn now(&self) -> Timestamp;
-    /// Returns at `until`, or at once if that has passed.
-    async fn sleep_until(&self, until: Timestamp);
-}
-
-/// The system's clock.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SystemClock;
-
-#[async_trait]
-impl Clock for SystemClock {
-    fn now(&self) -> Timestamp {
-        Timestamp::now()
-    }
-
-    async fn sleep_until(&self, until: Timestamp) {
-        let wait = until.duration_since(Timestamp::now());
-        if let Ok(wait) = Duration::try_from(wait) {
-            tokio::time::sleep(wait).await;
-        }
-    }
-}
-
-/// What can be set.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Most bytes that a merge with several dependants may copy (`merge.copy-max`).
-    pub merge_copy_bytes_max: u64,
-    /// How often a step that failed for a passing reason is tried in all.
-    pub attempts_max: u32,
-    /// The first pause before another try; it doubles each time.
-    pub retry_delay_ms_min: u64,
-    /// The longest pause before another try.
-    pub retry_delay_ms_max: u64,
-    /// How long after it was asked for a create or a revert may begin; none for ever.
-    pub first_step_s_max: Option<u64>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            merge_copy_bytes_max: COPY_BYTES_MAX_DEFAULT,
-            attempts_max: 5,
-            retry_delay_ms_min: 200,
-            retry_delay_ms_max: 30_000,
-            first_step_s_max: Some(3_600),
-        }
-    }
-}
-
-/// A failure of the engine.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The request was turned down; nothing was written.
-    #[error("{0}")]
-    Rejected(Rejection),
-    /// The store failed.
-    #[error("the log could not be read or written")]
-    Log(#[from] LogError),
-    /// The hypervisor could not be asked.
-    #[error("{}", .0.failure)]
-    Driver(#[source] DriverError),
-    /// The log contradicts itself.
-    #[error("the log of domain {domain} cannot be followed")]
-    Illegal {
-        /// Whose log.
-        domain: DomainId,
-        /// Where.
-        #[source]
-        source: IllegalHistory,
-    },
-    /// A payload that could not be written as JSON.
-    #[error("what was asked cannot be written as JSON")]
-    Json(#[from] serde_json::Error),
-}
-
-impl From<Rejection> for EngineError {
-    fn from(rejection: Rejection) -> Self {
-        Self::Rejected(rejection)
-    }
-}
 
 /// Who asks, and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -151,22 +64,6 @@ pub struct DryRun {
     pub state: DomainState,
     /// The domain as it would be after the request, before any merge.
     pub after: DomainState,
-}
-
-/// Asks the work in hand to end: what can be undone is undone, the rest is parked for `recover`.
-#[derive(Clone, Debug, Default)]
-pub struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    /// Asks for it.
-    pub fn ask(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether it was asked for.
-    pub fn asked(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
 }
 
 /// Snaptree, without a terminal, a database or a hypervisor of its own: those are given to it.
@@ -687,16 +584,5 @@ fn repeated(earlier: &Envelope, key: &str, digest: &str) -> Result<Submitted, En
         _ => Err(reject(Code::Exists, format!("the key '{key}' was given with another command before"))
             .hint("a key stands for one command; choose another")
             .into()),
-    }
-}
-
-impl EngineError {
-    /// The failure in words, where there is one.
-    pub fn failure(&self) -> Option<&Failure> {
-        match self {
-            Self::Rejected(failure) => Some(failure),
-            Self::Driver(error) => Some(&error.failure),
-            Self::Log(_) | Self::Illegal { .. } | Self::Json(_) => None,
-        }
     }
 }

@@ -12,6 +12,7 @@ pub mod decide;
 pub mod domain;
 pub mod driver;
 pub mod engine;
+pub mod error;
 pub mod event;
 pub mod ids;
 pub mod layer;
@@ -19,6 +20,7 @@ pub mod log;
 pub mod operation;
 pub mod project;
 pub mod reconcile;
+pub mod settings;
 pub mod tree;
 pub mod xml;
 

@@ -12,32 +12,27 @@
 //! Architecture Invariant: the driver is asked for an effect only after the event that announces it is on disk, and a
 //! step whose end is not known is resolved before anything else happens to the domain.
 
+mod back;
+mod merging;
+mod outcome;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use jiff::{SignedDuration, Timestamp};
-
 use crate::command::reject;
-use crate::driver::{
-    Driver, DriverError, ErrorClass, Head, Learnt, Observation, Remedy, Resolution, StepContext, StepReport,
-    Watch,
-};
+use crate::driver::{Driver, Head, StepContext, StepReport, Watch};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
-    Actor, DomainUnregistered, Envelope, Event, HowFinished, MemoryKind, MergeDeferred, MergeFinished,
-    MergeStarted, OperationAttemptFailed, OperationCancelled, OperationExpired, OperationFailed,
-    OperationNeedsAttention, OperationPlanned, OperationStepFinished, OperationStepStarted,
-    OperationSucceeded, OperationUndoFinished, OperationUndoStarted, RetryKind, SnapshotCreated,
-    SnapshotDeleted, SnapshotReverted, UnregisterWish,
+    Actor, Envelope, Event, HowFinished, OperationExpired, OperationFailed, OperationPlanned,
+    OperationStepFinished, OperationStepStarted, OperationUndoStarted,
 };
-use crate::ids::{OperationId, SnapshotId, StreamId};
+use crate::ids::{OperationId, StreamId};
 use crate::log::{LogError, NewEvent};
-use crate::operation::{
-    Code, Failure, Operation, Outcome, Phase, Poison, Request, Reversal, STEPS_MAX, Step,
-};
+use crate::operation::{Code, Failure, Operation, Outcome, Phase, Poison, Request, STEPS_MAX, Step};
 use crate::project::DomainState;
-use crate::reconcile::merge::{self, MergePlan, MergePolicy, PutOff, Verdict};
-use crate::tree::SnapshotState;
+use crate::reconcile::merge::{MergePolicy, PutOff};
+
+use outcome::deferrals;
 
 /// How often a step is resolved anew within one run, before someone has to look.
 const RESOLUTIONS_MAX: u32 = 8;
@@ -235,55 +230,6 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Ctrl-C: what can be undone is undone, the rest is left to `recover`.
-    async fn park_or_cancel(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
-        let failure = called_off();
-        match &operation.phase {
-            Phase::Requested | Phase::Planned => {
-                self.end(operation, vec![OperationCancelled { failure }.into()]).await
-            }
-            Phase::Ready { step } if *step > 0 && operation.can_go_back() => {
-                self.go_back(operation, step - 1, failure).await
-            }
-            Phase::Waiting { step, .. } if operation.can_go_back() => {
-                self.go_back(operation, *step, failure).await
-            }
-            Phase::Undoing { step, failure } => self.undo(operation, *step, failure).await,
-            Phase::Undone { step: 0, failure } => {
-                let ended = self.untouched_end(failure);
-                self.end(operation, vec![ended]).await
-            }
-            Phase::Undone { step, failure } => self.go_back(operation, step - 1, failure.clone()).await,
-            _ => Ok(Pass::Rests),
-        }
-    }
-
-    /// The next thing toward taking an operation back; `None` to go on with it as usual.
-    async fn take_back(&mut self, operation: &Operation) -> Result<Option<Pass>, EngineError> {
-        let failure = called_off();
-        Ok(match &operation.phase {
-            Phase::Requested | Phase::Planned => {
-                Some(self.end(operation, vec![OperationCancelled { failure }.into()]).await?)
-            }
-            Phase::Ready { step } if *step > 0 && operation.can_go_back() => {
-                Some(self.go_back(operation, step - 1, failure).await?)
-            }
-            Phase::Waiting { step, .. } if operation.can_go_back() => {
-                Some(self.go_back(operation, *step, failure).await?)
-            }
-            _ => None,
-        })
-    }
-
-    fn untouched_end(&self, failure: &Failure) -> Event {
-        let failure = failure.clone();
-        match failure.code {
-            Code::Cancelled => OperationCancelled { failure }.into(),
-            Code::Expired => OperationExpired { failure }.into(),
-            _ => OperationFailed { failure }.into(),
-        }
-    }
-
     /// Observes and plans; a broken precondition ends the operation with nothing touched.
     async fn plan(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
         if let Some(failure) = self.expired(operation) {
@@ -387,239 +333,8 @@ impl<'a> Worker<'a> {
         self.start(operation, index + 1, events).await
     }
 
-    /// What a driver's failure leads to.
-    async fn failed(
-        &mut self,
-        operation: &Operation,
-        index: usize,
-        step: &Step,
-        error: DriverError,
-    ) -> Result<Pass, EngineError> {
-        tracing::debug!(step = step.name, error = &error as &dyn std::error::Error, "a step failed");
-        let may_retry = match error.class {
-            ErrorClass::Transient => operation.attempts + 1 < self.engine.settings.attempts_max,
-            ErrorClass::Busy => {
-                self.busy += 1;
-                self.busy < BUSY_ATTEMPTS_MAX
-            }
-            ErrorClass::Permanent => false,
-            ErrorClass::Unknown => return self.resolve_again(operation, index, error.failure).await,
-        };
-        if may_retry {
-            let kind = if error.class == ErrorClass::Busy { RetryKind::Busy } else { RetryKind::Failed };
-            let retry_at = self.retry_at(operation.attempts + self.busy);
-            let event = OperationAttemptFailed { step: index, failure: error.failure, kind, retry_at };
-            self.commit(operation, vec![event.into()]).await?;
-            return Ok(Pass::On(Hand::Found));
-        }
-        let beyond = step.reversal == Reversal::ForwardOnly || !operation.can_go_back();
-        if beyond || (step.reversal == Reversal::PointOfNoReturn && error.class != ErrorClass::Permanent) {
-            return self.needs_attention(operation, error.failure).await;
-        }
-        self.go_back(operation, index, error.failure).await
-    }
-
-    /// Exponential backoff with full jitter and a cap.
-    fn retry_at(&self, attempt: u32) -> Timestamp {
-        let settings = &self.engine.settings;
-        let ceiling =
-            settings.retry_delay_ms_min.saturating_mul(1 << attempt.min(20)).min(settings.retry_delay_ms_max);
-        let random = self.engine.ids.next().as_u128() % (u128::from(ceiling) + 1);
-        let delay_ms = i64::try_from(random).unwrap_or(i64::MAX);
-        let now = self.engine.clock.now();
-        now.checked_add(SignedDuration::from_millis(delay_ms)).unwrap_or(now)
-    }
-
-    async fn go_back(
-        &mut self,
-        operation: &Operation,
-        index: usize,
-        failure: Failure,
-    ) -> Result<Pass, EngineError> {
-        self.commit(operation, vec![OperationUndoStarted { step: index, failure }.into()]).await?;
-        Ok(Pass::On(Hand::Found))
-    }
-
-    async fn undo(
-        &mut self,
-        operation: &Operation,
-        index: usize,
-        failure: &Failure,
-    ) -> Result<Pass, EngineError> {
-        let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
-        self.driver_settled(operation).await?;
-        let head = self.head().await?;
-        let undone = self.driver.undo(&self.context(operation, index, head), step).await;
-        match undone {
-            Ok(report) => {
-                let mut events: Vec<Event> =
-                    vec![OperationUndoFinished { step: index, changes: report.changes }.into()];
-                if let Some(next) = index.checked_sub(1) {
-                    events.push(OperationUndoStarted { step: next, failure: failure.clone() }.into());
-                    self.commit(operation, events).await?;
-                    return Ok(Pass::On(Hand::Found));
-                }
-                events.push(self.untouched_end(failure));
-                events.extend(deferrals(operation, failure));
-                self.end(operation, events).await
-            }
-            Err(error) => {
-                self.busy += 1;
-                if matches!(error.class, ErrorClass::Permanent)
-                    || self.busy > self.engine.settings.attempts_max
-                {
-                    let message = format!("{failure}; and going back failed: {error}");
-                    return self.needs_attention(operation, Failure::new(error.failure.code, message)).await;
-                }
-                let retry_at = self.retry_at(self.busy);
-                self.engine.clock.sleep_until(retry_at).await;
-                Ok(Pass::On(Hand::Found))
-            }
-        }
-    }
-
     async fn driver_settled(&self, operation: &Operation) -> Result<(), EngineError> {
         self.driver.settle(&self.state, operation.id).await.map_err(EngineError::Driver)
-    }
-
-    async fn resolve_again(
-        &mut self,
-        operation: &Operation,
-        index: usize,
-        failure: Failure,
-    ) -> Result<Pass, EngineError> {
-        self.resolutions += 1;
-        if self.resolutions > RESOLUTIONS_MAX {
-            return self.needs_attention(operation, failure).await;
-        }
-        self.resolve(operation, index).await
-    }
-
-    /// Finds out what became of a step, and goes on from there. Nobody may still be at work on it.
-    async fn resolve(&mut self, operation: &Operation, index: usize) -> Result<Pass, EngineError> {
-        let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
-        self.driver_settled(operation).await?;
-        let seen = self.driver.observe(&self.state).await.map_err(EngineError::Driver)?;
-        let head = self.head().await?;
-        let resolution = self.driver.resolve(&self.context(operation, index, head), step, &seen);
-        self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
-        let late = if index == 0 { self.expired(operation) } else { None };
-        let unwanted = (self.calling_off == Some(operation.id) && operation.can_go_back()).then(called_off);
-        match (resolution, late.or(unwanted)) {
-            (Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay), Some(failure)) => {
-                self.go_back(operation, index, failure).await
-            }
-            (resolution, _) => self.resolved(operation, index, step, resolution).await,
-        }
-    }
-
-    async fn resolved(
-        &mut self,
-        operation: &Operation,
-        index: usize,
-        step: &Step,
-        resolution: Resolution,
-    ) -> Result<Pass, EngineError> {
-        match resolution {
-            Resolution::Done(report) => {
-                self.finish(operation, index, step, report, HowFinished::Observed).await
-            }
-            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => {
-                Ok(Pass::On(Hand::Fresh))
-            }
-            Resolution::HalfDone(Remedy::TakeBack(failure)) => self.go_back(operation, index, failure).await,
-            Resolution::HalfDone(Remedy::AskSomeone(failure)) => {
-                self.needs_attention(operation, failure).await
-            }
-        }
-    }
-
-    async fn needs_attention(
-        &mut self,
-        operation: &Operation,
-        failure: Failure,
-    ) -> Result<Pass, EngineError> {
-        self.commit(operation, vec![OperationNeedsAttention { failure }.into()]).await?;
-        Ok(Pass::Rests)
-    }
-
-    /// The events that make the request true, and the outcome. `before` goes into the same commit.
-    fn outcome(&self, operation: &Operation, before: &[Event]) -> Vec<Event> {
-        let mut events = Vec::new();
-        let mut learnt = operation.learnt.clone();
-        for event in before {
-            if let Event::OperationStepFinished(e) = event
-                && let Ok(now) = serde_json::from_value::<Learnt>(e.learnt.clone())
-            {
-                learnt.taken = now.taken.or(learnt.taken);
-                learnt.state = now.state.or(learnt.state);
-                learnt.left.extend(now.left);
-            }
-        }
-        let gone: Vec<SnapshotId> = before
-            .iter()
-            .filter_map(|event| match event {
-                Event::SnapshotDeleted(e) => Some(e.snapshot),
-                _ => None,
-            })
-            .collect();
-        match &operation.request {
-            Request::Create(request) => {
-                let mut snapshot = request.predicted(operation);
-                snapshot.parent = self.state.tree.current().map(|current| current.id);
-                snapshot.created = learnt.taken.unwrap_or_else(|| self.engine.clock.now());
-                snapshot.state = learnt.state.unwrap_or(SnapshotState::Shutoff);
-                if matches!(snapshot.state, SnapshotState::Shutoff | SnapshotState::DiskSnapshot) {
-                    snapshot.memory = MemoryKind::No;
-                }
-                events.push(SnapshotCreated { snapshot }.into());
-            }
-            Request::Revert(request) => events.push(SnapshotReverted { snapshot: request.snapshot }.into()),
-            Request::Delete(request) => {
-                let left: Vec<_> =
-                    request.snapshots.iter().copied().filter(|id| !gone.contains(id)).collect();
-                events.extend(self.deleted(&left));
-            }
-            Request::Merge(request) => {
-                events.push(MergeFinished { snapshots: request.plan.snapshots.clone() }.into());
-            }
-            Request::Unregister(request) => {
-                let mut left: Vec<_> = learnt.left.into_iter().collect();
-                if request.wish == UnregisterWish::KeepLayers {
-                    left.extend(self.state.layers.files().cloned());
-                }
-                events.push(DomainUnregistered { wish: request.wish, left }.into());
-            }
-        }
-        events.push(OperationSucceeded {}.into());
-        events
-    }
-
-    /// One `Deleted` per snapshot that still lives.
-    fn deleted(&self, snapshots: &[SnapshotId]) -> Vec<Event> {
-        snapshots
-            .iter()
-            .filter_map(|id| self.state.tree.get(*id))
-            .map(|snapshot| SnapshotDeleted { snapshot: snapshot.id, name: snapshot.name.clone() }.into())
-            .collect()
-    }
-
-    /// Commits the events that end an operation, and keeps what it came to.
-    async fn end(&mut self, operation: &Operation, events: Vec<Event>) -> Result<Pass, EngineError> {
-        let ended = events.iter().find_map(|event| match event {
-            Event::OperationSucceeded(_) => Some((Outcome::Succeeded, None)),
-            Event::OperationFailed(e) => Some((Outcome::Failed, Some(e.failure.clone()))),
-            Event::OperationCancelled(e) => Some((Outcome::Cancelled, Some(e.failure.clone()))),
-            Event::OperationExpired(e) => Some((Outcome::Expired, Some(e.failure.clone()))),
-            _ => None,
-        });
-        self.commit(operation, events).await?;
-        if let Some((outcome, failure)) = ended {
-            let operation = operation.clone();
-            let found = self.found.take();
-            self.carried.push(Carried { operation, outcome: Some(outcome), failure, found });
-        }
-        Ok(Pass::Rests)
     }
 
     /// Appends facts of an operation and applies them. Facts carry no expectation, so they do not conflict.
@@ -669,81 +384,5 @@ impl<'a> Worker<'a> {
             Some(head) => Ok(head),
             None => Ok(self.engine.log.head().await?),
         }
-    }
-
-    /// Looks at the tombstones and requests the first merge that is possible. Says whether there is one.
-    async fn begin_merge(&mut self, tried: &mut BTreeSet<Vec<SnapshotId>>) -> Result<bool, EngineError> {
-        let blocked = !self.state.open.is_empty() || !self.state.registered;
-        if self.state.tombstones.is_empty() || blocked {
-            return Ok(false);
-        }
-        let seen = self.driver.observe(&self.state).await.map_err(EngineError::Driver)?;
-        let verdicts = self.verdicts(&seen);
-        self.note_deferrals(&verdicts).await?;
-        let plan = verdicts.into_iter().find_map(|verdict| match verdict {
-            Verdict::Merge(plan) if !tried.contains(&plan.snapshots) => Some(plan),
-            _ => None,
-        });
-        let Some(plan) = plan else { return Ok(false) };
-        tried.insert(plan.snapshots.clone());
-        self.request_merge(plan).await?;
-        Ok(true)
-    }
-
-    fn verdicts(&self, seen: &Observation) -> Vec<Verdict> {
-        merge::verdicts(&self.state, seen, self.policy)
-    }
-
-    async fn request_merge(&mut self, plan: MergePlan) -> Result<(), EngineError> {
-        let cause = plan.snapshots.iter().find_map(|id| self.state.tombstones.get(id)).map(|stone| stone.seq);
-        let event = NewEvent {
-            stream: self.stream.clone(),
-            event: MergeStarted { plan }.into(),
-            operation: Some(OperationId::from_uuid(self.engine.ids.next())),
-            cause,
-            key: None,
-        };
-        Ok(self.append(Actor::Engine, vec![event]).await?)
-    }
-
-    /// Writes down why a tombstone stays, once per reason.
-    async fn note_deferrals(&mut self, verdicts: &[Verdict]) -> Result<(), EngineError> {
-        let mut events = Vec::new();
-        for verdict in verdicts {
-            let Verdict::Defer { snapshot, reason } = verdict else { continue };
-            let stone = self.state.tombstones.get(snapshot);
-            if let Some(stone) = stone.filter(|stone| stone.deferred.as_ref() != Some(reason)) {
-                let event = MergeDeferred { snapshot: *snapshot, reason: reason.clone() };
-                let cause = Some(stone.seq);
-                let stream = self.stream.clone();
-                events.push(NewEvent { stream, event: event.into(), operation: None, cause, key: None });
-            }
-        }
-        if events.is_empty() {
-            return Ok(());
-        }
-        Ok(self.append(Actor::Engine, events).await?)
-    }
-}
-
-/// A merge that failed leaves its tombstones for later, with the reason.
-fn deferrals(operation: &Operation, failure: &Failure) -> Vec<Event> {
-    let Request::Merge(request) = &operation.request else { return Vec::new() };
-    let deferred =
-        |snapshot: &SnapshotId| MergeDeferred { snapshot: *snapshot, reason: failure.message.clone() }.into();
-    request.plan.snapshots.iter().map(deferred).collect()
-}
-
-fn called_off() -> Failure {
-    Failure::new(Code::Cancelled, "called off while it was carried out")
-}
-
-fn word(resolution: &Resolution) -> &'static str {
-    match resolution {
-        Resolution::Done(_) => "was done",
-        Resolution::NotDone => "had not begun",
-        Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => "was half done and could be finished",
-        Resolution::HalfDone(Remedy::TakeBack(_)) => "was half done and had to be taken back",
-        Resolution::HalfDone(Remedy::AskSomeone(_)) => "was half done and is beyond repair",
     }
 }

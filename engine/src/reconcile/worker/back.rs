@@ -1,0 +1,231 @@
+//! What happens when a step did not simply work: resolved, tried again, taken back, called off.
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::driver::{DriverError, ErrorClass, Remedy, Resolution};
+use crate::engine::EngineError;
+use crate::event::{
+    Event, HowFinished, OperationAttemptFailed, OperationCancelled, OperationExpired, OperationFailed,
+    OperationNeedsAttention, OperationUndoFinished, OperationUndoStarted, RetryKind,
+};
+use crate::operation::{Code, Failure, Operation, Phase, Reversal, Step};
+
+use super::outcome::deferrals;
+use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, RESOLUTIONS_MAX, Worker};
+
+impl Worker<'_> {
+    /// Ctrl-C: what can be undone is undone, the rest is left to `recover`.
+    pub(super) async fn park_or_cancel(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
+        let failure = called_off();
+        match &operation.phase {
+            Phase::Requested | Phase::Planned => {
+                self.end(operation, vec![OperationCancelled { failure }.into()]).await
+            }
+            Phase::Ready { step } if *step > 0 && operation.can_go_back() => {
+                self.go_back(operation, step - 1, failure).await
+            }
+            Phase::Waiting { step, .. } if operation.can_go_back() => {
+                self.go_back(operation, *step, failure).await
+            }
+            Phase::Undoing { step, failure } => self.undo(operation, *step, failure).await,
+            Phase::Undone { step: 0, failure } => {
+                let ended = self.untouched_end(failure);
+                self.end(operation, vec![ended]).await
+            }
+            Phase::Undone { step, failure } => self.go_back(operation, step - 1, failure.clone()).await,
+            _ => Ok(Pass::Rests),
+        }
+    }
+
+    /// The next thing toward taking an operation back; `None` to go on with it as usual.
+    pub(super) async fn take_back(&mut self, operation: &Operation) -> Result<Option<Pass>, EngineError> {
+        let failure = called_off();
+        Ok(match &operation.phase {
+            Phase::Requested | Phase::Planned => {
+                Some(self.end(operation, vec![OperationCancelled { failure }.into()]).await?)
+            }
+            Phase::Ready { step } if *step > 0 && operation.can_go_back() => {
+                Some(self.go_back(operation, step - 1, failure).await?)
+            }
+            Phase::Waiting { step, .. } if operation.can_go_back() => {
+                Some(self.go_back(operation, *step, failure).await?)
+            }
+            _ => None,
+        })
+    }
+
+    pub(super) fn untouched_end(&self, failure: &Failure) -> Event {
+        let failure = failure.clone();
+        match failure.code {
+            Code::Cancelled => OperationCancelled { failure }.into(),
+            Code::Expired => OperationExpired { failure }.into(),
+            _ => OperationFailed { failure }.into(),
+        }
+    }
+
+    /// What a driver's failure leads to.
+    pub(super) async fn failed(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        step: &Step,
+        error: DriverError,
+    ) -> Result<Pass, EngineError> {
+        tracing::debug!(step = step.name, error = &error as &dyn std::error::Error, "a step failed");
+        let may_retry = match error.class {
+            ErrorClass::Transient => operation.attempts + 1 < self.engine.settings.attempts_max,
+            ErrorClass::Busy => {
+                self.busy += 1;
+                self.busy < BUSY_ATTEMPTS_MAX
+            }
+            ErrorClass::Permanent => false,
+            ErrorClass::Unknown => return self.resolve_again(operation, index, error.failure).await,
+        };
+        if may_retry {
+            let kind = if error.class == ErrorClass::Busy { RetryKind::Busy } else { RetryKind::Failed };
+            let retry_at = self.retry_at(operation.attempts + self.busy);
+            let event = OperationAttemptFailed { step: index, failure: error.failure, kind, retry_at };
+            self.commit(operation, vec![event.into()]).await?;
+            return Ok(Pass::On(Hand::Found));
+        }
+        let beyond = step.reversal == Reversal::ForwardOnly || !operation.can_go_back();
+        if beyond || (step.reversal == Reversal::PointOfNoReturn && error.class != ErrorClass::Permanent) {
+            return self.needs_attention(operation, error.failure).await;
+        }
+        self.go_back(operation, index, error.failure).await
+    }
+
+    /// Exponential backoff with full jitter and a cap.
+    pub(super) fn retry_at(&self, attempt: u32) -> Timestamp {
+        let settings = &self.engine.settings;
+        let ceiling =
+            settings.retry_delay_ms_min.saturating_mul(1 << attempt.min(20)).min(settings.retry_delay_ms_max);
+        let random = self.engine.ids.next().as_u128() % (u128::from(ceiling) + 1);
+        let delay_ms = i64::try_from(random).unwrap_or(i64::MAX);
+        let now = self.engine.clock.now();
+        now.checked_add(SignedDuration::from_millis(delay_ms)).unwrap_or(now)
+    }
+
+    pub(super) async fn go_back(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        failure: Failure,
+    ) -> Result<Pass, EngineError> {
+        self.commit(operation, vec![OperationUndoStarted { step: index, failure }.into()]).await?;
+        Ok(Pass::On(Hand::Found))
+    }
+
+    pub(super) async fn undo(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        failure: &Failure,
+    ) -> Result<Pass, EngineError> {
+        let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
+        self.driver_settled(operation).await?;
+        let head = self.head().await?;
+        let undone = self.driver.undo(&self.context(operation, index, head), step).await;
+        match undone {
+            Ok(report) => {
+                let mut events: Vec<Event> =
+                    vec![OperationUndoFinished { step: index, changes: report.changes }.into()];
+                if let Some(next) = index.checked_sub(1) {
+                    events.push(OperationUndoStarted { step: next, failure: failure.clone() }.into());
+                    self.commit(operation, events).await?;
+                    return Ok(Pass::On(Hand::Found));
+                }
+                events.push(self.untouched_end(failure));
+                events.extend(deferrals(operation, failure));
+                self.end(operation, events).await
+            }
+            Err(error) => {
+                self.busy += 1;
+                if matches!(error.class, ErrorClass::Permanent)
+                    || self.busy > self.engine.settings.attempts_max
+                {
+                    let message = format!("{failure}; and going back failed: {error}");
+                    return self.needs_attention(operation, Failure::new(error.failure.code, message)).await;
+                }
+                let retry_at = self.retry_at(self.busy);
+                self.engine.clock.sleep_until(retry_at).await;
+                Ok(Pass::On(Hand::Found))
+            }
+        }
+    }
+
+    pub(super) async fn resolve_again(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        failure: Failure,
+    ) -> Result<Pass, EngineError> {
+        self.resolutions += 1;
+        if self.resolutions > RESOLUTIONS_MAX {
+            return self.needs_attention(operation, failure).await;
+        }
+        self.resolve(operation, index).await
+    }
+
+    /// Finds out what became of a step, and goes on from there. Nobody may still be at work on it.
+    pub(super) async fn resolve(&mut self, operation: &Operation, index: usize) -> Result<Pass, EngineError> {
+        let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
+        self.driver_settled(operation).await?;
+        let seen = self.driver.observe(&self.state).await.map_err(EngineError::Driver)?;
+        let head = self.head().await?;
+        let resolution = self.driver.resolve(&self.context(operation, index, head), step, &seen);
+        self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
+        let late = if index == 0 { self.expired(operation) } else { None };
+        let unwanted = (self.calling_off == Some(operation.id) && operation.can_go_back()).then(called_off);
+        match (resolution, late.or(unwanted)) {
+            (Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay), Some(failure)) => {
+                self.go_back(operation, index, failure).await
+            }
+            (resolution, _) => self.resolved(operation, index, step, resolution).await,
+        }
+    }
+
+    pub(super) async fn resolved(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        step: &Step,
+        resolution: Resolution,
+    ) -> Result<Pass, EngineError> {
+        match resolution {
+            Resolution::Done(report) => {
+                self.finish(operation, index, step, report, HowFinished::Observed).await
+            }
+            Resolution::NotDone | Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => {
+                Ok(Pass::On(Hand::Fresh))
+            }
+            Resolution::HalfDone(Remedy::TakeBack(failure)) => self.go_back(operation, index, failure).await,
+            Resolution::HalfDone(Remedy::AskSomeone(failure)) => {
+                self.needs_attention(operation, failure).await
+            }
+        }
+    }
+
+    pub(super) async fn needs_attention(
+        &mut self,
+        operation: &Operation,
+        failure: Failure,
+    ) -> Result<Pass, EngineError> {
+        self.commit(operation, vec![OperationNeedsAttention { failure }.into()]).await?;
+        Ok(Pass::Rests)
+    }
+}
+
+fn called_off() -> Failure {
+    Failure::new(Code::Cancelled, "called off while it was carried out")
+}
+
+fn word(resolution: &Resolution) -> &'static str {
+    match resolution {
+        Resolution::Done(_) => "was done",
+        Resolution::NotDone => "had not begun",
+        Resolution::HalfDone(Remedy::Finish | Remedy::EitherWay) => "was half done and could be finished",
+        Resolution::HalfDone(Remedy::TakeBack(_)) => "was half done and had to be taken back",
+        Resolution::HalfDone(Remedy::AskSomeone(_)) => "was half done and is beyond repair",
+    }
+}

@@ -1,0 +1,106 @@
+//! How an operation ends: the events that make its request true, and the account of it.
+
+use crate::driver::Learnt;
+use crate::engine::EngineError;
+use crate::event::{
+    DomainUnregistered, Event, MemoryKind, MergeDeferred, MergeFinished, OperationSucceeded, SnapshotCreated,
+    SnapshotDeleted, SnapshotReverted, UnregisterWish,
+};
+use crate::ids::SnapshotId;
+use crate::operation::{Failure, Operation, Outcome, Request};
+use crate::tree::SnapshotState;
+
+use super::{Carried, Pass, Worker};
+
+impl Worker<'_> {
+    /// The events that make the request true, and the outcome. `before` goes into the same commit.
+    pub(super) fn outcome(&self, operation: &Operation, before: &[Event]) -> Vec<Event> {
+        let mut events = Vec::new();
+        let mut learnt = operation.learnt.clone();
+        for event in before {
+            if let Event::OperationStepFinished(e) = event
+                && let Ok(now) = serde_json::from_value::<Learnt>(e.learnt.clone())
+            {
+                learnt.taken = now.taken.or(learnt.taken);
+                learnt.state = now.state.or(learnt.state);
+                learnt.left.extend(now.left);
+            }
+        }
+        let gone: Vec<SnapshotId> = before
+            .iter()
+            .filter_map(|event| match event {
+                Event::SnapshotDeleted(e) => Some(e.snapshot),
+                _ => None,
+            })
+            .collect();
+        match &operation.request {
+            Request::Create(request) => {
+                let mut snapshot = request.predicted(operation);
+                snapshot.parent = self.state.tree.current().map(|current| current.id);
+                snapshot.created = learnt.taken.unwrap_or_else(|| self.engine.clock.now());
+                snapshot.state = learnt.state.unwrap_or(SnapshotState::Shutoff);
+                if matches!(snapshot.state, SnapshotState::Shutoff | SnapshotState::DiskSnapshot) {
+                    snapshot.memory = MemoryKind::No;
+                }
+                events.push(SnapshotCreated { snapshot }.into());
+            }
+            Request::Revert(request) => events.push(SnapshotReverted { snapshot: request.snapshot }.into()),
+            Request::Delete(request) => {
+                let left: Vec<_> =
+                    request.snapshots.iter().copied().filter(|id| !gone.contains(id)).collect();
+                events.extend(self.deleted(&left));
+            }
+            Request::Merge(request) => {
+                events.push(MergeFinished { snapshots: request.plan.snapshots.clone() }.into());
+            }
+            Request::Unregister(request) => {
+                let mut left: Vec<_> = learnt.left.into_iter().collect();
+                if request.wish == UnregisterWish::KeepLayers {
+                    left.extend(self.state.layers.files().cloned());
+                }
+                events.push(DomainUnregistered { wish: request.wish, left }.into());
+            }
+        }
+        events.push(OperationSucceeded {}.into());
+        events
+    }
+
+    /// One `Deleted` per snapshot that still lives.
+    pub(super) fn deleted(&self, snapshots: &[SnapshotId]) -> Vec<Event> {
+        snapshots
+            .iter()
+            .filter_map(|id| self.state.tree.get(*id))
+            .map(|snapshot| SnapshotDeleted { snapshot: snapshot.id, name: snapshot.name.clone() }.into())
+            .collect()
+    }
+
+    /// Commits the events that end an operation, and keeps what it came to.
+    pub(super) async fn end(
+        &mut self,
+        operation: &Operation,
+        events: Vec<Event>,
+    ) -> Result<Pass, EngineError> {
+        let ended = events.iter().find_map(|event| match event {
+            Event::OperationSucceeded(_) => Some((Outcome::Succeeded, None)),
+            Event::OperationFailed(e) => Some((Outcome::Failed, Some(e.failure.clone()))),
+            Event::OperationCancelled(e) => Some((Outcome::Cancelled, Some(e.failure.clone()))),
+            Event::OperationExpired(e) => Some((Outcome::Expired, Some(e.failure.clone()))),
+            _ => None,
+        });
+        self.commit(operation, events).await?;
+        if let Some((outcome, failure)) = ended {
+            let operation = operation.clone();
+            let found = self.found.take();
+            self.carried.push(Carried { operation, outcome: Some(outcome), failure, found });
+        }
+        Ok(Pass::Rests)
+    }
+}
+
+/// A merge that failed leaves its tombstones for later, with the reason.
+pub(super) fn deferrals(operation: &Operation, failure: &Failure) -> Vec<Event> {
+    let Request::Merge(request) = &operation.request else { return Vec::new() };
+    let deferred =
+        |snapshot: &SnapshotId| MergeDeferred { snapshot: *snapshot, reason: failure.message.clone() }.into();
+    request.plan.snapshots.iter().map(deferred).collect()
+}
