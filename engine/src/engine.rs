@@ -1,6 +1,6 @@
 //! The facade: everything that a program does with Snaptree goes through [`Engine`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
@@ -14,11 +14,14 @@ use crate::domain::{Domain, DriverKind};
 use crate::driver::{
     Driver, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext, Watch,
 };
-use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
+use crate::event::{
+    Actor, DomainRegistered, DriftCleared, DriftFound, Envelope, Event, Origin, RequestTerms,
+};
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
 use crate::operation::{Code, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
+use crate::reconcile::drift::{self, Finding};
 use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
@@ -530,6 +533,41 @@ impl Engine {
                 .collect();
         }
         Ok(DryRun { request, plan, merges, state, after })
+    }
+
+    /// Compares the hypervisor with the log, writes down what is new and what is gone, and returns what there is.
+    ///
+    /// # Errors
+    /// The hypervisor could not be asked, or the store failed.
+    pub async fn drift(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+    ) -> Result<BTreeSet<Finding>, EngineError> {
+        let state = self.load(domain).await?;
+        if !state.open.is_empty() {
+            return Ok(state.drift);
+        }
+        let found = drift::findings(&state, &self.observe(&state).await?);
+        let stream = StreamId::Domain(domain);
+        let event = |event: Event| NewEvent {
+            stream: stream.clone(),
+            event,
+            operation: None,
+            cause: None,
+            key: None,
+        };
+        let new = found.difference(&state.drift);
+        let gone = state.drift.difference(&found);
+        let events: Vec<NewEvent> = new
+            .map(|finding| DriftFound { finding: finding.clone() }.into())
+            .chain(gone.map(|finding| DriftCleared { finding: finding.clone() }.into()))
+            .map(event)
+            .collect();
+        if !events.is_empty() {
+            self.append(requester, vec![(stream.clone(), state.version)], events).await?;
+        }
+        Ok(found)
     }
 
     /// What the hypervisor says is there.

@@ -17,6 +17,7 @@ use crate::ids::{
 };
 use crate::layer::LayerChange;
 use crate::operation::{Code, Failure, Operation, Step, Verdict};
+use crate::reconcile::drift::Finding;
 use crate::reconcile::merge::MergePlan;
 use crate::tree::{Hold, Labels, Snapshot, SnapshotState};
 
@@ -271,6 +272,10 @@ events! {
     MergeFinished = "Merge.Finished" 1,
     /// Tombstones stay for now, and why.
     MergeDeferred = "Merge.Deferred" 1,
+    /// The hypervisor and the log disagree.
+    DriftFound = "Drift.Found" 1,
+    /// They agree again.
+    DriftCleared = "Drift.Cleared" 1,
     /// A state directory was made.
     SystemOpened = "System.Opened" 1,
 }
@@ -622,6 +627,20 @@ pub struct MergeDeferred {
     pub snapshot: SnapshotId,
     /// Why.
     pub reason: String,
+}
+
+/// Payload: a difference that no operation of ours explains.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DriftFound {
+    /// Which one.
+    pub finding: Finding,
+}
+
+/// Payload: a difference that is no longer there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DriftCleared {
+    /// Which one.
+    pub finding: Finding,
 }
 
 /// Payload: a state directory was made.

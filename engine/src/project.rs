@@ -14,6 +14,7 @@ use crate::event::{Actor, Envelope, Event, MergeWish};
 use crate::ids::{OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{IllegalHistory, Operation, Phase, Request};
+use crate::reconcile::drift::Finding;
 use crate::tree::Tree;
 
 /// The version of this projector. A checkpoint of another version is dropped.
@@ -37,6 +38,13 @@ pub struct Tombstone {
     pub deferred: Option<String>,
 }
 
+/// Whether the hypervisor has a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    There,
+    Lost,
+}
+
 /// One domain, as the log tells it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DomainState {
@@ -52,6 +60,9 @@ pub struct DomainState {
     pub open: Vec<Operation>,
     /// Deleted snapshots whose data is still there.
     pub tombstones: BTreeMap<SnapshotId, Tombstone>,
+    /// Where the hypervisor and the log disagreed when that was last looked at.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub drift: BTreeSet<Finding>,
     /// The version of the last event applied.
     pub version: u64,
     /// Its place in the log.
@@ -96,6 +107,14 @@ impl DomainState {
                 if let Some(tombstone) = self.tombstones.get_mut(&e.snapshot) {
                     tombstone.deferred = Some(e.reason.clone());
                 }
+            }
+            Event::DriftFound(e) => {
+                self.mark_lost(&e.finding, Presence::Lost);
+                self.drift.insert(e.finding.clone());
+            }
+            Event::DriftCleared(e) => {
+                self.mark_lost(&e.finding, Presence::There);
+                self.drift.remove(&e.finding);
             }
             Event::MergeFinished(_) | Event::SystemOpened(_) => {}
             _ => self.advance(envelope),
@@ -220,6 +239,14 @@ impl DomainState {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn mark_lost(&mut self, finding: &Finding, presence: Presence) {
+        if let Finding::SnapshotLost { snapshot, .. } = finding
+            && let Some(snapshot) = self.tree.get_mut(*snapshot)
+        {
+            snapshot.lost = presence == Presence::Lost;
         }
     }
 

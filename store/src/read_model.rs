@@ -14,6 +14,7 @@ use snaptree_engine::event::{Envelope, Event};
 use snaptree_engine::ids::{DomainId, OperationId, SnapshotId, StreamId};
 use snaptree_engine::log::LogError;
 use snaptree_engine::operation::{Failure, Outcome, Request, Verdict};
+use snaptree_engine::reconcile::drift::Finding;
 use snaptree_engine::tree::Snapshot;
 
 use crate::error::{Tried, failed};
@@ -245,11 +246,23 @@ pub(crate) fn apply(connection: &Connection, envelope: &Envelope) -> rusqlite::R
         event @ (Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_)) => {
             written(connection, &id, event)
         }
+        Event::DriftFound(e) => lost(connection, &id, &e.finding, 1),
+        Event::DriftCleared(e) => lost(connection, &id, &e.finding, 0),
         event => match envelope.operation {
             Some(operation) => advanced(connection, envelope, operation, event),
             None => Ok(()),
         },
     }
+}
+
+/// A snapshot's data went, or is there again.
+fn lost(connection: &Connection, domain: &str, finding: &Finding, lost: i64) -> rusqlite::Result<()> {
+    let Finding::SnapshotLost { snapshot, .. } = finding else { return Ok(()) };
+    run(
+        connection,
+        "UPDATE snapshots SET lost = ?3 WHERE domain = ?1 AND id = ?2 AND deleted_at IS NULL",
+        (domain, snapshot.to_string(), lost),
+    )
 }
 
 fn requested(

@@ -188,6 +188,13 @@ fn a_layer_that_somebody_wrote_is_drift_and_blocks() {
     let refused = program.json(4, &["create", "web", "two"]);
     assert_eq!(refused["error"]["code"], "drift", "{refused}");
     assert!(message(&refused).contains(&frozen), "{refused}");
+    let layers = Path::new(&frozen).parent().expect("the layers folder");
+    std::fs::write(layers.join("foreign.qcow2"), "not ours").expect("a foreign file");
+    let found = program.json(5, &["drift", "web"]);
+    let findings = found["domains"][0]["findings"].as_array().expect("findings");
+    let words: Vec<&str> = findings.iter().filter_map(|finding| finding["finding"].as_str()).collect();
+    assert_eq!(words, ["layer-written", "file-found"], "{found}");
+    assert!(layers.join("foreign.qcow2").exists(), "nothing foreign is ever deleted");
     assert_eq!(program.json(0, &["list", "web"])["current"], "one");
 }
 

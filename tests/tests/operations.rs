@@ -129,6 +129,34 @@ fn a_key_makes_a_request_once_however_often_it_is_given() {
     assert_eq!(other["error"]["code"], "exists", "{other}");
 }
 
+#[test]
+fn drift_is_found_written_down_once_and_cleared_when_it_is_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = lab(folder.path());
+    assert_eq!(program.json(0, &["drift"])["domains"][0]["findings"], serde_json::json!([]));
+    let id = program.json(0, &["domain", "show", "web"])["id"].as_str().expect("an id").to_owned();
+    let machine = folder.path().join("sim").join(format!("{id}.json"));
+    let older = std::fs::read(&machine).expect("the machine's file");
+    program.json(0, &["create", "web", "two"]);
+    let newer = std::fs::read(&machine).expect("the machine's file");
+
+    // The hypervisor is put back to an older state behind our back.
+    std::fs::write(&machine, older).expect("written");
+    for _ in 0..2 {
+        let found = program.json(5, &["drift", "web"]);
+        let findings = found["domains"][0]["findings"].as_array().expect("findings");
+        let words: Vec<&str> = findings.iter().filter_map(|finding| finding["finding"].as_str()).collect();
+        assert_eq!(words, ["snapshot-lost", "current-moved"], "{found}");
+    }
+    assert_eq!(program.json(0, &["show", "web", "two"])["phase"], "lost");
+    assert_eq!(program.json(4, &["revert", "web", "two"])["error"]["code"], "drift");
+    std::fs::write(&machine, newer).expect("written");
+    program.json(0, &["drift", "web"]);
+    assert_eq!(program.json(0, &["show", "web", "two"])["phase"], "ready");
+    let kinds = program.run(&["log", "web", "--kind", "Drift.", "--json"]).stdout;
+    assert_eq!(kinds.lines().count(), 4, "two found, two cleared: {kinds}");
+}
+
 /// A clock that stands until it is set.
 struct Standing(Mutex<Timestamp>);
 

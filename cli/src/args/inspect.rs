@@ -46,6 +46,10 @@ pub const RECOVER_EXAMPLES: &str = "Example:
 pub const RECONCILE_EXAMPLES: &str = "Examples:
   snaptree reconcile
   snaptree reconcile web                       also what was put off with --defer";
+/// See `snaptree drift --help`.
+pub const DRIFT_EXAMPLES: &str = "Examples:
+  snaptree drift                               every domain; exit code 0 where all agree, else 5
+  snaptree drift web --json";
 /// See `snaptree completions --help`.
 pub const COMPLETIONS_EXAMPLES: &str = "Examples:
   snaptree completions bash > /etc/bash_completion.d/snaptree
@@ -194,6 +198,16 @@ pub struct RecoverArgs {
 /// `reconcile`
 #[derive(Debug, Args)]
 pub struct ReconcileArgs {
+    /// Only this domain, by name or id
+    pub domain: Option<String>,
+    /// Waiting for the state.
+    #[command(flatten)]
+    pub writer: WriterArgs,
+}
+
+/// `drift`
+#[derive(Debug, Args)]
+pub struct DriftArgs {
     /// Only this domain, by name or id
     pub domain: Option<String>,
     /// Waiting for the state.

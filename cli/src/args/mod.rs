@@ -117,6 +117,9 @@ pub enum Command {
     /// Merge what deleted snapshots left behind, as far as possible
     #[command(after_help = inspect::RECONCILE_EXAMPLES)]
     Reconcile(inspect::ReconcileArgs),
+    /// Compare the hypervisors with the log, and write down what differs
+    #[command(after_help = inspect::DRIFT_EXAMPLES)]
+    Drift(inspect::DriftArgs),
     /// Show or check the settings
     #[command(subcommand)]
     Config(inspect::ConfigCommand),

@@ -3,6 +3,7 @@
 mod audit;
 mod carry;
 mod domain;
+mod drift;
 mod history;
 mod log;
 mod op;
@@ -64,6 +65,7 @@ pub async fn run(context: &Context, command: Command) -> Result<Exit> {
         Command::Audit(command) => audit::run(context, command).await,
         Command::Recover(args) => recover::recover(context, args).await,
         Command::Reconcile(args) => recover::reconcile(context, args).await,
+        Command::Drift(args) => drift::run(context, args).await,
         Command::Config(command) => settings::run(context, command),
         Command::Completions(args) => {
             let mut text = Vec::new();

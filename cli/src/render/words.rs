@@ -152,6 +152,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
         | Event::OperationAttemptFailed(_)
         | Event::OperationCancelled(_)
         | Event::OperationExpired(_)
+        | Event::DriftFound(_)
         | Event::MergeDeferred(_) => look.paint.warn(words),
         Event::SnapshotCreated(_)
         | Event::SnapshotReverted(_)
@@ -184,6 +185,8 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
             format!("began to merge {} ({})", known.list(&e.plan.snapshots), way(&e.plan))
         }
         Event::MergeFinished(e) => format!("merged {}", known.list(&e.snapshots)),
+        Event::DriftFound(e) => format!("found: {}", e.finding),
+        Event::DriftCleared(e) => format!("no longer so: {}", e.finding),
         Event::MergeDeferred(e) => {
             format!("the data of {} stays for now: {}", known.snapshot(e.snapshot), e.reason)
         }

@@ -54,7 +54,7 @@ pub(crate) fn unrecovered(state: &DomainState, failure: &Failure) -> Vec<Recover
     let Some(domain) = &state.domain else { return Vec::new() };
     let account = |operation| {
         let did = format!("left it, since the hypervisor cannot be asked: {failure}");
-        Recovered { did, failure: Some(failure.clone()), ..account_of(&domain.name, operation, None) }
+        Recovered { did, ..account_of(&domain.name, operation, None) }
     };
     state.open.iter().map(account).collect()
 }

@@ -1,0 +1,164 @@
+//! Where the hypervisor and the log disagree, and no operation of ours explains it. Pure.
+//!
+//! A tombstone is no drift: what the hypervisor still holds of a deleted snapshot is ours. Nothing found here is ever
+//! deleted or put right by itself; it is recorded, shown, and what it makes unsafe is refused when it is planned.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::driver::Observation;
+use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
+use crate::layer::Role;
+use crate::project::DomainState;
+
+/// One difference.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(tag = "finding", rename_all = "kebab-case")]
+pub enum Finding {
+    /// The hypervisor no longer has a snapshot of the log, or a file that it reads from.
+    SnapshotLost {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Its name.
+        name: SnapshotName,
+    },
+    /// The hypervisor lists a snapshot that nobody asked Snaptree for.
+    SnapshotFound {
+        /// The hypervisor's own id.
+        native: String,
+        /// Its name there.
+        name: String,
+    },
+    /// The machine stands on another snapshot than the log says.
+    CurrentMoved {
+        /// What the log says.
+        expected: Option<SnapshotId>,
+        /// The hypervisor's own id of what it says.
+        found: Option<String>,
+    },
+    /// A file that nobody may write was written.
+    LayerWritten {
+        /// The disk.
+        disk: DiskName,
+        /// The layer.
+        layer: LayerId,
+        /// Its file.
+        file: PathBuf,
+    },
+    /// A file of the log is gone.
+    LayerMissing {
+        /// The disk.
+        disk: DiskName,
+        /// The layer.
+        layer: LayerId,
+        /// Its file.
+        file: PathBuf,
+    },
+    /// A file that Snaptree did not make lies among its own.
+    FileFound {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The machine's disks are switched to something else than the log says.
+    GenerationMoved {
+        /// What the log says.
+        expected: Option<String>,
+        /// What is there.
+        found: Option<String>,
+    },
+}
+
+/// All differences. While an operation is open there are none: its step may be half done.
+pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
+    if !state.open.is_empty() || !state.registered {
+        return BTreeSet::new();
+    }
+    let mut found = BTreeSet::new();
+    // A hypervisor that merges by itself keeps the list of its snapshots by itself; elsewhere there are only layers.
+    if state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
+        compare_snapshots(state, seen, &mut found);
+    }
+    compare_layers(state, seen, &mut found);
+    found
+}
+
+fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
+    let marked = |id| seen.snapshots.iter().find(|listed| listed.id == Some(id));
+    for snapshot in state.tree.iter().filter(|snapshot| marked(snapshot.id).is_none()) {
+        found.insert(Finding::SnapshotLost { snapshot: snapshot.id, name: snapshot.name.clone() });
+    }
+    for listed in &seen.snapshots {
+        let ours = listed.id.is_some_and(|id| state.tree.contains(id) || state.tombstones.contains_key(&id));
+        if !ours {
+            found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
+        }
+    }
+    let expected = state.tree.current().map(|current| current.id);
+    let native = expected.and_then(marked).map(|listed| &listed.native);
+    if native != seen.current.as_ref() {
+        found.insert(Finding::CurrentMoved { expected, found: seen.current.clone() });
+    }
+}
+
+fn compare_layers(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
+    if state.layers.generation != seen.generation {
+        let (expected, generation) = (state.layers.generation.clone(), seen.generation.clone());
+        found.insert(Finding::GenerationMoved { expected, found: generation });
+    }
+    for (disk, layers) in &state.layers.disks {
+        for (id, layer) in &layers.layers {
+            let (disk, file) = (disk.clone(), layer.file.clone());
+            let Some(facts) = seen.files.get(&layer.file) else {
+                if let Role::Frozen(snapshot) = layers.role(id, &state.tree)
+                    && let Some(lost) = state.tree.get(snapshot)
+                {
+                    found.insert(Finding::SnapshotLost { snapshot, name: lost.name.clone() });
+                }
+                found.insert(Finding::LayerMissing { disk, layer: id.clone(), file });
+                continue;
+            };
+            if layer.stamp.is_some_and(|stamp| stamp != facts.stamp) {
+                found.insert(Finding::LayerWritten { disk, layer: id.clone(), file });
+            }
+        }
+    }
+    // Before the first adoption the registered images are seen, and none of them is a layer yet.
+    if state.layers.generation.is_some() {
+        let ours: BTreeSet<&PathBuf> = state.layers.files().collect();
+        let foreign = seen.files.keys().chain(seen.unreadable.keys()).filter(|file| !ours.contains(file));
+        found.extend(foreign.map(|file| Finding::FileFound { file: file.clone() }));
+    }
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "nothing".to_owned());
+        match self {
+            Self::SnapshotLost { name, .. } => write!(f, "snapshot '{name}' is lost: its data is not there"),
+            Self::SnapshotFound { native, name } => {
+                write!(f, "the hypervisor has a snapshot '{name}' ({native}) that was not made by Snaptree")
+            }
+            Self::CurrentMoved { expected, found } => write!(
+                f,
+                "the machine stands on {}, and the log says {}",
+                or_none(found),
+                or_none(&expected.map(|id| id.to_string()))
+            ),
+            Self::LayerWritten { disk, file, .. } => {
+                write!(f, "{} of {disk} was written, and nobody may write it", file.display())
+            }
+            Self::LayerMissing { disk, file, .. } => write!(f, "{} of {disk} is missing", file.display()),
+            Self::FileFound { file } => write!(f, "{} was not made by Snaptree", file.display()),
+            Self::GenerationMoved { expected, found } => {
+                write!(
+                    f,
+                    "the disks are switched to {}, and the log says {}",
+                    or_none(found),
+                    or_none(expected)
+                )
+            }
+        }
+    }
+}
