@@ -47,7 +47,7 @@ pub struct Ctx {
 /// # Errors
 /// A [`Rejection`] that says what is wrong and what to do; nothing is to be written then.
 pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<Event>, Rejection> {
-    let domain = registered(state)?;
+    // A removal that is stuck must still be settled, so these come before the domain is looked at.
     match command {
         Command::Retry(operation) => {
             needs_attention(state, *operation)?;
@@ -56,7 +56,14 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
         Command::Resolve { operation, verdict, reason } => {
             return resolved(state, *operation, *verdict, reason);
         }
-        _ => nothing_needs_attention(state)?,
+        _ => {}
+    }
+    let domain = registered(state)?;
+    match command {
+        Command::Create(_) | Command::Revert { .. } | Command::Delete(_) | Command::Unregister(_) => {
+            nothing_needs_attention(state)?;
+        }
+        _ => {}
     }
     if state.open.len() >= OPEN_OPERATIONS_MAX {
         return Err(reject(

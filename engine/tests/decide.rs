@@ -12,9 +12,10 @@ use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
 use snaptree_engine::event::{
-    Actor, DeleteScope, DeleteWhat, Event, MergeWish, RequestTerms, SnapshotHeld, UnregisterWish,
+    Actor, DeleteScope, DeleteWhat, Event, MergeWish, OperationNeedsAttention, RequestTerms, SnapshotHeld,
+    UnregisterWish,
 };
-use snaptree_engine::operation::Code;
+use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::tree::Hold;
 
 /// a <- b <- c, and b <- d; current is d.
@@ -208,6 +209,19 @@ fn a_domain_with_snapshots_is_let_go_only_when_told_what_becomes_of_them() {
     assert!(
         matches!(&events[..], [Event::DomainUnregisterRequested(r)] if r.wish == UnregisterWish::Untouched)
     );
+}
+
+#[test]
+fn a_stuck_removal_can_be_let_try_again() {
+    let mut history = History::new(&["vda"]);
+    let events = decide(&history.state, &Command::Unregister(UnregisterWish::Untouched), &ctx()).unwrap();
+    let operation = history.fresh_operation();
+    history.push(Some(operation), events.into_iter().next().unwrap());
+    assert_eq!(refused(&history, &Command::Retry(operation)).0, Code::Invalid, "it is not stuck yet");
+    let failure = Failure::new(Code::Io, "no");
+    history.push(Some(operation), OperationNeedsAttention { failure });
+    assert!(decide(&history.state, &Command::Retry(operation), &ctx()).is_ok());
+    assert_eq!(refused(&history, &Command::Create(create(Some("x")))).0, Code::Invalid);
 }
 
 #[test]

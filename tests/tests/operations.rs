@@ -85,6 +85,7 @@ fn a_stuck_operation_blocks_its_domain_alone_until_someone_settles_it() {
     assert_eq!(outcome(&program, &operation), "needs-attention");
     let refused = program.json(4, &["create", "web", "three"]);
     assert_eq!(refused["error"]["code"], "needs-attention", "{refused}");
+    program.json(0, &["hold", "web", "one", "--reason", "kept while somebody looks"]);
     program.json(0, &["create", "other", "free"]);
 
     // It is found again, and the step may be tried again.
