@@ -1,7 +1,7 @@
 //! What every [`EventLog`] has to keep, whatever lies below it.
 //!
 //! Each function takes an empty log (one may hold a `System.Opened`, so seqs are compared with the head found first)
-//! and panics where the log breaks the port's promises. [`conformance!`](crate::conformance) makes a test of each.
+//! and panics where the log breaks the port's promises. [`conformance!`](crate::conformance!) makes a test of each.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a suite of assertions")]
 
