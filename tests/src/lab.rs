@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::images::{Content, Reader, make_qcow2, text};
+use crate::images::{Content, Leaks, Reader, make_qcow2, text};
 use crate::program::Program;
 
 /// The disks of the machine.
@@ -126,17 +126,28 @@ impl Lab {
     /// # Panics
     /// Anything fails.
     pub fn new(folder: &Path) -> Self {
+        Self::with_disks(folder, &DISKS)
+    }
+
+    /// The same, with these disks.
+    ///
+    /// # Panics
+    /// Anything fails.
+    pub fn with_disks(folder: &Path, disks: &[&'static str]) -> Self {
         let paths: BTreeMap<_, _> =
-            DISKS.iter().map(|disk| (*disk, folder.join(format!("{disk}.qcow2")))).collect();
+            disks.iter().map(|disk| (*disk, folder.join(format!("{disk}.qcow2")))).collect();
         paths.values().for_each(|path| make_qcow2(path));
         let program = Program::new(folder.join("state"));
-        let disks: Vec<String> = paths.iter().map(|(disk, path)| format!("{disk}={}", text(path))).collect();
-        program
-            .json(0, &["domain", "add", "web", "--driver", "qemu", "--disk", &disks[0], "--disk", &disks[1]]);
+        let given: Vec<String> = paths.iter().map(|(disk, path)| format!("{disk}={}", text(path))).collect();
+        let mut add = vec!["domain", "add", "web", "--driver", "qemu"];
+        add.extend(given.iter().flat_map(|disk| ["--disk", disk]));
+        program.json(0, &add);
         let shown = program.json(0, &["domain", "show", "web"]);
         let id = shown["id"].as_str().expect("the domain's id").to_owned();
         let layers = folder.join(".snaptree").join(id);
-        Self { program, paths, layers, model: Model::default(), reader: Reader::default() }
+        let active = disks.iter().map(|disk| (*disk, Content::default())).collect();
+        let model = Model { active, ..Model::default() };
+        Self { program, paths, layers, model, reader: Reader::default() }
     }
 
     /// Writes through the registered path.
@@ -146,6 +157,16 @@ impl Lab {
     pub fn write(&mut self, disk: &'static str, first: usize, count: usize, pattern: u8) {
         let content = self.model.active.get_mut(disk).expect("a disk");
         content.write(&self.paths[disk], first, count, pattern);
+    }
+
+    /// From here on clusters that an image holds and does not use are no fault, or are one again; none were seen yet.
+    pub fn tolerate_leaks(&mut self, leaks: Leaks) {
+        self.reader.tolerate(leaks);
+    }
+
+    /// How many images were seen with them since.
+    pub fn leaking(&self) -> usize {
+        self.reader.leaking()
     }
 
     /// Forgets what was read, so that everything is read anew.
@@ -195,6 +216,17 @@ impl Lab {
             let image = std::fs::canonicalize(&self.paths[disk]).expect("the registered path opens");
             self.reader.expect(&format!("{what}: the machine's {disk}"), &image, content);
         }
+    }
+
+    /// Whether the registered paths open what this model says.
+    ///
+    /// # Panics
+    /// One of them opens nothing.
+    pub fn machine_reads_as(&mut self, model: &Model) -> bool {
+        model.active.iter().all(|(disk, content)| {
+            let image = std::fs::canonicalize(&self.paths[disk]).expect("the registered path opens");
+            self.reader.difference(&image, content).is_none()
+        })
     }
 
     /// The files of each live snapshot, as the manifest beside the layers says.

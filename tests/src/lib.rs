@@ -10,3 +10,7 @@ pub mod lab;
 pub mod measure;
 pub mod program;
 pub mod random;
+pub mod rewind;
+pub mod scenarios;
+pub mod simulation;
+pub mod strace;

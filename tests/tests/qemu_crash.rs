@@ -6,7 +6,8 @@
 #![cfg(feature = "lab")]
 #![allow(clippy::expect_used, reason = "a test")]
 
-use snaptree_tests::lab::{DISKS, Lab, Model};
+use snaptree_tests::lab::Lab;
+use snaptree_tests::scenarios::{self, Scenario, branched};
 
 /// The places. Each is tried at its first reach, its second, and so on until the operation ends before it.
 const PLACES: [&str; 26] = [
@@ -38,43 +39,10 @@ const PLACES: [&str; 26] = [
     "qemu.place.renamed",
 ];
 
-/// One kind of operation: what stands before it, the command, and what the model says of it.
-struct Scenario {
-    name: &'static str,
-    prepare: fn(&mut Lab),
-    command: &'static [&'static str],
-    apply: fn(&mut Model),
-}
-
-fn snapshot(lab: &mut Lab, name: &str, pattern: u8) {
-    lab.write("vda", usize::from(pattern) % 64, 12, pattern);
-    lab.write("vdb", usize::from(pattern) % 64, 5, pattern);
-    lab.program.json(0, &["create", "web", name]);
-    lab.model.create(name, &DISKS);
-}
-
-/// a <- b <- c, and b <- d; the machine stands on d.
-fn branched(lab: &mut Lab) {
-    snapshot(lab, "a", 1);
-    snapshot(lab, "b", 2);
-    snapshot(lab, "c", 3);
-    lab.program.json(0, &["revert", "web", "b"]);
-    lab.model.revert("b");
-    snapshot(lab, "d", 4);
-    lab.write("vda", 9, 3, 99);
-}
-
-fn chain(lab: &mut Lab) {
-    snapshot(lab, "a", 1);
-    snapshot(lab, "b", 2);
-    snapshot(lab, "c", 3);
-    lab.write("vda", 1, 40, 98);
-}
-
 /// Kills at the n-th reach of a place. `None` if the operation ended before it came there.
 fn kill_and_recover(scenario: &Scenario, place: &str, reach: usize) -> Option<()> {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut lab = Lab::new(folder.path());
+    let mut lab = Lab::with_disks(folder.path(), scenario.disks);
     (scenario.prepare)(&mut lab);
     let what = format!("{}, killed at {place}@{reach}", scenario.name);
 
@@ -84,27 +52,7 @@ fn kill_and_recover(scenario: &Scenario, place: &str, reach: usize) -> Option<()
     }
     assert_eq!(ran.code, None, "{what}: killed by a signal: {ran:?}");
 
-    let recovered = lab.program.json(0, &["recover"]);
-    let open = lab.program.json(0, &["op", "list"]);
-    for operation in open["operations"].as_array().expect("operations") {
-        assert!(operation["outcome"].is_string(), "{what}: {operation} after {recovered}");
-        assert_ne!(operation["outcome"], "needs-attention", "{what}: {operation}");
-    }
-    let mut after = lab.model.clone();
-    (scenario.apply)(&mut after);
-    if lab.tree_is(&after) {
-        lab.model = after;
-        lab.check(&what);
-    } else {
-        lab.check(&what);
-        lab.program.json(0, scenario.command);
-        (scenario.apply)(&mut lab.model);
-        lab.check(&format!("{what}, asked for again"));
-    }
-    assert_eq!(lab.program.json(0, &["audit", "verify"])["ok"], true, "{what}");
-    // And life goes on.
-    snapshot(&mut lab, "afterwards", 50);
-    lab.check(&format!("{what}, a snapshot afterwards"));
+    scenario.recover(&mut lab, &what);
     Some(())
 }
 
@@ -124,90 +72,42 @@ fn kill_everywhere(scenario: &Scenario, least: usize) {
 
 #[test]
 fn the_first_create_adopting_two_disks_recovers() {
-    let scenario = Scenario {
-        name: "the first create adopting two disks",
-        prepare: |lab| lab.write("vda", 0, 4, 7),
-        command: &["create", "web", "new"],
-        apply: |model| model.create("new", &DISKS),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::FIRST_CREATE, 9);
 }
 
 #[test]
 fn a_create_recovers() {
-    let scenario = Scenario {
-        name: "a create",
-        prepare: branched,
-        command: &["create", "web", "new"],
-        apply: |model| model.create("new", &DISKS),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::CREATE, 9);
 }
 
 #[test]
 fn a_revert_recovers() {
-    let scenario = Scenario {
-        name: "a revert",
-        prepare: branched,
-        command: &["revert", "web", "a"],
-        apply: |model| model.revert("a"),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::REVERT, 9);
 }
 
 #[test]
 fn a_delete_with_several_dependants_recovers() {
-    let scenario = Scenario {
-        name: "a delete with several dependants",
-        prepare: branched,
-        command: &["delete", "web", "b"],
-        apply: |model| model.delete("b"),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::DELETE_SEVERAL, 9);
 }
 
 #[test]
 fn a_delete_with_one_dependant_recovers() {
-    let scenario = Scenario {
-        name: "a delete with one dependant",
-        prepare: chain,
-        command: &["delete", "web", "b"],
-        apply: |model| model.delete("b"),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::DELETE_ONE, 9);
 }
 
 #[test]
 fn a_delete_of_the_root_pushed_into_the_registered_image_recovers() {
-    let scenario = Scenario {
-        name: "a delete of the root pushed into the registered image",
-        prepare: chain,
-        command: &["delete", "web", "a"],
-        apply: |model| model.delete("a"),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::DELETE_ROOT, 9);
 }
 
 #[test]
 fn a_delete_of_a_branch_with_several_tombstones_in_a_row_recovers() {
-    let scenario = Scenario {
-        name: "a delete of a branch with several tombstones in a row",
-        prepare: chain,
-        command: &["delete", "web", "a", "--children"],
-        apply: |model| ["c", "b", "a"].iter().for_each(|name| model.delete(name)),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::DELETE_BRANCH, 9);
 }
 
 #[test]
 fn a_delete_of_the_current_one_recovers() {
-    let scenario = Scenario {
-        name: "a delete of the current one",
-        prepare: branched,
-        command: &["delete", "web", "d"],
-        apply: |model| model.delete("d"),
-    };
-    kill_everywhere(&scenario, 9);
+    kill_everywhere(&scenarios::DELETE_CURRENT, 9);
 }
 
 /// Letting go of the domain with `--flatten`: one plain image at each path, whenever it was killed.

@@ -9,7 +9,7 @@ use snaptree_engine::DomainId;
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::Code;
 
-use super::machine::Machine;
+use super::host::Host;
 
 /// Largest machine file that is read or written.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -50,7 +50,7 @@ impl MachineFile {
     }
 
     /// The machine; none if there is no file.
-    pub(super) fn read(&self) -> Result<Option<Machine>, DriverError> {
+    pub(super) fn read<H: Host>(&self) -> Result<Option<H>, DriverError> {
         let mut bytes = Vec::new();
         let read =
             File::open(&self.path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
@@ -62,14 +62,13 @@ impl MachineFile {
         if bytes.len() as u64 > FILE_BYTES_MAX {
             return Err(self.damaged(&format!("it is larger than {FILE_BYTES_MAX} bytes")));
         }
-        let machine: Machine =
-            serde_json::from_slice(&bytes).map_err(|error| self.damaged(&error.to_string()))?;
+        let machine: H = serde_json::from_slice(&bytes).map_err(|error| self.damaged(&error.to_string()))?;
         machine.check().map_err(|contradiction| self.damaged(&contradiction))?;
         Ok(Some(machine))
     }
 
     /// Replaces the file by a synced one; whoever reads sees the old machine or the new one, whole.
-    pub(super) fn write(&self, _lock: &Lock, machine: &Machine) -> Result<(), DriverError> {
+    pub(super) fn write<H: Host>(&self, _lock: &Lock, machine: &H) -> Result<(), DriverError> {
         debug_assert_eq!(
             machine.check(),
             Ok(()),

@@ -11,13 +11,14 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::tree::SnapshotState;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
+use super::host::GoingOn;
 use super::{BLOCKS, DISK_BYTES};
 
 /// A disk's blocks by number. What was never written, or was written with zero, is not in it: so two contents
 /// that read alike are alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(super) struct Content(BTreeMap<u64, u64>);
+pub(in crate::sim) struct Content(pub(in crate::sim) BTreeMap<u64, u64>);
 
 impl Content {
     fn write(&mut self, block: u64, value: u64) {
@@ -29,7 +30,7 @@ impl Content {
     }
 
     /// The SHA-256, in hex, of all that the disk reads as.
-    pub(super) fn sha256(&self) -> String {
+    pub(in crate::sim) fn sha256(&self) -> String {
         let mut hasher = Sha256::new();
         for block in 0..BLOCKS {
             hasher.update(self.0.get(&block).copied().unwrap_or(0).to_be_bytes());
@@ -45,14 +46,14 @@ impl Content {
 /// Whether the machine runs; it has a memory exactly while it is not off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) enum Power {
+pub(in crate::sim) enum Power {
     Off,
     Running { memory: u64 },
     Paused { memory: u64 },
 }
 
 impl Power {
-    pub(super) const fn run_state(self) -> RunState {
+    pub(in crate::sim) const fn run_state(self) -> RunState {
         match self {
             Self::Off => RunState::Off,
             Self::Running { .. } => RunState::Running,
@@ -60,7 +61,7 @@ impl Power {
         }
     }
 
-    pub(super) const fn memory(self) -> Option<u64> {
+    pub(in crate::sim) const fn memory(self) -> Option<u64> {
         match self {
             Self::Off => None,
             Self::Running { memory } | Self::Paused { memory } => Some(memory),
@@ -68,7 +69,7 @@ impl Power {
     }
 
     /// Brought to that run state: a machine that was off boots with an empty memory.
-    pub(super) fn brought_to(self, run_state: RunState) -> Self {
+    pub(in crate::sim) fn brought_to(self, run_state: RunState) -> Self {
         let memory = self.memory().unwrap_or(0);
         match run_state {
             RunState::Off => Self::Off,
@@ -81,7 +82,7 @@ impl Power {
 /// A snapshot, as this hypervisor keeps it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) struct Kept {
+pub(in crate::sim) struct Kept {
     /// The hypervisor's own id.
     pub native: u64,
     /// Snaptree's id; none once Snaptree forgot it.
@@ -96,7 +97,7 @@ pub(super) struct Kept {
 /// The last step that took effect, written together with the effect: it alone tells what became of a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) struct Applied {
+pub(in crate::sim) struct Applied {
     pub operation: OperationId,
     pub step: usize,
     /// What the step's report says.
@@ -104,7 +105,7 @@ pub(super) struct Applied {
 }
 
 impl Applied {
-    pub(super) fn is(&self, operation: OperationId, step: usize) -> bool {
+    pub(in crate::sim) fn is(&self, operation: OperationId, step: usize) -> bool {
         self.operation == operation && self.step == step
     }
 }
@@ -112,7 +113,7 @@ impl Applied {
 /// One machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) struct Machine {
+pub(in crate::sim) struct Machine {
     pub power: Power,
     pub disks: BTreeMap<DiskName, Content>,
     /// Parents stand before their children.
@@ -121,11 +122,14 @@ pub(super) struct Machine {
     /// A native id is never used twice.
     pub next_native: u64,
     pub last_operation: Option<Applied>,
+    /// What goes on though its client is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub going_on: Option<GoingOn>,
 }
 
 impl Machine {
     /// A machine that was never switched on.
-    pub(super) fn new(disks: impl Iterator<Item = DiskName>) -> Self {
+    pub(in crate::sim) fn new(disks: impl Iterator<Item = DiskName>) -> Self {
         Self {
             power: Power::Off,
             disks: disks.map(|disk| (disk, Content::default())).collect(),
@@ -133,11 +137,12 @@ impl Machine {
             current: None,
             next_native: 1,
             last_operation: None,
+            going_on: None,
         }
     }
 
     /// Says what contradicts itself. Nothing in what this program writes does.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(in crate::sim) fn check(&self) -> Result<(), String> {
         let (mut seen, mut marks) = (BTreeSet::new(), BTreeSet::new());
         for kept in &self.snapshots {
             if kept.parent.is_some_and(|parent| !seen.contains(&parent)) {
@@ -167,7 +172,7 @@ impl Machine {
     }
 
     /// The snapshot that carries our mark.
-    pub(super) fn marked(&self, mark: SnapshotId) -> Result<&Kept, Failure> {
+    pub(in crate::sim) fn marked(&self, mark: SnapshotId) -> Result<&Kept, Failure> {
         self.position(mark).map(|position| &self.snapshots[position])
     }
 
@@ -179,7 +184,7 @@ impl Machine {
     }
 
     /// The guest writes a block. Its memory counts the writes, so that memory and disks tell the same moment.
-    pub(super) fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
+    pub(in crate::sim) fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
         let content = self
             .disks
             .get_mut(disk)
@@ -195,7 +200,7 @@ impl Machine {
     }
 
     /// Takes a snapshot, which becomes current; returns its native id and the state that it was taken in.
-    pub(super) fn take(
+    pub(in crate::sim) fn take(
         &mut self,
         mark: SnapshotId,
         name: &str,
@@ -228,7 +233,11 @@ impl Machine {
     }
 
     /// Goes back to a snapshot. Disks that it does not hold stay as they are.
-    pub(super) fn revert(&mut self, mark: SnapshotId, run_state: Option<RunState>) -> Result<(), Failure> {
+    pub(in crate::sim) fn revert(
+        &mut self,
+        mark: SnapshotId,
+        run_state: Option<RunState>,
+    ) -> Result<(), Failure> {
         let kept = &self.snapshots[self.position(mark)?];
         self.power = run_state.map_or(kept.power, |wanted| kept.power.brought_to(wanted));
         self.current = Some(kept.native);
@@ -237,7 +246,7 @@ impl Machine {
     }
 
     /// Removes a snapshot: its children, and the current pointer, move to its parent.
-    pub(super) fn remove(&mut self, mark: SnapshotId) -> Result<(), Failure> {
+    pub(in crate::sim) fn remove(&mut self, mark: SnapshotId) -> Result<(), Failure> {
         let removed = self.snapshots.remove(self.position(mark)?);
         let parents = self.snapshots.iter_mut().map(|kept| &mut kept.parent);
         for pointer in parents.chain([&mut self.current]) {
@@ -249,7 +258,7 @@ impl Machine {
     }
 
     /// Takes our mark off a snapshot, which stays. One that is gone was forgotten by the hypervisor itself.
-    pub(super) fn forget(&mut self, mark: SnapshotId) {
+    pub(in crate::sim) fn forget(&mut self, mark: SnapshotId) {
         if let Ok(position) = self.position(mark) {
             self.snapshots[position].mark = None;
         }

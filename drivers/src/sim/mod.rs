@@ -2,36 +2,48 @@
 //! hypervisor installed, and see that a revert brings back what was there.
 //!
 //! A machine is one JSON file, `<state>/sim/<domain>.json`, replaced as a whole. The file names the last step
-//! that took effect, written together with the effect; so every step is exactly done or not done, and an
+//! that took effect, written together with the effect; so every effect is exactly there or not there, and an
 //! observation tells which. A machine that has no file yet was never used: the first change makes the file.
 //!
-//! Code Map: `machine` (what a machine is), `step` (what the steps do to it), `plan` (which steps, and what
-//! became of one), `file` (the file), `profile` (whose limits it has).
+//! There are two kinds of machines. Where the hypervisor deletes and merges in one call, each snapshot holds a copy
+//! (`machine`, `step`, `plan`). Where it does not, as QEMU, the disks are chains of layers, and the engine merges
+//! them (`layered`). The driver sees both as a `Host`.
+//!
+//! What can go wrong is said by [`Faults`]; in production nothing does.
+//!
+//! Code Map: `host` (what a machine can do), `machine`, `step`, `plan` and `plain` (copies), `layered` (layers),
+//! `file` (the file), `profile` (whose limits it has), `faults` (what goes wrong).
 
+mod faults;
 mod file;
+mod host;
+mod layered;
 mod machine;
+mod plain;
 mod plan;
 mod profile;
 mod step;
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
-use snaptree_engine::domain::{Disk, RunState};
+use snaptree_engine::domain::{Disk, Domain, RunState};
 use snaptree_engine::driver::{
-    Driver, DriverError, Observation, Plan, Probe, Registration, Resolution, SeenSnapshot, StepContext,
-    StepReport,
+    Driver, DriverError, Observation, Plan, Probe, Registration, Resolution, StepContext, StepReport,
 };
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
+pub use faults::{Direction, Fault, FaultPoint, Faults, INJECTED, NoFaults};
 use file::MachineFile;
-use machine::Machine;
-use plan::Detail;
+use host::{At, Effects, Freshness, GoingOn, Host};
+use layered::Layered;
+use machine::{Content, Machine, Power};
 pub use profile::{Profile, SimOptions};
-use step::Action;
 
 /// How many blocks a disk has.
 pub const BLOCKS: u64 = 1024;
@@ -39,27 +51,68 @@ pub const BLOCKS: u64 = 1024;
 /// What the guest sees as a disk's size.
 pub const DISK_BYTES: u64 = 1 << 20;
 
+/// What a machine, or a snapshot of it, holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// Per disk the blocks that do not read as zero.
+    pub disks: BTreeMap<DiskName, BTreeMap<u64, u64>>,
+    /// Whether it runs, or will after a revert.
+    pub run_state: RunState,
+    /// What the memory holds; none without one.
+    pub memory: Option<u64>,
+}
+
+impl Holding {
+    fn of(disks: BTreeMap<DiskName, Content>, power: Power) -> Self {
+        let disks = disks.into_iter().map(|(disk, content)| (disk, content.0)).collect();
+        Self { disks, run_state: power.run_state(), memory: power.memory() }
+    }
+}
+
 /// The simulated hypervisor.
 ///
 /// # Guarantees
-/// Its work is done when a call returns, or when the process that called is gone: nothing goes on behind it.
-/// Several processes may use one machine; each change has it for itself.
-#[derive(Clone, Debug)]
+/// Its work is done when a call returns, or when the process that called is gone, unless its [`Faults`] say
+/// otherwise. Several processes may use one machine; each change has it for itself.
+#[derive(Clone)]
 pub struct SimDriver {
     folder: PathBuf,
+    faults: Arc<dyn Faults>,
 }
 
-/// A machine, and whether it has a file.
-enum Found {
-    Present(Machine),
-    New(Machine),
-    Missing,
+impl fmt::Debug for SimDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimDriver").field("folder", &self.folder).finish_non_exhaustive()
+    }
+}
+
+/// Runs a method for the kind of machine that the domain is.
+macro_rules! hosted {
+    ($self:ident.$method:ident($state:expr $(, $argument:expr)*)) => {
+        if is_layered($state) {
+            $self.$method::<Layered>($state $(, $argument)*)
+        } else {
+            $self.$method::<Machine>($state $(, $argument)*)
+        }
+    };
+}
+
+/// Whether the disks are chains of layers, as the log says.
+fn is_layered(state: &DomainState) -> bool {
+    state.domain.as_ref().is_some_and(|domain| !domain.capabilities.merges_itself)
 }
 
 impl SimDriver {
     /// Keeps its machines in `dir`, the state directory, under `sim/`.
     pub fn new(dir: PathBuf) -> Self {
-        Self { folder: dir.join("sim") }
+        Self { folder: dir.join("sim"), faults: Arc::new(NoFaults) }
+    }
+
+    /// Lets things go wrong.
+    #[must_use]
+    pub fn with_faults(mut self, faults: Arc<dyn Faults>) -> Self {
+        self.faults = faults;
+        self
     }
 
     /// What the guest would do: writes `value` into a block of a disk. A disk reads as zeros where nothing
@@ -74,7 +127,17 @@ impl SimDriver {
         block: u64,
         value: u64,
     ) -> Result<(), DriverError> {
-        self.change(state, |machine| machine.write(disk, block, value))
+        hosted!(self.write_as(state, disk, block, value))
+    }
+
+    fn write_as<H: Host>(
+        &self,
+        state: &DomainState,
+        disk: &DiskName,
+        block: u64,
+        value: u64,
+    ) -> Result<(), DriverError> {
+        self.change(state, |machine: &mut H, _| machine.write(disk, block, value))
     }
 
     /// What the person at the machine would do: switches it on or off, pauses or resumes it. It boots with an
@@ -83,8 +146,12 @@ impl SimDriver {
     /// # Errors
     /// The machine's file cannot be read or written.
     pub fn power(&self, state: &DomainState, run_state: RunState) -> Result<(), DriverError> {
-        self.change(state, |machine| {
-            machine.power = machine.power.brought_to(run_state);
+        hosted!(self.power_as(state, run_state))
+    }
+
+    fn power_as<H: Host>(&self, state: &DomainState, run_state: RunState) -> Result<(), DriverError> {
+        self.change(state, |machine: &mut H, _| {
+            machine.bring_to(run_state);
             Ok(())
         })
     }
@@ -94,7 +161,38 @@ impl SimDriver {
     /// # Errors
     /// The machine's file cannot be read.
     pub fn memory(&self, state: &DomainState) -> Result<Option<u64>, DriverError> {
-        Ok(self.machine(state)?.power.memory())
+        Ok(self.holding(state)?.memory)
+    }
+
+    /// What the machine holds now.
+    ///
+    /// # Errors
+    /// The machine's file cannot be read.
+    pub fn holding(&self, state: &DomainState) -> Result<Holding, DriverError> {
+        hosted!(self.holding_as(state))
+    }
+
+    fn holding_as<H: Host>(&self, state: &DomainState) -> Result<Holding, DriverError> {
+        let mut machine: H = self.machine(state)?;
+        let power = *machine.power();
+        Ok(Holding::of(machine.contents(), power))
+    }
+
+    /// What each live snapshot holds. One that the hypervisor no longer has is not among them.
+    ///
+    /// # Errors
+    /// The machine's file cannot be read.
+    pub fn snapshots(&self, state: &DomainState) -> Result<BTreeMap<SnapshotId, Holding>, DriverError> {
+        hosted!(self.snapshots_as(state))
+    }
+
+    fn snapshots_as<H: Host>(
+        &self,
+        state: &DomainState,
+    ) -> Result<BTreeMap<SnapshotId, Holding>, DriverError> {
+        let machine: H = self.machine(state)?;
+        let kept = |id| machine.kept(state, id).ok().map(|(disks, power)| (id, Holding::of(disks, power)));
+        Ok(state.tree.iter().filter_map(|snapshot| kept(snapshot.id)).collect())
     }
 
     /// The SHA-256, in hex, of what a disk reads as now.
@@ -102,8 +200,8 @@ impl SimDriver {
     /// # Errors
     /// The disk does not exist, or the machine's file cannot be read.
     pub fn content_sha256(&self, state: &DomainState, disk: &DiskName) -> Result<String, DriverError> {
-        let content = self.machine(state)?.disks.remove(disk);
-        Ok(content.ok_or_else(|| no_disk("the machine", disk))?.sha256())
+        let holding = self.holding(state)?.disks.remove(disk);
+        Ok(Content(holding.ok_or_else(|| no_disk("the machine", disk))?).sha256())
     }
 
     /// The SHA-256, in hex, of what a disk reads as in a snapshot.
@@ -116,53 +214,171 @@ impl SimDriver {
         snapshot: SnapshotId,
         disk: &DiskName,
     ) -> Result<String, DriverError> {
-        let machine = self.machine(state)?;
-        let content = machine.marked(snapshot)?.disks.get(disk);
+        hosted!(self.snapshot_sha256_as(state, snapshot, disk))
+    }
+
+    fn snapshot_sha256_as<H: Host>(
+        &self,
+        state: &DomainState,
+        snapshot: SnapshotId,
+        disk: &DiskName,
+    ) -> Result<String, DriverError> {
+        let machine: H = self.machine(state)?;
+        let content = machine.kept(state, snapshot)?.0.remove(disk);
         Ok(content.ok_or_else(|| no_disk("the snapshot", disk))?.sha256())
     }
 
-    fn file(&self, state: &DomainState) -> Result<MachineFile, Failure> {
-        Ok(MachineFile::new(&self.folder, plan::domain(state)?.id))
+    fn file(&self, domain: &Domain) -> MachineFile {
+        MachineFile::new(&self.folder, domain.id)
     }
 
-    fn find(&self, state: &DomainState) -> Result<Found, DriverError> {
-        let file = self.file(state)?;
-        let names = || plan::domain(state).map(|domain| domain.disks.iter().map(|disk| disk.name.clone()));
-        match file.read()? {
-            Some(machine) if names()?.all(|name| machine.disks.contains_key(&name)) => {
-                Ok(Found::Present(machine))
+    /// The machine; none if its file is gone.
+    fn find<H: Host>(&self, state: &DomainState) -> Result<Option<(H, Freshness)>, DriverError> {
+        let domain = plan::domain(state)?;
+        let file = self.file(domain);
+        match file.read::<H>()? {
+            Some(machine) if domain.disks.iter().all(|disk| machine.has_disk(&disk.name)) => {
+                Ok(Some((machine, Freshness::Used)))
             }
             Some(_) => Err(DriverError::permanent(
                 Code::Drift,
                 format!("the machine in {} has not all disks of the domain", file.path().display()),
             )),
-            None if state.tree.is_empty() => Ok(Found::New(Machine::new(names()?))),
-            None => Ok(Found::Missing),
+            None if state.tree.is_empty() => Ok(Some((H::new(domain), Freshness::New))),
+            None => Ok(None),
         }
     }
 
-    fn machine(&self, state: &DomainState) -> Result<Machine, DriverError> {
-        match self.find(state)? {
-            Found::Present(machine) | Found::New(machine) => Ok(machine),
-            Found::Missing => Err(plan::missing().into()),
-        }
+    fn machine<H: Host>(&self, state: &DomainState) -> Result<H, DriverError> {
+        Ok(self.find(state)?.ok_or_else(plan::missing)?.0)
     }
 
     /// Changes the machine as a whole or not at all.
     ///
     /// It blocks instead of yielding, as the files are small: an effect that outlived a call that was given
     /// up would have to be waited for in `settle`.
-    fn change<T>(
+    fn change<H: Host, T>(
         &self,
         state: &DomainState,
-        effect: impl FnOnce(&mut Machine) -> Result<T, Failure>,
+        effect: impl FnOnce(&mut H, &Domain) -> Result<T, Failure>,
     ) -> Result<T, DriverError> {
-        let file = self.file(state)?;
+        let domain = plan::domain(state)?;
+        let file = self.file(domain);
         let lock = file.lock()?;
-        let mut machine = self.machine(state)?;
-        let answer = effect(&mut machine)?;
+        let mut machine: H = self.machine(state)?;
+        let answer = effect(&mut machine, domain)?;
         file.write(&lock, &machine)?;
         Ok(answer)
+    }
+
+    fn observe_as<H: Host>(&self, state: &DomainState) -> Result<Observation, DriverError> {
+        let domain = plan::domain(state)?;
+        self.file(domain).sync()?;
+        Ok(H::observe(self.find(state)?, domain)?)
+    }
+
+    async fn execute_as<H: Host>(
+        &self,
+        state: &DomainState,
+        context: &StepContext<'_>,
+        step: &Step,
+    ) -> Result<StepReport, DriverError> {
+        let (word, effects) = H::kind(step)?;
+        let at = At::of(context);
+        let fault = self.fault(context, step, word, Direction::Forward).await?;
+        context.hooks.reached(&format!("sim.{word}.before"));
+        match fault {
+            Some(fault @ (Fault::Transient | Fault::Busy | Fault::Permanent | Fault::Hang)) => {
+                return Err(fault.error());
+            }
+            Some(fault @ Fault::GoesOn) => {
+                let (operation, index, now) = (at.operation, at.index, at.now);
+                self.change(state, |machine: &mut H, domain| {
+                    machine.let_finish(domain);
+                    *machine.going_on() = Some(GoingOn { operation, index, step: step.clone(), now });
+                    Ok(())
+                })?;
+                return Err(fault.error());
+            }
+            _ => {}
+        }
+        if effects == Effects::Several {
+            self.change(state, |machine: &mut H, domain| {
+                machine.let_finish(domain);
+                machine.begin(domain, at, step)
+            })?;
+            context.hooks.reached(&format!("sim.{word}.half"));
+        }
+        if let Some(fault @ Fault::HalfDone) = fault {
+            return Err(fault.error());
+        }
+        let report = self.change(state, |machine: &mut H, domain| {
+            machine.let_finish(domain);
+            machine.perform(domain, at, step)
+        })?;
+        context.hooks.reached(&format!("sim.{word}.after"));
+        match fault {
+            Some(fault) => Err(fault.error()),
+            None => Ok(report),
+        }
+    }
+
+    async fn undo_as<H: Host>(
+        &self,
+        state: &DomainState,
+        context: &StepContext<'_>,
+        step: &Step,
+    ) -> Result<StepReport, DriverError> {
+        let (word, _) = H::kind(step)?;
+        let at = At::of(context);
+        let fault = self.fault(context, step, word, Direction::Back).await?;
+        context.hooks.reached("sim.undo.before");
+        match fault {
+            None | Some(Fault::LostReply) => {}
+            Some(Fault::Transient) => return Err(Fault::Transient.error()),
+            Some(_) => return Err(Fault::Hang.error()),
+        }
+        let report = self.change(state, |machine: &mut H, domain| {
+            machine.let_finish(domain);
+            machine.take_back(domain, at, step)
+        })?;
+        context.hooks.reached("sim.undo.after");
+        match fault {
+            Some(fault) => Err(fault.error()),
+            None => Ok(report),
+        }
+    }
+
+    /// Waits as long as the step takes, and says what goes wrong with it.
+    async fn fault(
+        &self,
+        context: &StepContext<'_>,
+        step: &Step,
+        word: &'static str,
+        direction: Direction,
+    ) -> Result<Option<Fault>, Failure> {
+        let point = FaultPoint {
+            domain: plan::domain(context.state)?.id,
+            operation: context.operation,
+            step: context.index,
+            word,
+            reversal: step.reversal,
+            direction,
+        };
+        self.faults.latency(&point).await;
+        Ok(self.faults.fault(&point))
+    }
+
+    /// What goes on behind is waited for.
+    fn settle_as<H: Host>(&self, state: &DomainState) -> Result<(), DriverError> {
+        let found = self.find::<H>(state)?;
+        if !found.is_some_and(|(mut machine, _)| machine.going_on().is_some()) {
+            return Ok(());
+        }
+        self.change(state, |machine: &mut H, domain| {
+            machine.let_finish(domain);
+            Ok(())
+        })
     }
 }
 
@@ -210,69 +426,49 @@ impl Driver for SimDriver {
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
-        self.file(state)?.sync()?;
-        let (machine, detail) = match self.find(state)? {
-            Found::Present(mut machine) => {
-                let last_operation = machine.last_operation.take();
-                (machine, Detail::Present { last_operation })
-            }
-            Found::New(machine) => (machine, Detail::New),
-            Found::Missing => (Machine::new(std::iter::empty()), Detail::Missing),
-        };
-        let snapshots = machine.snapshots.into_iter().map(|kept| SeenSnapshot {
-            id: kept.mark,
-            native: kept.native.to_string(),
-            parent: kept.parent.map(|parent| parent.to_string()),
-            name: kept.name,
-        });
-        Ok(Observation {
-            at: Timestamp::now(),
-            run_state: machine.power.run_state(),
-            in_use: Vec::new(),
-            files: Default::default(),
-            unreadable: Default::default(),
-            foreign_dependants: Default::default(),
-            generation: None,
-            snapshots: snapshots.collect(),
-            current: machine.current.map(|current| current.to_string()),
-            detail: json(&detail)?,
-        })
+        hosted!(self.observe_as(state))
     }
 
     fn plan(
         &self,
-        _operation: OperationId,
+        operation: OperationId,
         request: &Request,
         state: &DomainState,
         observation: &Observation,
     ) -> Result<Plan, Failure> {
-        plan::plan(request, state, observation).map_err(Failure::refused)
+        let planned = if is_layered(state) {
+            Layered::plan(operation, request, state, observation)
+        } else {
+            <Machine as Host>::plan(operation, request, state, observation)
+        };
+        planned.map_err(Failure::refused)
     }
 
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
-        let action = Action::of(step)?;
-        context.hooks.reached(&format!("sim.{}.before", action.word()));
-        let learnt = self.change(context.state, |machine| {
-            action.apply(machine, context.operation, context.index, context.now)
-        })?;
-        context.hooks.reached(&format!("sim.{}.after", action.word()));
-        // This hypervisor has no layers that could change.
-        Ok(StepReport { changes: Vec::new(), learnt })
+        if is_layered(context.state) {
+            self.execute_as::<Layered>(context.state, context, step).await
+        } else {
+            self.execute_as::<Machine>(context.state, context, step).await
+        }
     }
 
-    fn resolve(&self, context: &StepContext<'_>, _step: &Step, observation: &Observation) -> Resolution {
-        plan::resolve(context.operation, context.index, observation)
+    fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution {
+        if is_layered(context.state) {
+            Layered::resolve(context, step, observation)
+        } else {
+            <Machine as Host>::resolve(context, step, observation)
+        }
     }
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
-        let action = Action::of(step)?;
-        context.hooks.reached("sim.undo.before");
-        self.change(context.state, |machine| action.take_back(machine, context.operation, context.index))?;
-        context.hooks.reached("sim.undo.after");
-        Ok(StepReport::default())
+        if is_layered(context.state) {
+            self.undo_as::<Layered>(context.state, context, step).await
+        } else {
+            self.undo_as::<Machine>(context.state, context, step).await
+        }
     }
 
-    async fn settle(&self, _state: &DomainState, _operation: OperationId) -> Result<(), DriverError> {
-        Ok(())
+    async fn settle(&self, state: &DomainState, _operation: OperationId) -> Result<(), DriverError> {
+        hosted!(self.settle_as(state))
     }
 }

@@ -11,7 +11,8 @@ const DEPTH_MAX: usize = 1000;
 
 /// Whose limits the simulated hypervisor has.
 ///
-/// Architecture Invariant: a profile only sets [`Capabilities`]. What is within them works alike in all.
+/// Architecture Invariant: a profile only sets [`Capabilities`]. Where deleting does not merge, the machine keeps
+/// layers, as QEMU does; else each snapshot holds a copy. What is within the capabilities works alike in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Profile {
@@ -44,7 +45,8 @@ impl Profile {
             depth_max: DEPTH_MAX,
         };
         match self {
-            Self::Default | Self::Qemu | Self::LibvirtTest => all,
+            Self::Default | Self::LibvirtTest => all,
+            Self::Qemu => Capabilities { metadata_only: false, merges_itself: false, depth_max: 200, ..all },
             Self::Virtualbox => Capabilities {
                 disk_only: false,
                 quiesce: false,

@@ -16,7 +16,6 @@ mod back;
 mod merging;
 mod outcome;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::command::reject;
@@ -34,8 +33,6 @@ use crate::reconcile::merge::{MergePolicy, PutOff};
 
 use outcome::deferrals;
 
-/// How often a step is resolved anew within one run, before someone has to look.
-const RESOLUTIONS_MAX: u32 = 8;
 /// How often a busy hypervisor is asked again within one run.
 const BUSY_ATTEMPTS_MAX: u32 = 20;
 /// A checkpoint is kept each time the stream's version passes a multiple of this.
@@ -139,7 +136,7 @@ impl<'a> Worker<'a> {
     }
 
     pub(crate) async fn drive(mut self) -> Result<Driven, EngineError> {
-        let mut tried = BTreeSet::new();
+        let mut tried = Vec::new();
         loop {
             while let Some(operation) = self.next_open() {
                 let merged = matches!(operation.request, Request::Merge(_));
@@ -319,6 +316,8 @@ impl<'a> Worker<'a> {
         report: StepReport,
         how: HowFinished,
     ) -> Result<Pass, EngineError> {
+        self.resolutions = 0;
+        self.busy = 0;
         self.engine.hooks.reached(&format!("step.done.{}", step.name));
         let mut events: Vec<Event> = vec![
             OperationStepFinished { step: index, how, changes: report.changes, learnt: report.learnt }.into(),

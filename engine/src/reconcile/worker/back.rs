@@ -11,7 +11,7 @@ use crate::event::{
 use crate::operation::{Code, Failure, Operation, Phase, Reversal, Step};
 
 use super::outcome::deferrals;
-use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, RESOLUTIONS_MAX, Worker};
+use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, Worker};
 
 impl Worker<'_> {
     /// Ctrl-C: what can be undone is undone, the rest is left to `recover`.
@@ -88,8 +88,10 @@ impl Worker<'_> {
             self.commit(operation, vec![event.into()]).await?;
             return Ok(Pass::On(Hand::Found));
         }
-        let beyond = step.reversal == Reversal::ForwardOnly || !operation.can_go_back();
-        if beyond || (step.reversal == Reversal::PointOfNoReturn && error.class != ErrorClass::Permanent) {
+        if error.class != ErrorClass::Permanent {
+            return self.give_up(operation, index, error.failure).await;
+        }
+        if step.reversal == Reversal::ForwardOnly || !operation.can_go_back() {
             return self.needs_attention(operation, error.failure).await;
         }
         self.go_back(operation, index, error.failure).await
@@ -154,6 +156,7 @@ impl Worker<'_> {
         }
     }
 
+    /// After a try whose end is not known: waits a little and finds out; after too many of them, goes back.
     pub(super) async fn resolve_again(
         &mut self,
         operation: &Operation,
@@ -161,19 +164,57 @@ impl Worker<'_> {
         failure: Failure,
     ) -> Result<Pass, EngineError> {
         self.resolutions += 1;
-        if self.resolutions > RESOLUTIONS_MAX {
-            return self.needs_attention(operation, failure).await;
+        if self.resolutions >= self.engine.settings.attempts_max {
+            return self.give_up(operation, index, failure).await;
         }
+        let retry_at = self.retry_at(self.resolutions);
+        self.engine.clock.sleep_until(retry_at).await;
         self.resolve(operation, index).await
     }
 
-    /// Finds out what became of a step, and goes on from there. Nobody may still be at work on it.
-    pub(super) async fn resolve(&mut self, operation: &Operation, index: usize) -> Result<Pass, EngineError> {
+    /// The tries are used up: back where that is possible, and only else to someone who looks.
+    async fn give_up(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        failure: Failure,
+    ) -> Result<Pass, EngineError> {
         let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
+        let resolution = self.look(operation, index, step).await?;
+        let goes_back = operation.can_go_back() && step.reversal != Reversal::ForwardOnly;
+        match resolution {
+            Resolution::Done(_) | Resolution::HalfDone(Remedy::TakeBack(_) | Remedy::AskSomeone(_)) => {
+                self.resolved(operation, index, step, resolution).await
+            }
+            Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay) if goes_back => {
+                self.go_back(operation, index, failure).await
+            }
+            Resolution::HalfDone(Remedy::Finish) if goes_back && step.reversal == Reversal::Undoable => {
+                self.go_back(operation, index, failure).await
+            }
+            Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay | Remedy::Finish) => {
+                self.needs_attention(operation, failure).await
+            }
+        }
+    }
+
+    /// What became of a step. Nobody may still be at work on it.
+    async fn look(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        step: &Step,
+    ) -> Result<Resolution, EngineError> {
         self.driver_settled(operation).await?;
         let seen = self.driver.observe(&self.state).await.map_err(EngineError::Driver)?;
         let head = self.head().await?;
-        let resolution = self.driver.resolve(&self.context(operation, index, head), step, &seen);
+        Ok(self.driver.resolve(&self.context(operation, index, head), step, &seen))
+    }
+
+    /// Finds out what became of a step, and goes on from there.
+    pub(super) async fn resolve(&mut self, operation: &Operation, index: usize) -> Result<Pass, EngineError> {
+        let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
+        let resolution = self.look(operation, index, step).await?;
         self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
         let late = if index == 0 { self.expired(operation) } else { None };
         let unwanted = (self.calling_off == Some(operation.id) && operation.can_go_back()).then(called_off);

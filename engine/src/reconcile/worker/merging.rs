@@ -1,13 +1,11 @@
 //! Requesting merges: the worker's own work, when nothing else is open.
 
-use std::collections::BTreeSet;
-
 use crate::driver::Observation;
 use crate::engine::EngineError;
 use crate::event::{Actor, MergeDeferred, MergeStarted};
-use crate::ids::{OperationId, SnapshotId};
+use crate::ids::OperationId;
 use crate::log::NewEvent;
-use crate::reconcile::merge::{self, MergePlan, Verdict};
+use crate::reconcile::merge::{self, MergeAction, MergePlan, Verdict};
 
 use super::Worker;
 
@@ -15,7 +13,7 @@ impl Worker<'_> {
     /// Looks at the tombstones and requests the first merge that is possible. Says whether there is one.
     pub(super) async fn begin_merge(
         &mut self,
-        tried: &mut BTreeSet<Vec<SnapshotId>>,
+        tried: &mut Vec<Vec<MergeAction>>,
     ) -> Result<bool, EngineError> {
         let blocked = !self.state.open.is_empty() || !self.state.registered;
         if self.state.tombstones.is_empty() || blocked {
@@ -25,11 +23,11 @@ impl Worker<'_> {
         let verdicts = self.verdicts(&seen);
         self.note_deferrals(&verdicts).await?;
         let plan = verdicts.into_iter().find_map(|verdict| match verdict {
-            Verdict::Merge(plan) if !tried.contains(&plan.snapshots) => Some(plan),
+            Verdict::Merge(plan) if !tried.contains(&plan.actions) => Some(plan),
             _ => None,
         });
         let Some(plan) = plan else { return Ok(false) };
-        tried.insert(plan.snapshots.clone());
+        tried.push(plan.actions.clone());
         self.request_merge(plan).await?;
         Ok(true)
     }
