@@ -114,6 +114,7 @@ impl Worker<'_> {
         index: usize,
         failure: Failure,
     ) -> Result<Pass, EngineError> {
+        self.busy = 0;
         self.commit(operation, vec![OperationUndoStarted { step: index, failure }.into()]).await?;
         Ok(Pass::On(Hand::Found))
     }
@@ -130,6 +131,8 @@ impl Worker<'_> {
         let undone = self.driver.undo(&self.context(operation, index, head), step).await;
         match undone {
             Ok(report) => {
+                // Each step has tries of its own.
+                self.busy = 0;
                 let mut events: Vec<Event> =
                     vec![OperationUndoFinished { step: index, changes: report.changes }.into()];
                 if let Some(next) = index.checked_sub(1) {
