@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use snaptree_engine::engine::Settings;
+use snaptree_engine::engine::{Foreign, Settings};
 use toml::{Table, Value};
 
 use crate::args::value::{bytes, duration};
@@ -15,6 +15,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Every setting: table, key, and what is written there.
 const KNOWN: &[(&str, &str, &str)] = &[
+    ("drift", "foreign", "\"adopt\" or \"report\""),
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
@@ -95,6 +96,13 @@ impl Config {
     fn set(&mut self, table: &str, key: &str, value: &Value) -> Option<()> {
         let settings = &mut self.settings;
         match (table, key) {
+            ("drift", "foreign") => {
+                settings.foreign = match value.as_str()? {
+                    "adopt" => Foreign::Adopt,
+                    "report" => Foreign::Report,
+                    _ => return None,
+                }
+            }
             ("merge", "copy-max") => settings.merge_copy_bytes_max = size_of(value)?,
             ("operation", "deadline") => {
                 let seconds = millis_of(value)? / 1_000;
@@ -166,13 +174,14 @@ mod tests {
 
     #[test]
     fn settings_are_read() {
-        let text = "[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
+        let text = "[drift]\nforeign = \"report\"\n[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
         let expected = Settings {
             merge_copy_bytes_max: 1 << 30,
             attempts_max: 3,
             retry_delay_ms_min: 1_000,
             retry_delay_ms_max: 120_000,
             first_step_s_max: Some(7_200),
+            foreign: Foreign::Report,
         };
         assert_eq!(read(text), Ok(expected));
         assert_eq!(read(""), Ok(Settings::default()));
@@ -184,7 +193,7 @@ mod tests {
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are merge, operation, retry"),
+            ("[something-else]", "there are drift, merge, operation, retry"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();

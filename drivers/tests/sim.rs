@@ -215,8 +215,9 @@ impl Bench {
                     labels: BTreeMap::new(),
                     hold: None,
                     made_by: Actor::Engine,
-                    made_in: planned.operation,
+                    made_in: Some(planned.operation),
                     lost: false,
+                    native: None,
                 };
                 self.log(SnapshotCreated { snapshot });
             }
@@ -486,12 +487,12 @@ fn a_forgotten_snapshot_stays_and_flatten_leaves_it() {
     bench.write(0, 1);
     let content = bench.content();
     bench.carry(delete(&[a], DeleteWhat::Metadata));
-    assert_eq!(seen_tree(&bench.observe()), [(None, None), (Some(b), None)]);
+    assert_eq!(seen_tree(&bench.observe()), [(Some(a), None), (Some(b), Some(a))]);
     let planned = bench.plan(unregister(UnregisterWish::Flatten)).unwrap();
     assert_eq!(planned.steps.len(), 1);
     assert_eq!(planned.steps[0].poison, Poison::AtFinish(vec![b]));
     bench.carry(unregister(UnregisterWish::Flatten));
-    assert_eq!(seen_tree(&bench.observe()), [(None, None)]);
+    assert_eq!(seen_tree(&bench.observe()), [(Some(a), None)]);
     assert_eq!(bench.content(), content);
     for wish in [UnregisterWish::Flatten, UnregisterWish::Untouched, UnregisterWish::KeepLayers] {
         assert!(bench.plan(unregister(wish)).unwrap().steps.is_empty());

@@ -27,11 +27,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::{Capabilities, Disk, DriverKind, RunState};
 use crate::event::{Envelope, Hash};
-use crate::ids::{DomainId, DomainName, OperationId, SnapshotId};
-use crate::layer::{FileStamp, LayerChange};
+use crate::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName};
+use crate::layer::{FileStamp, LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Request, Step};
 use crate::project::DomainState;
-use crate::tree::SnapshotState;
+use crate::tree::{SnapshotState, Tree};
 
 /// What kind of failure it is; it decides what the engine does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -154,6 +154,30 @@ pub struct SeenSnapshot {
     pub parent: Option<String>,
     /// Its name there.
     pub name: String,
+    /// What is written about it there.
+    #[serde(default)]
+    pub description: Option<String>,
+    /// When it was taken, where the hypervisor says so.
+    #[serde(default)]
+    pub taken: Option<Timestamp>,
+    /// The state of the machine that it was taken of, where the hypervisor says so.
+    #[serde(default)]
+    pub state: Option<SnapshotState>,
+}
+
+/// What is kept beside the layers: enough to go on where the log was restored from an older copy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kept {
+    /// The last event of the log when the layers were switched last.
+    pub head: Head,
+    /// The operation that switched them.
+    pub switched_by: OperationId,
+    /// Every live snapshot, and the current one.
+    pub tree: Tree,
+    /// Deleted snapshots whose data is still there, by their last names.
+    pub tombstones: BTreeMap<SnapshotId, SnapshotName>,
+    /// The files, compared with what is there.
+    pub layers: LayerGraph,
 }
 
 /// Who has a file of the domain open.
@@ -366,6 +390,22 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// What stands in the way; the operation then needs attention.
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError>;
+
+    /// The last event of the log when the layers were switched last; none where nothing of it is kept beside them.
+    ///
+    /// # Errors
+    /// It is kept there and cannot be read.
+    async fn kept_head(&self, _state: &DomainState) -> Result<Option<Head>, DriverError> {
+        Ok(None)
+    }
+
+    /// All that is kept beside the layers. Asked for when [`kept_head`](Driver::kept_head) is none of the log's.
+    ///
+    /// # Errors
+    /// It cannot be read, or contradicts the files that are there.
+    async fn kept(&self, _state: &DomainState) -> Result<Option<Kept>, DriverError> {
+        Ok(None)
+    }
 
     /// Returns when nobody is still at work for `operation`: orphaned tools are waited for, then ended.
     ///

@@ -1,6 +1,6 @@
 //! The facade: everything that a program does with Snaptree goes through [`Engine`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
@@ -17,17 +17,18 @@ use crate::driver::{
 use crate::event::{
     Actor, DomainRegistered, DriftCleared, DriftFound, Envelope, Event, Origin, RequestTerms,
 };
-use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
+use crate::ids::{DomainId, DomainName, IdSource, OperationId, SnapshotId, SnapshotName, StreamId, UuidV7};
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
 use crate::operation::{Code, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
-use crate::reconcile::drift::{self, Finding};
+use crate::reconcile::adopt;
+use crate::reconcile::drift::{self, Drift};
 use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
 
 pub use crate::error::EngineError;
-pub use crate::settings::{Clock, Settings, Stop, SystemClock};
+pub use crate::settings::{Clock, Foreign, Settings, Stop, SystemClock};
 
 /// How many events are read from a stream at once.
 const PAGE_EVENTS: usize = 4_096;
@@ -330,7 +331,7 @@ impl Engine {
             {
                 return repeated(&earlier, key, digest);
             }
-            let state = self.load(domain).await?;
+            let state = self.load_for_work(requester, domain).await?;
             let ctx = self.ctx(requester, digest.clone());
             let mut events = decide(&state, command, &ctx)?;
             if let Command::Resolve { operation, verdict: Said::Done, .. } = command {
@@ -428,7 +429,7 @@ impl Engine {
         domain: DomainId,
         watch: &dyn Watch,
     ) -> Result<Driven, EngineError> {
-        let state = self.load(domain).await?;
+        let state = self.load_for_work(requester, domain).await?;
         Worker::new(self, requester, state, watch)?.drive().await
     }
 
@@ -443,7 +444,7 @@ impl Engine {
         operation: OperationId,
         watch: &dyn Watch,
     ) -> Result<Driven, EngineError> {
-        let state = self.load(domain).await?;
+        let state = self.load_for_work(requester, domain).await?;
         let Some(found) = state.operation(operation) else {
             return Err(reject(Code::NotFound, format!("operation {operation} is not open")).into());
         };
@@ -468,7 +469,7 @@ impl Engine {
         domain: DomainId,
         watch: &dyn Watch,
     ) -> Result<Driven, EngineError> {
-        let state = self.load(domain).await?;
+        let state = self.load_for_work(requester, domain).await?;
         let mut worker = Worker::new(self, requester, state, watch)?;
         worker.forget_deferrals();
         worker.drive().await
@@ -492,8 +493,19 @@ impl Engine {
             }
         }
         let mut recovered = Vec::new();
+        for row in self.log.domains(u64::MAX).await? {
+            // A log that is behind may not know what was open; what cannot be asked is told of below.
+            if let Err(error @ (EngineError::Log(_) | EngineError::Illegal { .. })) =
+                self.load_for_work(requester, row.id).await
+            {
+                return Err(error);
+            }
+        }
         for domain in domains {
             let state = self.load(domain).await?;
+            if state.open.is_empty() {
+                continue;
+            }
             recovered.extend(match recover_domain(self, requester, &state, watch).await {
                 Ok(recovered) => recovered,
                 // One hypervisor that cannot be asked does not keep the others from being recovered.
@@ -535,39 +547,71 @@ impl Engine {
         Ok(DryRun { request, plan, merges, state, after })
     }
 
-    /// Compares the hypervisor with the log, writes down what is new and what is gone, and returns what there is.
+    /// Compares the hypervisor with the log, takes over what somebody else did there if the settings say so, writes
+    /// down what is new and what is gone, and returns what there is.
     ///
     /// # Errors
     /// The hypervisor could not be asked, or the store failed.
-    pub async fn drift(
+    pub async fn drift(&self, requester: &Requester, domain: DomainId) -> Result<Drift, EngineError> {
+        let mut state = self.load_for_work(requester, domain).await?;
+        if !state.open.is_empty() {
+            return Ok(Drift { findings: state.drift, adopted: Vec::new() });
+        }
+        let mut seen = self.observe(&state).await?;
+        let taken_over = self.adoption(&state, &seen);
+        let adopted = taken_over.iter().filter_map(|event| match event {
+            Event::SnapshotAdopted(adopted) => Some(adopted.snapshot.name.clone()),
+            _ => None,
+        });
+        let adopted: Vec<SnapshotName> = adopted.collect();
+        if !taken_over.is_empty() {
+            self.record(requester, &state, taken_over).await?;
+            state = self.load(domain).await?;
+            seen = self.observe(&state).await?;
+        }
+        let findings = drift::findings(&state, &seen);
+        let new = findings.difference(&state.drift);
+        let gone = state.drift.difference(&findings);
+        let events: Vec<Event> = new
+            .map(|finding| DriftFound { finding: finding.clone() }.into())
+            .chain(gone.map(|finding| DriftCleared { finding: finding.clone() }.into()))
+            .collect();
+        if !events.is_empty() {
+            self.record(requester, &state, events).await?;
+        }
+        Ok(Drift { findings, adopted })
+    }
+
+    /// What is to be taken over of what somebody else did at the hypervisor.
+    pub(crate) fn adoption(&self, state: &DomainState, seen: &Observation) -> Vec<Event> {
+        match self.settings.foreign {
+            Foreign::Report => Vec::new(),
+            Foreign::Adopt => {
+                adopt::adoption(state, seen, self.clock.now(), &|| SnapshotId::from_uuid(self.ids.next()))
+            }
+        }
+    }
+
+    /// Appends what was seen of a domain, as the engine's own finding.
+    async fn record(
         &self,
         requester: &Requester,
-        domain: DomainId,
-    ) -> Result<BTreeSet<Finding>, EngineError> {
-        let state = self.load(domain).await?;
-        if !state.open.is_empty() {
-            return Ok(state.drift);
-        }
-        let found = drift::findings(&state, &self.observe(&state).await?);
-        let stream = StreamId::Domain(domain);
-        let event = |event: Event| NewEvent {
+        state: &DomainState,
+        events: Vec<Event>,
+    ) -> Result<(), EngineError> {
+        let Some(domain) = &state.domain else { return Ok(()) };
+        let stream = StreamId::Domain(domain.id);
+        let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
+        let new = |event: Event| NewEvent {
             stream: stream.clone(),
             event,
             operation: None,
             cause: None,
             key: None,
         };
-        let new = found.difference(&state.drift);
-        let gone = state.drift.difference(&found);
-        let events: Vec<NewEvent> = new
-            .map(|finding| DriftFound { finding: finding.clone() }.into())
-            .chain(gone.map(|finding| DriftCleared { finding: finding.clone() }.into()))
-            .map(event)
-            .collect();
-        if !events.is_empty() {
-            self.append(requester, vec![(stream.clone(), state.version)], events).await?;
-        }
-        Ok(found)
+        let events = events.into_iter().map(new).collect();
+        self.append(&requester, vec![(stream.clone(), state.version)], events).await?;
+        Ok(())
     }
 
     /// What the hypervisor says is there.

@@ -3,7 +3,7 @@
 //! An event is stored as its kind (`Snapshot.CreateRequested`), the version of the kind's payload, and the
 //! payload as JSON. Old payloads are upcast in [`Event::decode`]; what is stored is never rewritten.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -15,11 +15,11 @@ use crate::domain::{Domain, RunState};
 use crate::ids::{
     DiskName, DomainName, EventId, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
 };
-use crate::layer::LayerChange;
+use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Operation, Step, Verdict};
 use crate::reconcile::drift::Finding;
 use crate::reconcile::merge::MergePlan;
-use crate::tree::{Hold, Labels, Snapshot, SnapshotState};
+use crate::tree::{Hold, Labels, Snapshot, SnapshotState, Tree};
 
 /// Who asked: `user:<name>`, `policy:<name>` or `engine`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -240,6 +240,8 @@ events! {
     SnapshotHeld = "Snapshot.Held" 1,
     /// Its deletion is allowed again.
     SnapshotReleased = "Snapshot.Released" 1,
+    /// A snapshot that somebody else made is looked after from now on.
+    SnapshotAdopted = "Snapshot.Adopted" 1,
     /// The steps are known; nothing was touched yet.
     OperationPlanned = "Operation.Planned" 1,
     /// The driver is about to be asked for a step.
@@ -278,6 +280,8 @@ events! {
     DriftCleared = "Drift.Cleared" 1,
     /// A state directory was made.
     SystemOpened = "System.Opened" 1,
+    /// The log was older than what is kept beside the layers, and took that over.
+    SystemRestored = "System.Restored" 1,
 }
 
 /// Payload: a domain was registered.
@@ -373,8 +377,9 @@ impl SnapshotCreateRequested {
             labels: self.labels.clone(),
             hold: None,
             made_by: operation.actor.clone(),
-            made_in: operation.id,
+            made_in: Some(operation.id),
             lost: false,
+            native: None,
         }
     }
 }
@@ -641,6 +646,43 @@ pub struct DriftFound {
 pub struct DriftCleared {
     /// Which one.
     pub finding: Finding,
+}
+
+/// Payload: a snapshot that the hypervisor listed and the log did not know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotAdopted {
+    /// All that is known of it; its parent is the one that it has there.
+    #[serde(flatten)]
+    pub snapshot: Snapshot,
+    /// Its name there, which need not be one that it can have here.
+    pub listed_as: String,
+    /// Snapshots of ours that stand upon it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub children: Vec<SnapshotId>,
+}
+
+/// Payload: what was taken over from beside the layers, because the log was restored from an older copy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SystemRestored {
+    /// The last event that the lost log had when the layers were switched last.
+    pub seq: u64,
+    /// Its hash (hex), which this log does not have there.
+    pub hash: String,
+    /// The operation that switched them.
+    pub switched_by: OperationId,
+    /// Every live snapshot, and the current one.
+    pub tree: Tree,
+    /// Deleted snapshots whose data is still there, by their last names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tombstones: BTreeMap<SnapshotId, SnapshotName>,
+    /// The files.
+    pub layers: LayerGraph,
+    /// Snapshots that this log did not know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adopted: Vec<SnapshotName>,
+    /// Snapshots of this log that are gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<SnapshotName>,
 }
 
 /// Payload: a state directory was made.

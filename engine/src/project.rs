@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Domain;
-use crate::driver::Learnt;
-use crate::event::{Actor, Envelope, Event, MergeWish};
+use crate::driver::{Learnt, SeenSnapshot};
+use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, SystemRestored};
 use crate::ids::{OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{IllegalHistory, Operation, Phase, Request};
@@ -18,7 +18,7 @@ use crate::reconcile::drift::Finding;
 use crate::tree::Tree;
 
 /// The version of this projector. A checkpoint of another version is dropped.
-pub const PROJECTOR: u32 = 1;
+pub const PROJECTOR: u32 = 2;
 
 /// A deleted snapshot whose data the hypervisor still holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +36,16 @@ pub struct Tombstone {
     /// Why it is not folded away yet, if that was found out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deferred: Option<String>,
+}
+
+/// How a snapshot that Snaptree was told to forget is known again in the hypervisor's list.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Forgotten {
+    /// By our mark.
+    Marked(SnapshotId),
+    /// By the hypervisor's own id.
+    Native(String),
 }
 
 /// Whether the hypervisor has a snapshot.
@@ -60,6 +70,9 @@ pub struct DomainState {
     pub open: Vec<Operation>,
     /// Deleted snapshots whose data is still there.
     pub tombstones: BTreeMap<SnapshotId, Tombstone>,
+    /// Snapshots whose metadata alone was deleted: what the hypervisor still has of them is none of ours.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub forgotten: BTreeSet<Forgotten>,
     /// Where the hypervisor and the log disagreed when that was last looked at.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub drift: BTreeSet<Finding>,
@@ -99,6 +112,8 @@ impl DomainState {
             Event::DomainUnregistered(_) => self.registered = false,
             Event::SnapshotCreated(e) => self.tree.create(e.snapshot.clone()),
             Event::SnapshotReverted(e) => self.tree.revert(e.snapshot),
+            Event::SnapshotAdopted(e) => self.tree.adopt(e.snapshot.clone(), &e.children),
+            Event::SystemRestored(e) => self.restore(envelope, e),
             Event::SnapshotDeleted(e) => self.delete(envelope, e.snapshot),
             Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_) => {
                 self.mark(&envelope.event);
@@ -184,13 +199,16 @@ impl DomainState {
     }
 
     fn delete(&mut self, envelope: &Envelope, id: SnapshotId) {
-        let wish = self.open.iter().find(|open| Some(open.id) == envelope.operation).map_or(
-            MergeWish::Auto,
-            |open| match &open.request {
-                Request::Delete(request) => request.merge,
-                _ => MergeWish::Auto,
-            },
-        );
+        let open = self.open.iter().find(|open| Some(open.id) == envelope.operation);
+        let (wish, what) = match open.map(|open| &open.request) {
+            Some(Request::Delete(request)) => (request.merge, request.what),
+            _ => (MergeWish::Auto, DeleteWhat::Snapshot),
+        };
+        if what == DeleteWhat::Metadata {
+            self.forgotten.insert(Forgotten::Marked(id));
+            let native = self.tree.get(id).and_then(|snapshot| snapshot.native.clone());
+            self.forgotten.extend(native.map(Forgotten::Native));
+        }
         self.bury(id, wish, &envelope.actor, envelope.at, envelope.seq);
     }
 
@@ -204,6 +222,22 @@ impl DomainState {
             self.tombstones.insert(id, tombstone);
         }
         self.tree.delete(id);
+    }
+
+    /// Takes over what is kept beside the layers.
+    fn restore(&mut self, envelope: &Envelope, restored: &SystemRestored) {
+        self.tree = restored.tree.clone();
+        self.layers = restored.layers.clone();
+        self.drift.clear();
+        let tombstone = |name: &SnapshotName| Tombstone {
+            name: name.clone(),
+            deleted: envelope.at,
+            deleted_by: envelope.actor.clone(),
+            seq: envelope.seq,
+            wish: MergeWish::Auto,
+            deferred: None,
+        };
+        self.tombstones = restored.tombstones.iter().map(|(id, name)| (*id, tombstone(name))).collect();
     }
 
     /// The state as it would be if these were deleted now.
@@ -248,6 +282,12 @@ impl DomainState {
         {
             snapshot.lost = presence == Presence::Lost;
         }
+    }
+
+    /// Whether a snapshot of the hypervisor's list was forgotten on purpose.
+    pub fn forgot(&self, listed: &SeenSnapshot) -> bool {
+        let marked = listed.id.is_some_and(|id| self.forgotten.contains(&Forgotten::Marked(id)));
+        marked || self.forgotten.contains(&Forgotten::Native(listed.native.clone()))
     }
 
     /// The operation of that id, while it is open.

@@ -36,6 +36,17 @@ impl Clock for SystemClock {
     }
 }
 
+/// What becomes of snapshots that somebody else made at the hypervisor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Foreign {
+    /// They are taken into the tree, and a revert made there moves the current pointer.
+    #[default]
+    Adopt,
+    /// They are only told of.
+    Report,
+}
+
 /// What can be set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -49,6 +60,8 @@ pub struct Settings {
     pub retry_delay_ms_max: u64,
     /// How long after it was asked for a create or a revert may begin; none for ever.
     pub first_step_s_max: Option<u64>,
+    /// What becomes of what somebody else did at the hypervisor (`drift.foreign`).
+    pub foreign: Foreign,
 }
 
 impl Default for Settings {
@@ -59,6 +72,7 @@ impl Default for Settings {
             retry_delay_ms_min: 200,
             retry_delay_ms_max: 30_000,
             first_step_s_max: Some(3_600),
+            foreign: Foreign::Adopt,
         }
     }
 }

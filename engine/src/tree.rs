@@ -99,11 +99,15 @@ pub struct Snapshot {
     pub hold: Option<Hold>,
     /// Who asked for it.
     pub made_by: Actor,
-    /// The operation that made it.
-    pub made_in: OperationId,
+    /// The operation that made it; none for one that somebody else made and Snaptree adopted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_in: Option<OperationId>,
     /// Whether the hypervisor no longer has it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lost: bool,
+    /// The hypervisor's own id, where it does not carry our mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
 }
 
 /// All live snapshots of one domain, and which of them is current.
@@ -113,7 +117,57 @@ pub struct Tree {
     current: Option<SnapshotId>,
 }
 
+/// Snapshots that make no tree.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TreeError {
+    /// Two of one id, or of one name.
+    #[error("there are two snapshots '{0}'")]
+    Twice(SnapshotName),
+    /// A snapshot that is its own ancestor.
+    #[error("snapshot '{0}' is its own ancestor")]
+    Loop(SnapshotName),
+    /// A parent, or the current snapshot, that is not among them.
+    #[error("snapshot {0} is named and not there")]
+    Dangling(SnapshotId),
+}
+
 impl Tree {
+    /// The tree of snapshots that come from outside the log.
+    ///
+    /// # Errors
+    /// They make none.
+    pub fn of(
+        snapshots: impl IntoIterator<Item = Snapshot>,
+        current: Option<SnapshotId>,
+    ) -> Result<Self, TreeError> {
+        let mut tree = Self { snapshots: BTreeMap::new(), current };
+        let mut names = BTreeSet::new();
+        for snapshot in snapshots {
+            let (id, name) = (snapshot.id, snapshot.name.clone());
+            if !names.insert(name.clone()) || tree.snapshots.insert(id, snapshot).is_some() {
+                return Err(TreeError::Twice(name));
+            }
+        }
+        let named = tree.iter().filter_map(|snapshot| snapshot.parent).chain(current);
+        if let Some(dangling) = named.into_iter().find(|id| !tree.contains(*id)) {
+            return Err(TreeError::Dangling(dangling));
+        }
+        // Whatever cannot be reached from a root hangs in a loop.
+        let index = tree.children_index();
+        let mut unreached: BTreeSet<SnapshotId> = tree.snapshots.keys().copied().collect();
+        let mut open = vec![None];
+        while let Some(parent) = open.pop() {
+            for child in index.get(&parent).into_iter().flatten() {
+                unreached.remove(&child.id);
+                open.push(Some(child.id));
+            }
+        }
+        match unreached.first().and_then(|id| tree.get(*id)) {
+            Some(looped) => Err(TreeError::Loop(looped.name.clone())),
+            None => Ok(tree),
+        }
+    }
+
     /// How many snapshots live.
     pub fn len(&self) -> usize {
         self.snapshots.len()
@@ -214,6 +268,21 @@ impl Tree {
     pub(crate) fn create(&mut self, mut snapshot: Snapshot) {
         snapshot.parent = self.current;
         self.current = Some(snapshot.id);
+        self.snapshots.insert(snapshot.id, snapshot);
+    }
+
+    /// Adopted: it stands where the hypervisor has it, and `children` stand upon it from now on.
+    pub(crate) fn adopt(&mut self, mut snapshot: Snapshot, children: &[SnapshotId]) {
+        snapshot.parent = snapshot.parent.filter(|parent| self.contains(*parent));
+        let above: BTreeSet<SnapshotId> = std::iter::once(snapshot.id)
+            .chain(snapshot.parent)
+            .chain(snapshot.parent.iter().flat_map(|parent| self.ancestors(*parent).map(|up| up.id)))
+            .collect();
+        for child in children.iter().filter(|child| !above.contains(child)) {
+            if let Some(child) = self.snapshots.get_mut(child) {
+                child.parent = Some(snapshot.id);
+            }
+        }
         self.snapshots.insert(snapshot.id, snapshot);
     }
 

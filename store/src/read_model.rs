@@ -10,7 +10,7 @@
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
-use snaptree_engine::event::{Envelope, Event};
+use snaptree_engine::event::{Envelope, Event, SnapshotAdopted, SystemRestored};
 use snaptree_engine::ids::{DomainId, OperationId, SnapshotId, StreamId};
 use snaptree_engine::log::LogError;
 use snaptree_engine::operation::{Failure, Outcome, Request, Verdict};
@@ -21,7 +21,7 @@ use crate::error::{Tried, failed};
 use crate::row::{SELECT, decode, integer};
 
 /// The version of these tables and of the statements that feed them. Another version is made again.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Events read at once when the tables are made again.
 const PAGE: usize = 1000;
@@ -46,7 +46,7 @@ CREATE INDEX @.domains_name ON domains (name);
 CREATE TABLE @.snapshots (
     id TEXT PRIMARY KEY, domain TEXT NOT NULL, name TEXT NOT NULL, description TEXT, parent TEXT,
     current INTEGER NOT NULL, state TEXT NOT NULL, created TEXT NOT NULL, labels TEXT NOT NULL,
-    held TEXT, held_until TEXT, made_by TEXT NOT NULL, made_in TEXT NOT NULL, lost INTEGER NOT NULL,
+    held TEXT, held_until TEXT, made_by TEXT NOT NULL, made_in TEXT, lost INTEGER NOT NULL,
     deleted_at TEXT, deleted_by TEXT, seq INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX @.snapshots_live ON snapshots (domain, parent) WHERE deleted_at IS NULL;
@@ -242,6 +242,8 @@ pub(crate) fn apply(connection: &Connection, envelope: &Envelope) -> rusqlite::R
         ),
         Event::SnapshotCreated(e) => created(connection, envelope, &id, &e.snapshot),
         Event::SnapshotReverted(e) => reverted(connection, &id, e.snapshot),
+        Event::SnapshotAdopted(e) => adopted(connection, envelope, &id, e),
+        Event::SystemRestored(e) => restored(connection, envelope, &id, e),
         Event::SnapshotDeleted(e) => deleted(connection, envelope, &id, e.snapshot),
         event @ (Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_)) => {
             written(connection, &id, event)
@@ -358,11 +360,29 @@ fn created(
         .query_row([domain], |row| row.get(0))
         .optional()?;
     run(connection, "UPDATE snapshots SET current = 0 WHERE domain = ?1 AND current = 1", [domain])?;
+    inserted(connection, envelope, domain, snapshot, (parent, Stand::Current))?;
+    note_current(connection, domain)
+}
+
+/// Whether the machine stands on a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stand {
+    Current,
+    Elsewhere,
+}
+
+fn inserted(
+    connection: &Connection,
+    envelope: &Envelope,
+    domain: &str,
+    snapshot: &Snapshot,
+    (parent, stand): (Option<String>, Stand),
+) -> rusqlite::Result<()> {
     run(
         connection,
         "INSERT OR REPLACE INTO snapshots (id, domain, name, description, parent, current, state, created, labels,
                                            held, held_until, made_by, made_in, lost, seq)
-         VALUES (?1, ?2, ?3, ?4, ?5, 1, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+         VALUES (?1, ?2, ?3, ?4, ?5, ?15, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
         params![
             snapshot.id.to_string(),
             domain,
@@ -375,11 +395,62 @@ fn created(
             snapshot.hold.as_ref().map(|hold| &hold.reason),
             snapshot.hold.as_ref().and_then(|hold| hold.until).map(text),
             snapshot.made_by.to_string(),
-            snapshot.made_in.to_string(),
+            snapshot.made_in.map(|operation| operation.to_string()),
             snapshot.lost,
-            integer(envelope.seq)
+            integer(envelope.seq),
+            stand == Stand::Current
         ],
+    )
+}
+
+/// It stands where the hypervisor has it; its children move upon it.
+fn adopted(
+    connection: &Connection,
+    envelope: &Envelope,
+    domain: &str,
+    adopted: &SnapshotAdopted,
+) -> rusqlite::Result<()> {
+    let id = adopted.snapshot.id.to_string();
+    let parent: Option<String> = match adopted.snapshot.parent {
+        Some(parent) => connection
+            .prepare_cached("SELECT id FROM snapshots WHERE domain = ?1 AND id = ?2 AND deleted_at IS NULL")?
+            .query_row((domain, parent.to_string()), |row| row.get(0))
+            .optional()?,
+        None => None,
+    };
+    inserted(connection, envelope, domain, &adopted.snapshot, (parent, Stand::Elsewhere))?;
+    for child in &adopted.children {
+        // None that it stands upon itself may become its child.
+        run(
+            connection,
+            "UPDATE snapshots SET parent = ?3 WHERE domain = ?1 AND id = ?2 AND deleted_at IS NULL AND id NOT IN (
+                 WITH RECURSIVE above (id) AS (SELECT ?3 UNION SELECT s.parent FROM snapshots s JOIN above a
+                     ON s.id = a.id WHERE s.parent IS NOT NULL) SELECT id FROM above)",
+            (domain, child.to_string(), &id),
+        )?;
+    }
+    Ok(())
+}
+
+/// All live snapshots are those of the event; others that lived are gone.
+fn restored(
+    connection: &Connection,
+    envelope: &Envelope,
+    domain: &str,
+    restored: &SystemRestored,
+) -> rusqlite::Result<()> {
+    run(
+        connection,
+        "UPDATE snapshots SET deleted_at = ?2, deleted_by = ?3, current = 0
+         WHERE domain = ?1 AND deleted_at IS NULL",
+        (domain, text(envelope.at), envelope.actor.to_string()),
     )?;
+    let current = restored.tree.current().map(|current| current.id);
+    for snapshot in restored.tree.iter() {
+        let stand = if current == Some(snapshot.id) { Stand::Current } else { Stand::Elsewhere };
+        let parent = snapshot.parent.map(|parent| parent.to_string());
+        inserted(connection, envelope, domain, snapshot, (parent, stand))?;
+    }
     note_current(connection, domain)
 }
 

@@ -127,8 +127,9 @@ pub fn created(snapshot: SnapshotId, name: &str, operation: OperationId) -> Even
             labels: BTreeMap::new(),
             hold: None,
             made_by: Actor::Engine,
-            made_in: operation,
+            made_in: Some(operation),
             lost: false,
+            native: None,
         },
     }
     .into()

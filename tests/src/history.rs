@@ -121,8 +121,9 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         labels: BTreeMap::new(),
         hold: None,
         made_by: Actor::User("bench".to_owned()),
-        made_in: OperationId::from_uuid(Uuid::now_v7()),
+        made_in: Some(OperationId::from_uuid(Uuid::now_v7())),
         lost: false,
+        native: None,
     };
     operation(domain, request.into(), SnapshotCreated { snapshot }.into())
 }

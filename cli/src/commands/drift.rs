@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 use serde::Serialize;
-use snaptree_engine::reconcile::drift::Finding;
+use snaptree_engine::SnapshotName;
+use snaptree_engine::reconcile::drift::{self, Finding};
 
 use super::carry::open;
 use crate::args::inspect::DriftArgs;
@@ -24,6 +25,7 @@ struct Drifts {
 struct Drift {
     domain: String,
     findings: BTreeSet<Finding>,
+    adopted: Vec<SnapshotName>,
 }
 
 /// Compares the hypervisors with the log.
@@ -38,8 +40,8 @@ pub async fn run(context: &Context, args: DriftArgs) -> Result<Exit> {
     };
     let mut drifts = Vec::new();
     for domain in domains {
-        let findings = engine.drift(&requester, domain).await?;
-        drifts.push(Drift { domain: domain_name(&engine.load(domain).await?), findings });
+        let drift::Drift { findings, adopted } = engine.drift(&requester, domain).await?;
+        drifts.push(Drift { domain: domain_name(&engine.load(domain).await?), findings, adopted });
     }
     let agree = drifts.iter().all(|drift| drift.findings.is_empty());
     if context.json {
@@ -52,9 +54,15 @@ pub async fn run(context: &Context, args: DriftArgs) -> Result<Exit> {
 
 fn told(drift: &Drift, look: &Look) -> String {
     let name = look.paint.name(safe(&drift.domain));
+    let adopted = |snapshot: &SnapshotName| {
+        let snapshot = safe(snapshot.as_str());
+        format!("{name}: took over snapshot '{snapshot}', which somebody made at the hypervisor\n")
+    };
+    let mut text: String = drift.adopted.iter().map(adopted).collect();
     if drift.findings.is_empty() {
-        return format!("{name}: {}\n", look.paint.good("the hypervisor and the log agree"));
+        text.push_str(&format!("{name}: {}\n", look.paint.good("the hypervisor and the log agree")));
     }
     let line = |finding: &Finding| format!("{name}: {}\n", look.paint.bad(safe(&finding.to_string())));
-    drift.findings.iter().map(line).collect()
+    text.extend(drift.findings.iter().map(line));
+    text
 }

@@ -1,6 +1,7 @@
 //! `snaptree config ...`
 
 use anyhow::Result;
+use snaptree_engine::engine::Foreign;
 use snaptree_engine::reconcile::merge::human_bytes;
 
 use crate::args::inspect::ConfigCommand;
@@ -35,6 +36,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
             "files": config.files,
             "state": context.dir,
             "settings": {
+                "drift": { "foreign": settings.foreign },
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
                 "operation": { "deadline-s": settings.first_step_s_max },
                 "retry": {
@@ -53,7 +55,11 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        match settings.foreign {
+            Foreign::Adopt => "adopt",
+            Foreign::Report => "report",
+        },
         settings.merge_copy_bytes_max,
         human_bytes(settings.merge_copy_bytes_max),
         settings.first_step_s_max.unwrap_or(0),

@@ -82,7 +82,11 @@ pub fn show(view: &ShowView, look: &Look) -> String {
     if let Some(created) = snapshot.created {
         lines.push(("Created", format!("{} ({})", look.time(created), look.age(created))));
     }
-    lines.push(("Made by", format!("{} in operation {}", safe(&view.made_by.to_string()), view.operation)));
+    let made_by = view.made_by.to_string();
+    lines.push(match view.operation {
+        Some(operation) => ("Made by", format!("{} in operation {operation}", safe(&made_by))),
+        None => ("Made by", "somebody else at the hypervisor; adopted".to_owned()),
+    });
     lines.push(("Parent", snapshot.parent.as_deref().map_or("-".to_owned(), |name| safe(name).into_owned())));
     let children: Vec<_> = snapshot.children.iter().map(|name| safe(name)).collect();
     lines.push(("Children", if children.is_empty() { "-".to_owned() } else { children.join(", ") }));

@@ -129,7 +129,7 @@ pub struct ShowView {
     /// Who asked for it.
     pub made_by: Actor,
     /// The operation that made it.
-    pub operation: OperationId,
+    pub operation: Option<OperationId>,
     /// The hold, also one that is over.
     pub hold: Option<Hold>,
     /// The moment asked about.

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{
-    DeleteScope, DeleteWhat, Envelope, Event, HowFinished, SnapshotEdited, UnregisterWish,
+    DeleteScope, DeleteWhat, DriftCleared, DriftFound, Envelope, Event, HowFinished, SnapshotEdited,
+    SystemRestored, UnregisterWish,
 };
 use snaptree_engine::operation::{Request, Verdict};
+use snaptree_engine::reconcile::drift::Finding;
 use snaptree_engine::reconcile::merge::{MergeAction, MergePlan, human_bytes};
-use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
+use snaptree_engine::{DomainId, OperationId, SnapshotId, SnapshotName, StreamId};
 
 use super::text::{Look, safe, short};
 
@@ -35,6 +37,13 @@ impl Known {
             Event::SnapshotCreateRequested(e) => self.name(e.snapshot, e.name.as_str()),
             Event::SnapshotCreated(e) => self.name(e.snapshot.id, e.snapshot.name.as_str()),
             Event::SnapshotDeleted(e) => self.name(e.snapshot, e.name.as_str()),
+            Event::SnapshotAdopted(e) => self.name(e.snapshot.id, e.snapshot.name.as_str()),
+            Event::SystemRestored(e) => {
+                let names = e.tree.iter().map(|snapshot| (snapshot.id, &snapshot.name));
+                for (id, name) in names.chain(e.tombstones.iter().map(|(id, name)| (*id, name))) {
+                    self.name(id, name.as_str());
+                }
+            }
             Event::SnapshotEdited(SnapshotEdited { snapshot, name: Some(name), .. }) => {
                 self.name(*snapshot, name.as_str());
             }
@@ -113,6 +122,12 @@ pub fn mentioned(event: &Event) -> Vec<SnapshotId> {
         Event::SnapshotCreated(e) => vec![e.snapshot.id],
         Event::SnapshotReverted(e) => vec![e.snapshot],
         Event::SnapshotDeleted(e) => vec![e.snapshot],
+        Event::SnapshotAdopted(e) => vec![e.snapshot.id],
+        Event::SystemRestored(e) => e.tree.iter().map(|snapshot| snapshot.id).collect(),
+        Event::DriftFound(DriftFound { finding: Finding::SnapshotLost { snapshot, .. } })
+        | Event::DriftCleared(DriftCleared { finding: Finding::SnapshotLost { snapshot, .. } }) => {
+            vec![*snapshot]
+        }
         Event::SnapshotEdited(e) => vec![e.snapshot],
         Event::SnapshotHeld(e) => vec![e.snapshot],
         Event::SnapshotReleased(e) => vec![e.snapshot],
@@ -153,6 +168,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
         | Event::OperationCancelled(_)
         | Event::OperationExpired(_)
         | Event::DriftFound(_)
+        | Event::SystemRestored(_)
         | Event::MergeDeferred(_) => look.paint.warn(words),
         Event::SnapshotCreated(_)
         | Event::SnapshotReverted(_)
@@ -171,7 +187,8 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         | Event::DomainChanged(_)
         | Event::DomainUnregisterRequested(_)
         | Event::DomainUnregistered(_)
-        | Event::SystemOpened(_) => domain_words(&envelope.event),
+        | Event::SystemOpened(_)
+        | Event::SystemRestored(_) => domain_words(&envelope.event),
         Event::SnapshotCreateRequested(_)
         | Event::SnapshotCreated(_)
         | Event::SnapshotRevertRequested(_)
@@ -180,6 +197,7 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         | Event::SnapshotDeleted(_)
         | Event::SnapshotEdited(_)
         | Event::SnapshotHeld(_)
+        | Event::SnapshotAdopted(_)
         | Event::SnapshotReleased(_) => snapshot_words(&envelope.event, known, look),
         Event::MergeStarted(e) => {
             format!("began to merge {} ({})", known.list(&e.plan.snapshots), way(&e.plan))
@@ -208,6 +226,7 @@ fn domain_words(event: &Event) -> String {
             left => format!("let go of the domain, {}; {left} files stay", wish(e.wish)),
         },
         Event::SystemOpened(e) => format!("made the state directory ({})", e.program),
+        Event::SystemRestored(e) => restored_words(e),
         _ => String::new(),
     }
 }
@@ -232,6 +251,23 @@ const fn wish(wish: UnregisterWish) -> &'static str {
     }
 }
 
+/// What was taken over when the log turned out to be an older copy.
+fn restored_words(restored: &SystemRestored) -> String {
+    let list =
+        |names: &[SnapshotName]| names.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
+    let mut text = format!(
+        "the log was restored from an older copy: took over what is kept beside the layers, as of event {} of the lost log",
+        restored.seq
+    );
+    if !restored.adopted.is_empty() {
+        text.push_str(&format!("; new here: {}", list(&restored.adopted)));
+    }
+    if !restored.gone.is_empty() {
+        text.push_str(&format!("; gone: {}", list(&restored.gone)));
+    }
+    text
+}
+
 fn snapshot_words(event: &Event, known: &Known, look: &Look) -> String {
     let named = |id| known.snapshot(id);
     match event {
@@ -251,6 +287,9 @@ fn snapshot_words(event: &Event, known: &Known, look: &Look) -> String {
             format!("asked to delete {}{what}{reasons}", known.list(&e.named))
         }
         Event::SnapshotDeleted(e) => format!("deleted snapshot '{}'", e.name),
+        Event::SnapshotAdopted(e) => {
+            format!("took over snapshot '{}', which somebody made at the hypervisor", e.snapshot.name)
+        }
         Event::SnapshotEdited(e) => {
             let changes: Vec<String> = [
                 e.name.as_ref().map(|name| format!("name '{name}'")),

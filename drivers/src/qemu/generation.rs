@@ -16,7 +16,7 @@ use super::manifest::Manifest;
 use super::step::Turn;
 
 /// The manifest's name in a generation folder.
-const MANIFEST: &str = "manifest.json";
+pub(super) const MANIFEST: &str = "manifest.json";
 /// What every generation folder's name begins with.
 const PREFIX: &str = "gen-";
 const DRAFT_PREFIX: &str = "active.new-";

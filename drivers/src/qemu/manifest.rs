@@ -9,13 +9,16 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::driver::StepContext;
+use snaptree_engine::event::Actor;
 use snaptree_engine::layer::LayerGraph;
 use snaptree_engine::operation::Request;
-use snaptree_engine::tree::{Snapshot, SnapshotState, Tree};
+use snaptree_engine::tree::{Hold, Labels, Snapshot, SnapshotState, Tree};
 use snaptree_engine::{DiskName, DomainId, DomainName, OperationId, SnapshotId, SnapshotName};
 
 /// The version of the file's form.
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
+/// Largest manifest that is read, in bytes.
+pub(super) const BYTES_MAX: u64 = 64 << 20;
 
 /// `manifest.json` of a generation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,6 +42,8 @@ pub struct Manifest {
     pub disks: BTreeMap<DiskName, PathBuf>,
     /// Every live snapshot and tombstone.
     pub snapshots: Vec<ManifestSnapshot>,
+    /// The files as the log has them, without their stamps.
+    pub layers: LayerGraph,
 }
 
 /// The last event of the log.
@@ -69,6 +74,15 @@ pub struct ManifestSnapshot {
     /// What the user wrote about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
+    /// Labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// The mark that forbids its deletion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<Hold>,
+    /// Who asked for it, and in which operation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<(Actor, Option<OperationId>)>,
     /// The file that reads as it, per disk.
     pub files: BTreeMap<DiskName, PathBuf>,
     /// Whether it is deleted, and only its data is still there.
@@ -114,6 +128,9 @@ impl Manifest {
                 created: None,
                 state: None,
                 description: None,
+                labels: Labels::new(),
+                hold: None,
+                made: None,
                 files,
                 tombstone: true,
             })
@@ -128,6 +145,9 @@ impl Manifest {
                     created: Some(context.now),
                     state: Some(SnapshotState::Shutoff),
                     description: request.description.clone(),
+                    labels: request.labels.clone(),
+                    hold: None,
+                    made: made_by(context),
                     files: files(request.snapshot, after),
                     tombstone: false,
                 });
@@ -146,8 +166,15 @@ impl Manifest {
             current,
             disks: links(after),
             snapshots,
+            layers: after.clone(),
         }
     }
+}
+
+/// Who asked for what is being carried out.
+fn made_by(context: &StepContext<'_>) -> Option<(Actor, Option<OperationId>)> {
+    let operation = context.state.operation(context.operation)?;
+    Some((operation.actor.clone(), Some(operation.id)))
 }
 
 /// What each disk opens.
@@ -174,6 +201,9 @@ fn of_live(
         created: Some(snapshot.created),
         state: Some(snapshot.state),
         description: snapshot.description.clone(),
+        labels: snapshot.labels.clone(),
+        hold: snapshot.hold.clone(),
+        made: Some((snapshot.made_by.clone(), snapshot.made_in)),
         files: files(snapshot.id, after),
         tombstone: deleted.contains(&snapshot.id),
     }

@@ -28,6 +28,7 @@ mod files;
 mod flatten;
 mod generation;
 mod img;
+mod kept;
 mod lock;
 mod manifest;
 mod merge;
@@ -47,8 +48,8 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use snaptree_engine::OperationId;
 use snaptree_engine::driver::{
-    Driver, DriverError, ErrorClass, Observation, Plan, Probe, Registration, Remedy, Resolution, StepContext,
-    StepReport,
+    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, Probe, Registration, Remedy, Resolution,
+    StepContext, StepReport,
 };
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
@@ -162,6 +163,14 @@ impl Driver for QemuDriver {
         };
         give_back(lock, &undone);
         undone
+    }
+
+    async fn kept_head(&self, state: &DomainState) -> Result<Option<Head>, DriverError> {
+        kept::head(state)
+    }
+
+    async fn kept(&self, state: &DomainState) -> Result<Option<Kept>, DriverError> {
+        kept::kept(state)
     }
 
     async fn settle(&self, _state: &DomainState, operation: OperationId) -> Result<(), DriverError> {

@@ -9,6 +9,7 @@ use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{Observation, Plan, Resolution, StepContext, StepReport};
 use snaptree_engine::operation::{Failure, Request, Step};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::machine::{Content, Power};
@@ -103,6 +104,9 @@ pub(super) trait Host: Serialize + DeserializeOwned + std::fmt::Debug {
             let _ = self.perform(domain, At { operation, index, now }, &step);
         }
     }
+
+    /// Knows again what the log adopted.
+    fn recognise(&mut self, _tree: &Tree) {}
 
     fn bring_to(&mut self, run_state: RunState) {
         let power = self.power();

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::event::{Hash, MemoryKind};
 use snaptree_engine::operation::{Code, Failure};
-use snaptree_engine::tree::SnapshotState;
+use snaptree_engine::tree::{SnapshotState, Tree};
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::host::GoingOn;
@@ -183,6 +183,11 @@ impl Machine {
             .ok_or_else(|| Failure::new(Code::Drift, format!("the hypervisor no longer has snapshot {mark}")))
     }
 
+    fn position_of(&self, native: &str) -> Result<usize, Failure> {
+        let found = self.snapshots.iter().position(|kept| kept.native.to_string() == native);
+        found.ok_or_else(|| Failure::new(Code::NotFound, format!("the hypervisor has no snapshot {native}")))
+    }
+
     /// The guest writes a block. Its memory counts the writes, so that memory and disks tell the same moment.
     pub(in crate::sim) fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
         let content = self
@@ -218,18 +223,34 @@ impl Machine {
             (MemoryKind::No, _) => (Power::Off, SnapshotState::DiskSnapshot),
             (_, power) => (power, power.run_state().into()),
         };
+        Ok((self.keep(Some(mark), name, disks, power), state))
+    }
+
+    /// Takes a snapshot of everything that nobody asked Snaptree for.
+    pub(in crate::sim) fn take_unmarked(&mut self, name: &str) -> String {
+        let disks = self.disks.keys().cloned().collect();
+        self.keep(None, name, &disks, self.power).to_string()
+    }
+
+    fn keep(
+        &mut self,
+        mark: Option<SnapshotId>,
+        name: &str,
+        disks: &BTreeSet<DiskName>,
+        power: Power,
+    ) -> u64 {
         let native = self.next_native;
         self.next_native += 1;
         let held = self.disks.iter().filter(|(disk, _)| disks.contains(*disk));
         self.snapshots.push(Kept {
             native,
-            mark: Some(mark),
+            mark,
             name: name.to_owned(),
             parent: self.current.replace(native),
             disks: held.map(|(disk, content)| (disk.clone(), content.clone())).collect(),
             power,
         });
-        Ok((native, state))
+        native
     }
 
     /// Goes back to a snapshot. Disks that it does not hold stay as they are.
@@ -238,29 +259,54 @@ impl Machine {
         mark: SnapshotId,
         run_state: Option<RunState>,
     ) -> Result<(), Failure> {
-        let kept = &self.snapshots[self.position(mark)?];
+        self.revert_to(self.position(mark)?, run_state);
+        Ok(())
+    }
+
+    /// Goes back to the snapshot with that id of the hypervisor's.
+    pub(in crate::sim) fn revert_unasked(&mut self, native: &str) -> Result<(), Failure> {
+        self.revert_to(self.position_of(native)?, None);
+        Ok(())
+    }
+
+    fn revert_to(&mut self, position: usize, run_state: Option<RunState>) {
+        let kept = &self.snapshots[position];
         self.power = run_state.map_or(kept.power, |wanted| kept.power.brought_to(wanted));
         self.current = Some(kept.native);
         self.disks.extend(kept.disks.iter().map(|(disk, content)| (disk.clone(), content.clone())));
-        Ok(())
     }
 
     /// Removes a snapshot: its children, and the current pointer, move to its parent.
     pub(in crate::sim) fn remove(&mut self, mark: SnapshotId) -> Result<(), Failure> {
-        let removed = self.snapshots.remove(self.position(mark)?);
+        self.remove_at(self.position(mark)?);
+        Ok(())
+    }
+
+    /// Removes the snapshot with that id of the hypervisor's.
+    pub(in crate::sim) fn remove_unasked(&mut self, native: &str) -> Result<(), Failure> {
+        self.remove_at(self.position_of(native)?);
+        Ok(())
+    }
+
+    fn remove_at(&mut self, position: usize) {
+        let removed = self.snapshots.remove(position);
         let parents = self.snapshots.iter_mut().map(|kept| &mut kept.parent);
         for pointer in parents.chain([&mut self.current]) {
             if *pointer == Some(removed.native) {
                 *pointer = removed.parent;
             }
         }
-        Ok(())
     }
 
-    /// Takes our mark off a snapshot, which stays. One that is gone was forgotten by the hypervisor itself.
-    pub(in crate::sim) fn forget(&mut self, mark: SnapshotId) {
-        if let Ok(position) = self.position(mark) {
-            self.snapshots[position].mark = None;
+    /// Knows again the snapshots that somebody else made and the log adopted.
+    pub(in crate::sim) fn recognise(&mut self, tree: &Tree) {
+        for snapshot in tree.iter() {
+            let Some(native) = snapshot.native.as_ref().and_then(|native| native.parse::<u64>().ok()) else {
+                continue;
+            };
+            if let Some(kept) = self.snapshots.iter_mut().find(|kept| kept.native == native) {
+                kept.mark = Some(snapshot.id);
+            }
         }
     }
 }

@@ -14,6 +14,7 @@
 //! Code Map: `host` (what a machine can do), `machine`, `step`, `plan` and `plain` (copies), `layered` (layers),
 //! `file` (the file), `profile` (whose limits it has), `faults` (what goes wrong).
 
+mod by_hand;
 mod faults;
 mod file;
 mod host;
@@ -237,7 +238,8 @@ impl SimDriver {
         let domain = plan::domain(state)?;
         let file = self.file(domain);
         match file.read::<H>()? {
-            Some(machine) if domain.disks.iter().all(|disk| machine.has_disk(&disk.name)) => {
+            Some(mut machine) if domain.disks.iter().all(|disk| machine.has_disk(&disk.name)) => {
+                machine.recognise(&state.tree);
                 Ok(Some((machine, Freshness::Used)))
             }
             Some(_) => Err(DriverError::permanent(

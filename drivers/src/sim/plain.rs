@@ -7,6 +7,7 @@ use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{Observation, Plan, Resolution, SeenSnapshot, StepContext, StepReport};
 use snaptree_engine::operation::{Failure, Request, Step};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::host::{At, Effects, Freshness, GoingOn, Host};
@@ -52,6 +53,10 @@ impl Host for Machine {
         self.marked(snapshot).map(|kept| (kept.disks.clone(), kept.power))
     }
 
+    fn recognise(&mut self, tree: &Tree) {
+        self.recognise(tree);
+    }
+
     fn observe(found: Option<(Self, Freshness)>, _domain: &Domain) -> Result<Observation, Failure> {
         let (machine, detail) = match found {
             Some((mut machine, Freshness::Used)) => {
@@ -66,6 +71,9 @@ impl Host for Machine {
             native: kept.native.to_string(),
             parent: kept.parent.map(|parent| parent.to_string()),
             name: kept.name,
+            description: None,
+            taken: None,
+            state: Some(kept.power.run_state().into()),
         });
         Ok(Observation {
             at: Timestamp::now(),

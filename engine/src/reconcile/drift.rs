@@ -3,12 +3,12 @@
 //! A tombstone is no drift: what the hypervisor still holds of a deleted snapshot is ours. Nothing found here is ever
 //! deleted or put right by itself; it is recorded, shown, and what it makes unsafe is refused when it is planned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::driver::Observation;
+use crate::driver::{Observation, SeenSnapshot};
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
 use crate::project::DomainState;
@@ -70,6 +70,15 @@ pub enum Finding {
     },
 }
 
+/// What looking for drift came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drift {
+    /// Where the hypervisor and the log disagree.
+    pub findings: BTreeSet<Finding>,
+    /// Snapshots that somebody else made, and that were taken over just now.
+    pub adopted: Vec<SnapshotName>,
+}
+
 /// All differences. While an operation is open there are none: its step may be half done.
 pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
     if !state.open.is_empty() || !state.registered {
@@ -91,15 +100,26 @@ fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeS
     }
     for listed in &seen.snapshots {
         let ours = listed.id.is_some_and(|id| state.tree.contains(id) || state.tombstones.contains_key(&id));
-        if !ours {
+        if !ours && !state.forgot(listed) {
             found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
         }
     }
     let expected = state.tree.current().map(|current| current.id);
-    let native = expected.and_then(marked).map(|listed| &listed.native);
-    if native != seen.current.as_ref() {
+    if expected != nearest_live(state, seen) {
         found.insert(Finding::CurrentMoved { expected, found: seen.current.clone() });
     }
+}
+
+/// The snapshot that the machine stands on, or its nearest ancestor there that is not deleted or forgotten.
+fn nearest_live(state: &DomainState, seen: &Observation) -> Option<SnapshotId> {
+    let listed: BTreeMap<&str, &SeenSnapshot> =
+        seen.snapshots.iter().map(|listed| (listed.native.as_str(), listed)).collect();
+    let current = seen.current.as_deref().and_then(|native| listed.get(native).copied());
+    let parent = |of: &&SeenSnapshot| of.parent.as_deref().and_then(|native| listed.get(native).copied());
+    std::iter::successors(current, parent)
+        .take(listed.len())
+        .filter(|standing| !state.forgot(standing))
+        .find_map(|standing| standing.id.filter(|id| state.tree.contains(*id)))
 }
 
 fn compare_layers(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {

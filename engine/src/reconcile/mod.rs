@@ -1,6 +1,8 @@
 //! Driving the hypervisors toward the projected state.
 
+pub mod adopt;
 pub mod drift;
 pub mod merge;
 pub mod recovery;
+mod restore;
 pub mod worker;

@@ -19,7 +19,7 @@ mod outcome;
 use std::sync::Arc;
 
 use crate::command::reject;
-use crate::driver::{Driver, Head, StepContext, StepReport, Watch};
+use crate::driver::{Driver, DriverError, Head, Observation, StepContext, StepReport, Watch};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
     Actor, Envelope, Event, HowFinished, OperationExpired, OperationFailed, OperationPlanned,
@@ -232,7 +232,7 @@ impl<'a> Worker<'a> {
         if let Some(failure) = self.expired(operation) {
             return self.end(operation, vec![OperationExpired { failure }.into()]).await;
         }
-        let planned = match self.driver.observe(&self.state).await {
+        let planned = match self.observe_and_adopt().await? {
             Ok(seen) => self.driver.plan(operation.id, &operation.request, &self.state, &seen),
             Err(error) => {
                 tracing::debug!(%error, "the hypervisor could not be asked");
@@ -254,6 +254,26 @@ impl<'a> Worker<'a> {
         let mut events = vec![OperationFailed { failure: failure.clone().refused() }.into()];
         events.extend(deferrals(operation, &failure));
         self.end(operation, events).await
+    }
+
+    /// Reads what is there; what somebody else did is taken over first, so that nothing is planned upon a wrong tree.
+    async fn observe_and_adopt(&mut self) -> Result<Result<Observation, DriverError>, EngineError> {
+        let seen = self.driver.observe(&self.state).await;
+        let Ok(found) = &seen else { return Ok(seen) };
+        let taken_over = self.engine.adoption(&self.state, found);
+        if taken_over.is_empty() {
+            return Ok(seen);
+        }
+        let new = |event: Event| NewEvent {
+            stream: self.stream.clone(),
+            event,
+            operation: None,
+            cause: None,
+            key: None,
+        };
+        let events = taken_over.into_iter().map(new).collect();
+        self.append(Actor::Engine, events).await?;
+        Ok(self.driver.observe(&self.state).await)
     }
 
     /// Why it must not begin any more, if its deadline has passed.

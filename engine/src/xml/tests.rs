@@ -62,8 +62,9 @@ fn snapshot(name: &str, disks: &[&str]) -> Snapshot {
         labels: Labels::new(),
         hold: None,
         made_by: Actor::Engine,
-        made_in: OperationId::from_uuid(Uuid::from_u128(2)),
+        made_in: Some(OperationId::from_uuid(Uuid::from_u128(2))),
         lost: false,
+        native: None,
     }
 }
 

@@ -157,8 +157,9 @@ impl History {
             labels: BTreeMap::new(),
             hold: None,
             made_by: Actor::User("ada".to_owned()),
-            made_in: OperationId::from_uuid(uuid(7)),
+            made_in: Some(OperationId::from_uuid(uuid(7))),
             lost: false,
+            native: None,
         }
     }
 

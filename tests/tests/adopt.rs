@@ -1,0 +1,143 @@
+//! What somebody else did at the hypervisor: taken over, or only told of, as the settings say.
+
+#![allow(clippy::expect_used, reason = "a test")]
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use snaptree_drivers::sim::SimDriver;
+use snaptree_engine::engine::Engine;
+use snaptree_engine::project::DomainState;
+use snaptree_store::Store;
+use snaptree_tests::program::Program;
+
+/// A registered machine with a snapshot `one`, and the hand that works at its hypervisor.
+struct Lab {
+    folder: tempfile::TempDir,
+    program: Program,
+    hand: SimDriver,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let program = Program::new(folder.path());
+        program.json(0, &["domain", "add", "web", "--driver", "sim"]);
+        program.json(0, &["create", "web", "one"]);
+        let hand = SimDriver::new(folder.path().to_owned());
+        Self { folder, program, hand }
+    }
+
+    async fn state(&self) -> DomainState {
+        let store = Store::open_reader(self.folder.path()).expect("a state");
+        let engine = Engine::new(std::sync::Arc::new(store));
+        let domain = engine.find_domain("web").await.expect("registered");
+        engine.load(domain).await.expect("a sound log")
+    }
+
+    /// Per snapshot its name and its parent's, and the current one last.
+    fn tree(&self) -> Value {
+        let list = self.program.json(0, &["list", "web"]);
+        let snapshots = list["snapshots"].as_array().expect("snapshots");
+        let mut tree: Vec<Value> = snapshots.iter().map(|s| json!([s["name"], s["parent"]])).collect();
+        tree.sort_by_key(Value::to_string);
+        tree.push(list["current"].clone());
+        Value::Array(tree)
+    }
+
+    fn kinds(&self, prefix: &str) -> Vec<String> {
+        let log = self.program.run(&["log", "web", "--kind", prefix, "--json"]).stdout;
+        let events = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("an event"));
+        events.map(|event| format!("{} by {}", event["kind"], event["actor"])).collect()
+    }
+}
+
+fn report_only(folder: &Path, program: &Program, args: &[&str]) -> (Option<i32>, Value) {
+    let settings = folder.join("settings/snaptree");
+    std::fs::create_dir_all(&settings).expect("a folder");
+    std::fs::write(settings.join("config.toml"), "[drift]\nforeign = \"report\"\n").expect("written");
+    let output = program
+        .command(&[args, &["--json"]].concat())
+        .env("XDG_CONFIG_HOME", folder.join("settings"))
+        .output()
+        .expect("the program starts");
+    (output.status.code(), serde_json::from_slice(&output.stdout).expect("JSON"))
+}
+
+#[tokio::test]
+async fn a_snapshot_made_by_hand_is_adopted_with_its_place_in_the_tree_and_can_be_used() {
+    let lab = Lab::new();
+    // Between two of ours, under a name that is taken, and one that cannot be a name here.
+    lab.hand.take_by_hand(&lab.state().await, "one").expect("taken");
+    lab.hand.take_by_hand(&lab.state().await, "../etc/passwd").expect("taken");
+    let drift = lab.program.json(0, &["drift", "web"]);
+    assert_eq!(drift["domains"][0]["adopted"], json!(["one (2)", "etcpasswd"]), "{drift}");
+    let expected = json!([["etcpasswd", "one (2)"], ["one (2)", "one"], ["one", null], "etcpasswd"]);
+    assert_eq!(lab.tree(), expected);
+    assert_eq!(lab.program.json(0, &["drift", "web"])["domains"][0]["adopted"], json!([]));
+
+    // The rest of the program treats them as its own.
+    lab.program.json(0, &["create", "web", "two"]);
+    lab.program.json(0, &["revert", "web", "one (2)"]);
+    lab.program.json(0, &["delete", "web", "etcpasswd"]);
+    assert_eq!(lab.tree(), json!([["one (2)", "one"], ["one", null], ["two", "one (2)"], "one (2)"]));
+    assert_eq!(lab.program.json(0, &["drift", "web"])["domains"][0]["findings"], json!([]));
+    assert_eq!(lab.kinds("Snapshot.Adopted"), ["\"Snapshot.Adopted\" by \"engine\""; 2]);
+    assert_eq!(lab.program.json(0, &["audit", "verify"])["ok"], true);
+}
+
+#[tokio::test]
+async fn what_was_done_by_hand_is_taken_over_before_an_operation_is_planned_upon_it() {
+    let lab = Lab::new();
+    lab.program.json(0, &["create", "web", "two"]);
+    let state = lab.state().await;
+    let one = lab.hand.take_by_hand(&state, "by hand").expect("taken");
+    lab.program.json(0, &["create", "web", "three"]);
+    let expected = json!([["by hand", "two"], ["one", null], ["three", "by hand"], ["two", "one"], "three"]);
+    assert_eq!(lab.tree(), expected);
+
+    // A revert made there moves the pointer, and the next snapshot stands where the machine stood.
+    lab.hand.revert_by_hand(&lab.state().await, &one).expect("reverted");
+    lab.program.json(0, &["create", "web", "four"]);
+    assert_eq!(lab.program.json(0, &["show", "web", "four"])["parent"], "by hand");
+
+    // One that was deleted there is lost, and stays so until it is forgotten.
+    lab.hand.delete_by_hand(&lab.state().await, &one).expect("deleted");
+    let drift = lab.program.json(5, &["drift", "web"]);
+    assert_eq!(drift["domains"][0]["findings"][0]["name"], "by hand", "{drift}");
+    assert_eq!(lab.program.json(4, &["revert", "web", "by hand"])["error"]["code"], "drift");
+    lab.program.json(0, &["delete", "web", "by hand", "--metadata"]);
+    lab.program.json(0, &["drift", "web"]);
+    let expected = json!([["four", "two"], ["one", null], ["three", "two"], ["two", "one"], "four"]);
+    assert_eq!(lab.tree(), expected);
+}
+
+#[tokio::test]
+async fn a_forgotten_snapshot_is_not_adopted_again() {
+    let lab = Lab::new();
+    lab.hand.take_by_hand(&lab.state().await, "by hand").expect("taken");
+    lab.program.json(0, &["drift", "web"]);
+    lab.program.json(0, &["delete", "web", "one", "by hand", "--metadata"]);
+    for _ in 0..2 {
+        lab.program.json(0, &["drift", "web"]);
+        assert_eq!(lab.tree(), json!([null]));
+    }
+    lab.program.json(0, &["create", "web", "two"]);
+    assert_eq!(lab.tree(), json!([["two", null], "two"]));
+}
+
+#[tokio::test]
+async fn where_the_settings_say_so_it_is_only_reported() {
+    let lab = Lab::new();
+    lab.hand.take_by_hand(&lab.state().await, "by hand").expect("taken");
+    for _ in 0..2 {
+        let (code, drift) = report_only(lab.folder.path(), &lab.program, &["drift", "web"]);
+        assert_eq!(code, Some(5), "{drift}");
+        let findings = drift["domains"][0]["findings"].as_array().expect("findings");
+        assert_eq!(findings.len(), 1, "the machine stands on what it calls 'by hand', upon 'one': {drift}");
+        assert_eq!(findings[0]["finding"], "snapshot-found");
+        assert_eq!(drift["domains"][0]["adopted"], json!([]));
+    }
+    assert_eq!(lab.tree(), json!([["one", null], "one"]));
+    assert_eq!(lab.kinds("Drift.Found").len(), 1, "it is written down once");
+}
