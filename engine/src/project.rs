@@ -70,6 +70,9 @@ pub struct DomainState {
     pub open: Vec<Operation>,
     /// Deleted snapshots whose data is still there.
     pub tombstones: BTreeMap<SnapshotId, Tombstone>,
+    /// The head of a lost log whose outcome was taken over last: its sequence number and its hash (hex).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_from: Option<(u64, String)>,
     /// Snapshots whose metadata alone was deleted: what the hypervisor still has of them is none of ours.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub forgotten: BTreeSet<Forgotten>,
@@ -229,6 +232,7 @@ impl DomainState {
         self.tree = restored.tree.clone();
         self.layers = restored.layers.clone();
         self.drift.clear();
+        self.restored_from = Some((restored.seq, restored.hash.clone()));
         let tombstone = |name: &SnapshotName| Tombstone {
             name: name.clone(),
             deleted: envelope.at,

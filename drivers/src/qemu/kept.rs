@@ -73,8 +73,8 @@ fn read(layers: &Path) -> Result<Option<(String, Manifest)>, DriverError> {
     if text.len() as u64 > BYTES_MAX {
         return Err(unfit(format!("it has more than {BYTES_MAX} bytes")).into());
     }
-    let manifest: Manifest = serde_json::from_str(&text)
-        .map_err(|error| DriverError::from(unfit("it cannot be read".to_owned())).source(error))?;
+    let manifest: Manifest =
+        serde_json::from_str(&text).map_err(|error| unfit(format!("it cannot be read ({error})")))?;
     if manifest.format != FORMAT {
         return Err(
             unfit(format!("it has the form {}, and this program knows {FORMAT}", manifest.format)).into()

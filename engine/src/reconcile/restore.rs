@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::driver::{Head, Kept};
+use crate::driver::{ErrorClass, Head, Kept};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{Actor, Event, OperationNeedsAttention, OperationResolved, SystemRestored};
 use crate::ids::{DomainId, OperationId, SnapshotName, StreamId};
@@ -35,10 +35,15 @@ impl Engine {
         let driver = self.driver_of(&state)?;
         let head = driver.kept_head(&state).await.map_err(EngineError::Driver)?;
         let Some(head) = head else { return Ok(state) };
-        if self.has(head).await? {
+        let taken_over = state.restored_from == Some((head.seq, head.hash.to_string()));
+        if taken_over || self.has(head).await? {
             return Ok(state);
         }
-        let Some(kept) = driver.kept(&state).await.map_err(EngineError::Driver)? else { return Ok(state) };
+        let kept = driver.kept(&state).await.map_err(|error| match error.class {
+            ErrorClass::Permanent => EngineError::Rejected(error.failure.refused()),
+            _ => EngineError::Driver(error),
+        })?;
+        let Some(kept) = kept else { return Ok(state) };
         tracing::warn!(%domain, seq = head.seq, "the log is older than what is kept beside the layers");
         let stream = StreamId::Domain(domain);
         let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
