@@ -18,6 +18,7 @@ use crate::event::{
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::operation::{Code, Operation, Phase, Verdict};
 use crate::project::DomainState;
+use crate::reconcile::beside::Blocked;
 use crate::tree::{Hold, Labels, Snapshot, Tree};
 
 /// Longest description, and longest reason, in bytes.
@@ -40,6 +41,8 @@ pub struct Ctx {
     pub actor: Actor,
     /// What goes with the request: its deadline, and the digest of the command if there is a key.
     pub terms: RequestTerms,
+    /// What operations that need attention keep others from.
+    pub blocked: Blocked,
 }
 
 /// Judges `command`.
@@ -61,7 +64,7 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
     let domain = registered(state)?;
     match command {
         Command::Create(_) | Command::Revert { .. } | Command::Delete(_) | Command::Unregister(_) => {
-            nothing_needs_attention(state)?;
+            domain_is_free(state, &ctx.blocked)?;
         }
         _ => {}
     }
@@ -398,16 +401,17 @@ fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Ev
     Ok(DomainUnregisterRequested { wish, request: ctx.terms.whenever() }.into())
 }
 
-/// While an operation can go neither on nor back, nobody knows what another one would build upon.
-fn nothing_needs_attention(state: &DomainState) -> Result<(), Rejection> {
+/// While an operation can go neither on nor back, nobody knows what another one upon the same layers would build upon.
+/// Which layers a request touches is known when it is planned; here only what blocks all of them is turned down.
+fn domain_is_free(state: &DomainState, blocked: &Blocked) -> Result<(), Rejection> {
     let stuck = state.open.iter().find(|operation| matches!(operation.phase, Phase::NeedsAttention { .. }));
     match stuck {
-        Some(stuck) => Err(reject(
+        Some(stuck) if *blocked == Blocked::Domain => Err(reject(
             Code::NeedsAttention,
             format!("the {} {} of this domain needs attention first", stuck.request.kind(), stuck.id),
         )
         .hint("`snaptree op show` tells why; then `snaptree op retry` or `snaptree op resolve`")),
-        None => Ok(()),
+        _ => Ok(()),
     }
 }
 

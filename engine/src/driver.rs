@@ -319,6 +319,23 @@ impl Watch for NoWatch {
     fn happened(&self, _envelope: &Envelope) {}
 }
 
+/// The files that a step works on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// It writes, makes, renames or unlinks them.
+    pub writes: BTreeSet<PathBuf>,
+    /// It builds upon them. What a file stands upon need not be named.
+    pub reads: BTreeSet<PathBuf>,
+}
+
+impl Touched {
+    /// Adds what another step works on.
+    pub fn add(&mut self, other: Self) {
+        self.writes.extend(other.writes);
+        self.reads.extend(other.reads);
+    }
+}
+
 /// Where in an operation a step stands.
 pub struct StepContext<'a> {
     /// The domain, as the log tells it.
@@ -384,6 +401,11 @@ pub trait Driver: Send + Sync {
 
     /// Tells from an observation alone what became of a step. Pure.
     fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution;
+
+    /// The files that a step works on. None where that cannot be told, and it may be anything of the domain. Pure.
+    fn touches(&self, _step: &Step) -> Option<Touched> {
+        None
+    }
 
     /// Takes a step back, whether it was not, half or wholly done.
     ///

@@ -22,6 +22,7 @@ use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError,
 use crate::operation::{Code, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::adopt;
+use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::drift::{self, Drift};
 use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
@@ -332,7 +333,7 @@ impl Engine {
                 return repeated(&earlier, key, digest);
             }
             let state = self.load_for_work(requester, domain).await?;
-            let ctx = self.ctx(requester, digest.clone());
+            let ctx = self.ctx(requester, &state, digest.clone());
             let mut events = decide(&state, command, &ctx)?;
             if let Command::Resolve { operation, verdict: Said::Done, .. } = command {
                 self.fill_in_changes(&state, *operation, &mut events).await;
@@ -378,7 +379,7 @@ impl Engine {
         }
     }
 
-    fn ctx(&self, requester: &Requester, digest: Option<String>) -> Ctx {
+    fn ctx(&self, requester: &Requester, state: &DomainState, digest: Option<String>) -> Ctx {
         let now = self.clock.now();
         let wait = self.settings.first_step_s_max.and_then(|seconds| i64::try_from(seconds).ok());
         let deadline = wait.and_then(|seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok());
@@ -387,6 +388,7 @@ impl Engine {
             fresh: self.ids.next(),
             actor: requester.actor.clone(),
             terms: RequestTerms { command_sha256: digest, deadline },
+            blocked: self.driver_of(state).map_or(Blocked::Domain, |driver| beside::blocked(&*driver, state)),
         }
     }
 
@@ -527,7 +529,7 @@ impl Engine {
         command: &Command,
     ) -> Result<DryRun, EngineError> {
         let state = self.load(domain).await?;
-        let events = decide(&state, command, &self.ctx(requester, None))?;
+        let events = decide(&state, command, &self.ctx(requester, &state, None))?;
         let request = events.iter().find_map(Request::of);
         let request = request.ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
         let driver = self.driver_of(&state)?;

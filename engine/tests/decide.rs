@@ -16,6 +16,7 @@ use snaptree_engine::event::{
     UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::reconcile::beside::Blocked;
 use snaptree_engine::tree::Hold;
 
 /// a <- b <- c, and b <- d; current is d.
@@ -31,7 +32,7 @@ fn history() -> History {
 
 fn ctx() -> Ctx {
     let actor = Actor::User("ada".to_owned());
-    Ctx { now: at(500), fresh: uuid(77), actor, terms: RequestTerms::default() }
+    Ctx { now: at(500), fresh: uuid(77), actor, terms: RequestTerms::default(), blocked: Blocked::Domain }
 }
 
 fn by_name(text: &str) -> SnapshotRef {

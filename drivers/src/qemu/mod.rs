@@ -49,7 +49,7 @@ use jiff::Timestamp;
 use snaptree_engine::OperationId;
 use snaptree_engine::driver::{
     Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, Probe, Registration, Remedy, Resolution,
-    StepContext, StepReport,
+    StepContext, StepReport, Touched,
 };
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
@@ -143,6 +143,10 @@ impl Driver for QemuDriver {
             Ok(step) => resolve::resolve(context, &step, observation),
             Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
         }
+    }
+
+    fn touches(&self, step: &Step) -> Option<Touched> {
+        QemuStep::of(step).ok()?.touches()
     }
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {

@@ -1,14 +1,16 @@
 //! The steps that the driver plans. They are data: journaled before anything is done, and enough to do a step,
 //! to tell what became of it, and to take it back.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use snaptree_engine::driver::Touched;
 use snaptree_engine::layer::{FileStamp, Layer, LayerChange};
 use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
-use super::config::PathWish;
+use super::config::{PathWish, active};
 use super::qcow2::Backing;
 
 /// One step.
@@ -40,6 +42,21 @@ impl QemuStep {
             Failure::new(Code::Invalid, format!("step '{}' cannot be read: {error}", step.name))
                 .hint("was it planned by another version of snaptree?")
         })
+    }
+}
+
+impl QemuStep {
+    /// The files that the step works on; none for a step that changes what the registered paths are. A switch writes
+    /// `active` for all disks, so no two go on beside one another.
+    pub(super) fn touches(&self) -> Option<Touched> {
+        let writes = match self {
+            Self::Adopt(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => return None,
+            Self::Switch(switch) => return Some(switch.touches()),
+            Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
+            Self::Push(push) => push.writes().cloned().collect(),
+            Self::Drop(drop) => drop.drop.iter().map(|dropped| dropped.file.clone()).collect(),
+        };
+        Some(Touched { writes, reads: BTreeSet::new() })
     }
 }
 
@@ -283,6 +300,13 @@ fn stamped(stamp_of: StampOf<'_>, file: &Path) -> Result<FileStamp, Failure> {
     stamp_of(file).ok_or_else(|| Failure::new(Code::Drift, format!("layer {} is missing", file.display())))
 }
 
+impl Push {
+    /// The tombstones between are dropped once it is switched.
+    fn writes(&self) -> impl Iterator<Item = &PathBuf> {
+        self.between.iter().chain([&self.from_file, &self.into_file])
+    }
+}
+
 impl Adopt {
     /// What the log records when it is done.
     pub(super) fn changes(&self) -> Vec<LayerChange> {
@@ -305,6 +329,19 @@ impl Adopt {
 }
 
 impl Switch {
+    fn touches(&self) -> Touched {
+        let fresh = self.fresh.iter().map(|fresh| &fresh.file);
+        let freeze = self.freeze.iter().map(|freeze| &freeze.file);
+        let push = self.push.iter().flat_map(Push::writes);
+        let restack = self.restack.iter().map(|restack| &restack.file);
+        let guard = self.guard.iter().map(|guard| &guard.file);
+        let files = fresh.chain(freeze).chain(push).chain(restack).chain(guard).cloned();
+        let writes = files.chain([active(&self.turn.layers)]).collect();
+        let onto = self.restack.iter().flat_map(|restack| [&restack.old_file, &restack.onto_file]);
+        let reads = self.fresh.iter().map(|fresh| &fresh.on_file).chain(onto).cloned();
+        Touched { writes, reads: reads.collect() }
+    }
+
     /// What the log records when it is done.
     pub(super) fn changes(&self, stamp_of: StampOf<'_>) -> Result<Vec<LayerChange>, Failure> {
         let mut changes: Vec<LayerChange> = self.fresh.iter().map(Fresh::added).collect();

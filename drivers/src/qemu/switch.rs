@@ -10,7 +10,7 @@ use snaptree_engine::tree::SnapshotState;
 
 use super::adopt::{Work, backing_name, unreadable};
 use super::files::{self, Doing, WRITE_BITS, if_there, remove, set_mode, stamp_of, sync};
-use super::generation::Stand;
+use super::generation::{self, Stand};
 use super::lock::QemuLocks;
 use super::manifest::{Effect, links};
 use super::step::{Fresh, Push, Restack, StampOf, Switch, Writer};
@@ -138,11 +138,18 @@ impl Switch {
 
     /// Takes back what was prepared.
     pub(super) async fn undo(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
-        if self.turn.stand_now()? == Stand::Switched {
-            return Err(DriverError::permanent(
-                Code::Invalid,
-                "the switch has taken effect, and can only be finished",
-            ));
+        let current = generation::current(&self.turn.layers)?;
+        match self.turn.stand(current.as_deref()) {
+            Stand::Before => {}
+            Stand::Switched => {
+                return Err(DriverError::permanent(
+                    Code::Invalid,
+                    "the switch has taken effect, and can only be finished",
+                ));
+            }
+            // Another operation went on beside this one while it was stuck before its switch.
+            Stand::Elsewhere if current == work.context.state.layers.generation => {}
+            Stand::Elsewhere => return Err(self.turn.elsewhere(current.as_deref())),
         }
         for fresh in &self.fresh {
             remove(&fresh.draft())?;

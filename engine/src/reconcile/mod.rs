@@ -1,6 +1,7 @@
 //! Driving the hypervisors toward the projected state.
 
 pub mod adopt;
+pub mod beside;
 pub mod drift;
 pub mod merge;
 pub mod recovery;

@@ -29,6 +29,7 @@ use crate::ids::{OperationId, StreamId};
 use crate::log::{LogError, NewEvent};
 use crate::operation::{Code, Failure, Operation, Outcome, Phase, Poison, Request, STEPS_MAX, Step};
 use crate::project::DomainState;
+use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::merge::{MergePolicy, PutOff};
 
 use outcome::deferrals;
@@ -144,7 +145,7 @@ impl<'a> Worker<'a> {
                 if outcome == Some(Outcome::Succeeded) && !merged {
                     tried.clear();
                 }
-                if outcome.is_none() {
+                if outcome.is_none() && !self.needs_attention_now(operation.id) {
                     return Ok(self.driven());
                 }
             }
@@ -158,10 +159,18 @@ impl<'a> Worker<'a> {
         Driven { carried: self.carried, state: self.state }
     }
 
-    /// The first open operation, unless it waits for someone.
+    /// The first open operation that does not wait for someone, unless one that does blocks the whole domain.
     fn next_open(&self) -> Option<Operation> {
-        let first = self.state.open.first()?;
-        (!matches!(first.phase, Phase::NeedsAttention { .. })).then(|| first.clone())
+        if beside::blocked(&*self.driver, &self.state) == Blocked::Domain {
+            return None;
+        }
+        let waits = |operation: &&Operation| matches!(operation.phase, Phase::NeedsAttention { .. });
+        self.state.open.iter().find(|operation| !waits(operation)).cloned()
+    }
+
+    fn needs_attention_now(&self, id: OperationId) -> bool {
+        let found = self.state.operation(id);
+        found.is_some_and(|operation| matches!(operation.phase, Phase::NeedsAttention { .. }))
     }
 
     /// Carries one operation through; `None` if it rests without an outcome.
@@ -239,6 +248,11 @@ impl<'a> Worker<'a> {
                 Err(error.failure)
             }
         };
+        let planned =
+            planned.and_then(|plan| match beside::in_the_way(&*self.driver, &self.state, &plan.steps) {
+                Some(failure) => Err(failure),
+                None => Ok(plan),
+            });
         let failure = match planned {
             Ok(plan) if plan.steps.len() > STEPS_MAX => Failure::new(
                 Code::Invalid,
