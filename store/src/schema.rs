@@ -153,6 +153,9 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     // The file may be anybody's: its triggers and views get no functions with side effects.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    // Else a statement that binds a parameter near a partial index is compiled anew for each value (measured: a third
+    // of a read's time).
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // A short command must not pay for a checkpoint when it ends.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     Ok(())

@@ -137,20 +137,32 @@ pub(crate) struct Core {
     pub(crate) head: Head,
     /// How many transactions were committed.
     pub(crate) commits: u64,
+    /// What the connection's commits outlast; none before it was set.
+    durability: Option<Durability>,
+}
+
+/// What a commit outlasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Durability {
+    /// A power cut.
+    Full,
+    /// The end of this process.
+    Normal,
 }
 
 impl Core {
     /// Over a connection to a database that is up to date.
     pub(crate) fn new(connection: Connection, identity: Identity) -> Result<Self, LogError> {
         let head = stored_head(&connection)?;
-        Ok(Self { connection, identity, epoch: None, head, commits: 0 })
+        Ok(Self { connection, identity, epoch: None, head, commits: 0, durability: None })
     }
 
     /// Carries out a group; one answer each, in order.
     pub(crate) fn commit(&mut self, works: Vec<Work>) -> Vec<Result<Done, LogError>> {
         let count = works.len();
-        let durable = works.iter().any(|work| !matches!(work, Work::Keep(_)));
-        let outcome = self.synchronous(durable).and_then(|()| self.try_commit(works));
+        let kept_only = works.iter().all(|work| matches!(work, Work::Keep(_)));
+        let durability = if kept_only { Durability::Normal } else { Durability::Full };
+        let outcome = self.synchronous(durability).and_then(|()| self.try_commit(works));
         outcome.unwrap_or_else(|error| {
             self.roll_back();
             (0..count).map(|_| Err(copy_of(&error))).collect()
@@ -158,9 +170,21 @@ impl Core {
     }
 
     /// A checkpoint may be lost, so it alone is not worth an fsync. The level holds from the next transaction on.
-    fn synchronous(&self, durable: bool) -> Result<(), LogError> {
-        let level = if durable { 2 } else { 1 };
-        self.connection.pragma_update(None, "synchronous", level).tried("cannot set the level of durability")
+    fn synchronous(&mut self, wanted: Durability) -> Result<(), LogError> {
+        if self.durability == Some(wanted) {
+            return Ok(());
+        }
+        let level = match wanted {
+            Durability::Full => 2,
+            Durability::Normal => 1,
+        };
+        // Should it fail, nobody knows what holds.
+        self.durability = None;
+        self.connection
+            .pragma_update(None, "synchronous", level)
+            .tried("cannot set the level of durability")?;
+        self.durability = Some(wanted);
+        Ok(())
     }
 
     fn roll_back(&self) {
@@ -444,11 +468,10 @@ fn keep(connection: &Connection, checkpoint: &Checkpoint) -> Result<(), LogError
             source: Box::new(Words(format!("it has more than {CHECKPOINT_BYTES_MAX} bytes"))),
         });
     }
-    connection.execute_batch(CHECKPOINTS).tried(what)?;
-    connection
-        .prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4, ?5, ?6)")
-        .and_then(|mut statement| {
-            statement.execute(params![
+    let insert = || {
+        connection
+            .prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+            .execute(params![
                 checkpoint.stream.to_string(),
                 checkpoint.projector,
                 integer(checkpoint.version),
@@ -456,9 +479,14 @@ fn keep(connection: &Connection, checkpoint: &Checkpoint) -> Result<(), LogError
                 checkpoint.hash,
                 checkpoint.state
             ])
-        })
-        .map(|_| ())
-        .tried(what)
+            .map(|_| ())
+    };
+    match insert() {
+        Err(error) if is_schema_error(&error) => {
+            connection.execute_batch(CHECKPOINTS).and_then(|()| insert()).tried(what)
+        }
+        result => result.tried(what),
+    }
 }
 
 #[cfg(test)]
