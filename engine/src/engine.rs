@@ -18,6 +18,7 @@ use crate::event::{
     Actor, DomainRegistered, DriftCleared, DriftFound, Envelope, Event, Origin, RequestTerms,
 };
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, SnapshotId, SnapshotName, StreamId, UuidV7};
+use crate::loaded::Loaded;
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
 use crate::operation::{Code, Phase, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
@@ -81,6 +82,7 @@ pub struct Engine {
     pub(crate) hooks: Arc<dyn Hooks>,
     pub(crate) settings: Settings,
     pub(crate) stop: Stop,
+    loaded: Arc<Loaded>,
 }
 
 impl Engine {
@@ -94,6 +96,7 @@ impl Engine {
             hooks: Arc::new(NoHooks),
             settings: Settings::default(),
             stop: Stop::default(),
+            loaded: Arc::default(),
         }
     }
 
@@ -205,9 +208,14 @@ impl Engine {
     #[instrument(skip(self))]
     pub async fn load_at(&self, domain: DomainId, seq_max: u64) -> Result<DomainState, EngineError> {
         let stream = StreamId::Domain(domain);
-        let checkpoint = self.log.checkpoint(&stream, PROJECTOR, seq_max).await?;
-        let mut state: DomainState =
-            checkpoint.and_then(|c| serde_json::from_str(&c.state).ok()).unwrap_or_default();
+        let mut state = match self.loaded.get(domain, seq_max) {
+            Some(state) => state,
+            None => {
+                let checkpoint = self.log.checkpoint(&stream, PROJECTOR, seq_max).await?;
+                checkpoint.and_then(|c| serde_json::from_str(&c.state).ok()).unwrap_or_default()
+            }
+        };
+        let known = state.version;
         loop {
             let page = self.log.read_stream(&stream, state.version, seq_max, PAGE_EVENTS).await?;
             state.apply_all(&page);
@@ -217,7 +225,12 @@ impl Engine {
         }
         match state.illegal.clone() {
             Some(source) => Err(EngineError::Illegal { domain, source }),
-            None => Ok(state),
+            None => {
+                if seq_max == u64::MAX && state.version != known {
+                    self.loaded.keep(domain, &state);
+                }
+                Ok(state)
+            }
         }
     }
 

@@ -16,6 +16,7 @@ pub mod error;
 pub mod event;
 pub mod ids;
 pub mod layer;
+mod loaded;
 pub mod log;
 pub mod operation;
 pub mod project;

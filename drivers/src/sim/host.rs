@@ -48,7 +48,9 @@ pub(super) enum Effects {
 }
 
 /// A machine of one kind.
-pub(super) trait Host: Serialize + DeserializeOwned + std::fmt::Debug {
+pub(super) trait Host:
+    Serialize + DeserializeOwned + Clone + std::fmt::Debug + Send + Sync + 'static
+{
     /// One that was never switched on.
     fn new(domain: &Domain) -> Self;
 

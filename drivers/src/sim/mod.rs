@@ -12,7 +12,7 @@
 //! What can go wrong is said by [`Faults`]; in production nothing does.
 //!
 //! Code Map: `host` (what a machine can do), `machine`, `step`, `plan` and `plain` (copies), `layered` (layers),
-//! `file` (the file), `profile` (whose limits it has), `faults` (what goes wrong).
+//! `vault` and `file` (where it is kept), `profile` (whose limits it has), `faults` (what goes wrong).
 
 mod by_hand;
 mod faults;
@@ -24,6 +24,7 @@ mod plain;
 mod plan;
 mod profile;
 mod step;
+mod vault;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,11 +41,11 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 pub use faults::{Direction, Fault, FaultPoint, Faults, INJECTED, NoFaults};
-use file::MachineFile;
 use host::{At, Effects, Freshness, GoingOn, Host};
 use layered::Layered;
 use machine::{Content, Machine, Power};
 pub use profile::{Profile, SimOptions};
+use vault::Vault;
 
 /// How many blocks a disk has.
 pub const BLOCKS: u64 = 1024;
@@ -77,13 +78,13 @@ impl Holding {
 /// otherwise. Several processes may use one machine; each change has it for itself.
 #[derive(Clone)]
 pub struct SimDriver {
-    folder: PathBuf,
+    vault: Vault,
     faults: Arc<dyn Faults>,
 }
 
 impl fmt::Debug for SimDriver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimDriver").field("folder", &self.folder).finish_non_exhaustive()
+        f.debug_struct("SimDriver").field("vault", &self.vault).finish_non_exhaustive()
     }
 }
 
@@ -106,7 +107,12 @@ fn is_layered(state: &DomainState) -> bool {
 impl SimDriver {
     /// Keeps its machines in `dir`, the state directory, under `sim/`.
     pub fn new(dir: PathBuf) -> Self {
-        Self { folder: dir.join("sim"), faults: Arc::new(NoFaults) }
+        Self { vault: Vault::Folder(dir.join("sim")), faults: Arc::new(NoFaults) }
+    }
+
+    /// Keeps its machines in memory; clones share them.
+    pub fn in_memory() -> Self {
+        Self { vault: Vault::Memory(Arc::default()), faults: Arc::new(NoFaults) }
     }
 
     /// Lets things go wrong.
@@ -229,22 +235,26 @@ impl SimDriver {
         Ok(content.ok_or_else(|| no_disk("the snapshot", disk))?.sha256())
     }
 
-    fn file(&self, domain: &Domain) -> MachineFile {
-        MachineFile::new(&self.folder, domain.id)
-    }
-
-    /// The machine; none if its file is gone.
+    /// The machine; none if it is gone.
     fn find<H: Host>(&self, state: &DomainState) -> Result<Option<(H, Freshness)>, DriverError> {
         let domain = plan::domain(state)?;
-        let file = self.file(domain);
-        match file.read::<H>()? {
+        self.found(state, domain, self.vault.read(domain.id)?)
+    }
+
+    fn found<H: Host>(
+        &self,
+        state: &DomainState,
+        domain: &Domain,
+        kept: Option<H>,
+    ) -> Result<Option<(H, Freshness)>, DriverError> {
+        match kept {
             Some(mut machine) if domain.disks.iter().all(|disk| machine.has_disk(&disk.name)) => {
                 machine.recognise(&state.tree);
                 Ok(Some((machine, Freshness::Used)))
             }
             Some(_) => Err(DriverError::permanent(
                 Code::Drift,
-                format!("the machine in {} has not all disks of the domain", file.path().display()),
+                format!("the machine in {} has not all disks of the domain", self.vault.place(domain.id)),
             )),
             None if state.tree.is_empty() => Ok(Some((H::new(domain), Freshness::New))),
             None => Ok(None),
@@ -265,17 +275,16 @@ impl SimDriver {
         effect: impl FnOnce(&mut H, &Domain) -> Result<T, Failure>,
     ) -> Result<T, DriverError> {
         let domain = plan::domain(state)?;
-        let file = self.file(domain);
-        let lock = file.lock()?;
-        let mut machine: H = self.machine(state)?;
-        let answer = effect(&mut machine, domain)?;
-        file.write(&lock, &machine)?;
-        Ok(answer)
+        self.vault.change(domain.id, |kept| {
+            let mut machine: H = self.found(state, domain, kept)?.ok_or_else(plan::missing)?.0;
+            let answer = effect(&mut machine, domain)?;
+            Ok((machine, answer))
+        })
     }
 
     fn observe_as<H: Host>(&self, state: &DomainState) -> Result<Observation, DriverError> {
         let domain = plan::domain(state)?;
-        self.file(domain).sync()?;
+        self.vault.sync(domain.id)?;
         Ok(H::observe(self.find(state)?, domain)?)
     }
 

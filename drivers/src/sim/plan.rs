@@ -32,7 +32,7 @@ pub(super) enum Detail {
 
 impl Detail {
     fn of(observation: &Observation) -> Result<Self, Failure> {
-        serde_json::from_value(observation.detail.clone()).map_err(|error| {
+        Self::deserialize(&observation.detail).map_err(|error| {
             Failure::new(Code::Invalid, format!("the observation is none of this driver's: {error}"))
         })
     }

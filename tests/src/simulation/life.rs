@@ -85,7 +85,7 @@ fn requester() -> Requester {
 impl Cast {
     pub(super) fn new(seed: u64, folder: &Path) -> Self {
         let world = World::new(seed);
-        let driver = SimDriver::new(folder.to_owned()).with_faults(Arc::new(world.clone()));
+        let driver = SimDriver::in_memory().with_faults(Arc::new(world.clone()));
         Self {
             world,
             random: Random::new(seed),

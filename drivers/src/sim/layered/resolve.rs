@@ -31,7 +31,7 @@ pub(super) enum Detail {
 
 impl Detail {
     pub(super) fn of(observation: &Observation) -> Result<Self, Failure> {
-        serde_json::from_value(observation.detail.clone()).map_err(|error| {
+        Self::deserialize(&observation.detail).map_err(|error| {
             Failure::new(Code::Invalid, format!("the observation is none of this driver's: {error}"))
         })
     }

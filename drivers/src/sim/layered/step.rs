@@ -120,7 +120,7 @@ pub(super) enum Action {
 
 impl Action {
     pub(super) fn of(step: &Step) -> Result<Self, Failure> {
-        serde_json::from_value(step.data.clone()).map_err(|error| {
+        Self::deserialize(&step.data).map_err(|error| {
             Failure::new(Code::Invalid, format!("step '{}' is none of this driver's: {error}", step.name))
         })
     }
