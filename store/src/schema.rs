@@ -125,7 +125,6 @@ pub(crate) fn open_reader(file: &Path, access: ReadAccess) -> rusqlite::Result<C
         }
     };
     configure(&connection)?;
-    connection.pragma_update(None, "temp_store", "MEMORY")?;
     Ok(connection)
 }
 
@@ -158,7 +157,8 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // A short command must not pay for a checkpoint when it ends.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    Ok(())
+    // TEMP tables, and what a statement that is taken back would need, are small.
+    connection.pragma_update(None, "temp_store", "MEMORY")
 }
 
 /// The path for a `file:` URI (<https://www.sqlite.org/uri.html>).

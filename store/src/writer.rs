@@ -3,7 +3,7 @@
 //! # Expected flow
 //! 1. It waits for an append, takes whatever else waits, and begins a transaction.
 //! 2. It compares its epoch with the owner's row, and claims the next epoch with its first append.
-//! 3. Each append is judged on its own, inside a savepoint.
+//! 3. Each append is judged on its own; where several come together, inside a savepoint.
 //! 4. One COMMIT, and one fsync, for all of them; only then are they answered, and only then does the head move.
 //!
 //! # Guarantees
@@ -210,11 +210,18 @@ impl Core {
         read_model::ensure(&self.connection, Place::Main, stored.seq)?;
         let mut head = self.head;
         let mut results = Vec::with_capacity(works.len());
+        let alone = works.len() == 1;
         for work in works {
-            results.push(self.one(work, epoch.unwrap_or(0), &mut head)?);
+            let epoch = epoch.unwrap_or(0);
+            results.push(if alone {
+                // What it wrote goes with the transaction, if it fails.
+                self.carry_out(work, epoch, &mut head)
+            } else {
+                self.one(work, epoch, &mut head)?
+            });
         }
         if results.iter().all(Result::is_err) {
-            self.run("ROLLBACK").tried(what)?;
+            self.roll_back();
             return Ok(results);
         }
         read_model::mark(&self.connection, head.seq)?;
@@ -234,13 +241,7 @@ impl Core {
         let what = "cannot write the log";
         self.run("SAVEPOINT one").tried(what)?;
         let before = *head;
-        let result = match work {
-            Work::Append(append) => self.append(append, epoch, head).map(Done::Appended),
-            Work::Keep(checkpoint) => keep(&self.connection, &checkpoint).map(|()| Done::Kept),
-            Work::Rebuild => {
-                read_model::rebuild(&self.connection, Place::Main, head.seq).map(|()| Done::Kept)
-            }
-        };
+        let result = self.carry_out(work, epoch, head);
         if let Err(error) = result {
             *head = before;
             // A full disk ends the whole transaction, and with it every savepoint.
@@ -253,6 +254,16 @@ impl Core {
         }
         self.run("RELEASE one").tried(what)?;
         Ok(result)
+    }
+
+    fn carry_out(&self, work: Work, epoch: u64, head: &mut Head) -> Result<Done, LogError> {
+        match work {
+            Work::Append(append) => self.append(append, epoch, head).map(Done::Appended),
+            Work::Keep(checkpoint) => keep(&self.connection, &checkpoint).map(|()| Done::Kept),
+            Work::Rebuild => {
+                read_model::rebuild(&self.connection, Place::Main, head.seq).map(|()| Done::Kept)
+            }
+        }
     }
 
     /// The epoch of this process, which it claims if it has none; refused if another one owns the state by now.

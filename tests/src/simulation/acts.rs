@@ -201,7 +201,7 @@ impl Cast {
             }
             Err(error) => return broken("a request is answered", error.to_string()),
         }
-        self.watched[number].catch_up(&life.store).await
+        self.watched[number].catch_up(&self.world)
     }
 
     /// A client that does not know whether it was heard asks again with the same key.

@@ -19,7 +19,7 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, OperationId, StreamId};
 use snaptree_store::{LockWait, Store};
 
-use super::check::{Must, Violation, Watched, broken, check_log};
+use super::check::{Must, Violation, Watched, broken, check_chain, check_log};
 use super::coverage::Place;
 use super::model::Model;
 use super::world::{Aim, Recorder, World, domain_id};
@@ -139,6 +139,7 @@ impl Cast {
     /// Lives until it is killed, or all is done.
     pub(super) async fn live(&mut self, number: u32) -> Result<End, Violation> {
         self.world.no_step();
+        self.world.forget_news();
         let last = self.crashes >= CRASHES_MIN && self.operations >= OPERATIONS_MIN;
         let zombie =
             if number > 0 && !last && self.random.chance(15) { Some(self.zombie().await?) } else { None };
@@ -219,7 +220,7 @@ impl Cast {
                 .must("a domain can be registered")?;
             let model = Model::new(&domain);
             self.watched.push(Watched { id: domain.id, model, rebuilt: DomainState::default() });
-            self.watched[number].catch_up(&life.store).await?;
+            self.watched[number].catch_up(&self.world)?;
         }
         Ok(())
     }
@@ -227,7 +228,7 @@ impl Cast {
     /// What the guests do while the program is gone.
     async fn meanwhile(&mut self, life: &Life) -> Result<(), Violation> {
         for number in 0..self.watched.len() {
-            self.watched[number].catch_up(&life.store).await?;
+            self.watched[number].read_up(&life.store).await?;
             if self.watched[number].model.registered && self.random.chance(40) {
                 self.guest(number)?;
             }
@@ -261,8 +262,9 @@ impl Cast {
     pub(super) async fn see_to_attention(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
         let id = self.watched[number].id;
         for _ in 0..4 {
-            let state = life.engine.load(id).await.must("the domain can be loaded")?;
-            let waiting = state.open.iter().find(|open| matches!(open.phase, Phase::NeedsAttention { .. }));
+            self.watched[number].catch_up(&self.world)?;
+            let open = &self.watched[number].rebuilt.open;
+            let waiting = open.iter().find(|open| matches!(open.phase, Phase::NeedsAttention { .. }));
             let Some(waiting) = waiting.map(|open| open.id) else { return Ok(()) };
             self.check(life, number).await?;
             self.tell(format!("retry {waiting}"));
@@ -276,7 +278,7 @@ impl Cast {
 
     pub(super) async fn check(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
         let id = self.watched[number].id;
-        self.watched[number].catch_up(&life.store).await?;
+        self.watched[number].catch_up(&self.world)?;
         let served = life.engine.load(id).await.must("the domain can be loaded")?;
         let seen = life.engine.observe(&served).await.must("the hypervisor can be asked")?;
         self.watched[number].check(&self.world, &self.driver, &served, &seen)
@@ -338,6 +340,7 @@ impl Cast {
             }
         }
         check_log(&self.world, &life.store, self.verified).await?;
+        check_chain(&life.store)?;
         let all = life.store.read(0, &EventFilter::default(), 1 << 20).await;
         Ok(End::Finished(all.must("the log can be read")?))
     }

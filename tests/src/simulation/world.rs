@@ -58,6 +58,8 @@ struct Inner {
     /// Operations that were denied behind their point of no return.
     denied: BTreeSet<OperationId>,
     appended: Vec<(u64, Hash)>,
+    /// What was appended in this life and nobody looked at yet, by domain.
+    news: BTreeMap<DomainId, Vec<Envelope>>,
 }
 
 impl World {
@@ -79,6 +81,7 @@ impl World {
             last: BTreeMap::new(),
             denied: BTreeSet::new(),
             appended: Vec::new(),
+            news: BTreeMap::new(),
         })))
     }
 
@@ -110,6 +113,16 @@ impl World {
     /// Every event whose append returned since this was last asked: its place and its hash.
     pub fn take_appended(&self) -> Vec<(u64, Hash)> {
         std::mem::take(&mut self.inner().appended)
+    }
+
+    /// What was appended to a domain's stream in this life since this was last asked.
+    pub fn take_news(&self, domain: DomainId) -> Vec<Envelope> {
+        self.inner().news.remove(&domain).unwrap_or_default()
+    }
+
+    /// A process is gone, and with it what it knew.
+    pub fn forget_news(&self) {
+        self.inner().news.clear();
     }
 
     /// What was met.
@@ -146,6 +159,9 @@ impl World {
         let mut inner = self.inner();
         for envelope in envelopes {
             inner.appended.push((envelope.seq, envelope.hash));
+            if let StreamId::Domain(domain) = envelope.stream {
+                inner.news.entry(domain).or_default().push(envelope.clone());
+            }
             let Some(operation) = envelope.operation else { continue };
             match &envelope.event {
                 Event::OperationPlanned(e) => {
