@@ -1,7 +1,7 @@
 //! The event log of Snaptree in SQLite: one file, `snaptree.db`, in the state directory.
 //!
 //! The modules follow the path of an append: [`chain`] (how the hash over everything is made), [`lock`] (one process
-//! at a time writes), `schema` (the tables), `row` (an event as its columns), `writer` (the one thread that commits),
+//! at a time writes), `schema` (the tables), `row` (an event as its columns), `writer` (the one who commits),
 //! `reader` (connections that only read), `read_model` (tables for the sqlite3 shell, and for lists), [`verify`],
 //! and [`Store`], which is [`EventLog`](snaptree_engine::log::EventLog) over all of them.
 //!
@@ -20,7 +20,7 @@
 //! `snapshots` keeps the rows of deleted snapshots, with `deleted_at` set: a query for the living ones says
 //! `WHERE deleted_at IS NULL`.
 //!
-//! Architecture Invariant: nothing but the writer thread changes the log, and readers never wait for it.
+//! Architecture Invariant: nothing but the writer changes the log, and readers never wait for it.
 
 pub mod chain;
 mod error;
@@ -37,6 +37,7 @@ pub use error::StoreError;
 pub use lock::{Holder, LockWait};
 pub use store::Store;
 pub use verify::{Problem, Verification, Verified};
+pub use writer::Commits;
 
 /// The database's file name in the state directory.
 pub const DATABASE_FILE: &str = "snaptree.db";

@@ -28,7 +28,7 @@ use crate::reader::{self, Pool, locked};
 use crate::row::prepare;
 use crate::schema::{self, Found, ReadAccess, WAL_BYTES_KEPT, shorten_wal};
 use crate::verify::{Verification, verify};
-use crate::writer::{CHECKPOINTS, Core, Done, Identity, Work, Writer, stored_head};
+use crate::writer::{CHECKPOINTS, Commits, Core, Done, Identity, Work, Writer, stored_head};
 
 /// The event log in a state directory.
 ///
@@ -59,6 +59,14 @@ impl Store {
     /// # Errors
     /// [`StoreError::Locked`] names who has it; the others say why the directory cannot be used.
     pub fn open_writer(dir: &Path, wait: LockWait) -> Result<Self, StoreError> {
+        Self::open_writer_with(dir, wait, Commits::Thread)
+    }
+
+    /// The same, and says who commits.
+    ///
+    /// # Errors
+    /// Those of [`Store::open_writer`].
+    pub fn open_writer_with(dir: &Path, wait: LockWait, commits: Commits) -> Result<Self, StoreError> {
         make_dir(dir)?;
         let lock = Lock::take(dir, wait)?;
         let file = dir.join(DATABASE_FILE);
@@ -81,7 +89,7 @@ impl Store {
             core.commit(vec![first]).into_iter().try_for_each(|result| result.map(|_| ()))?;
         }
         let (sender, head) = watch::channel(core.head.seq);
-        let writer = Writer::start(core, sender).map_err(|source| StoreError::Io {
+        let writer = Writer::start(core, sender, commits).map_err(|source| StoreError::Io {
             what: "cannot start the writer's thread".to_owned(),
             source,
         })?;

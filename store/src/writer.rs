@@ -1,4 +1,4 @@
-//! The one thread that commits.
+//! The one who commits: a thread, or whoever asks, where a program has nothing else to do.
 //!
 //! # Expected flow
 //! 1. It waits for an append, takes whatever else waits, and begins a transaction.
@@ -11,8 +11,8 @@
 //! * A refused append does not harm the others of its group.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use jiff::Timestamp;
@@ -25,6 +25,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::chain::{Field, link};
 use crate::error::{Tried, Words, copy_of, failed};
 use crate::read_model::{self, Place};
+use crate::reader::locked;
 use crate::row::{Prepared, PreparedEvent, integer};
 use crate::{CHECKPOINT_BYTES_MAX, schema};
 
@@ -59,53 +60,103 @@ pub(crate) struct Identity {
     pub(crate) program: String,
 }
 
-/// The way to the thread. It ends when this is dropped, after what was asked for.
+/// Who commits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Commits {
+    /// A thread, which takes what comes together as a group. Whoever asks may do something else meanwhile.
+    #[default]
+    Thread,
+    /// Whoever asks, one at a time and while it is asked: for a program that has nothing else to do meanwhile.
+    InPlace,
+}
+
+/// The way to what commits.
 #[derive(Debug)]
 pub(crate) struct Writer {
-    queue: Option<mpsc::Sender<(Work, Reply)>>,
-    thread: Option<JoinHandle<()>>,
+    way: Way,
     pub(crate) commits: Arc<AtomicU64>,
 }
 
+#[derive(Debug)]
+enum Way {
+    /// The thread ends when this is dropped, after what was asked for.
+    Thread { queue: Option<mpsc::Sender<(Work, Reply)>>, thread: Option<JoinHandle<()>> },
+    /// Never locked across an await.
+    InPlace { desk: Box<Mutex<Desk>> },
+}
+
+/// What commits, and whom it tells.
+#[derive(Debug)]
+struct Desk {
+    core: Core,
+    head: watch::Sender<u64>,
+    counter: Arc<AtomicU64>,
+}
+
+impl Desk {
+    fn commit(&mut self, works: Vec<Work>) -> Vec<Result<Done, LogError>> {
+        let results = self.core.commit(works);
+        self.counter.store(self.core.commits, Ordering::Relaxed);
+        let head = self.core.head.seq;
+        self.head.send_if_modified(|seq| std::mem::replace(seq, head) != head);
+        results
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        schema::shorten_wal(&self.core.connection);
+    }
+}
+
 impl Writer {
-    /// Starts the thread.
-    pub(crate) fn start(mut core: Core, head: watch::Sender<u64>) -> std::io::Result<Self> {
-        let (queue, mut waiting) = mpsc::channel::<(Work, Reply)>(QUEUE_MAX);
+    /// Sets it up.
+    pub(crate) fn start(core: Core, head: watch::Sender<u64>, who: Commits) -> std::io::Result<Self> {
         let commits = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&commits);
+        let mut desk = Desk { core, head, counter: Arc::clone(&commits) };
+        if who == Commits::InPlace {
+            return Ok(Self { way: Way::InPlace { desk: Box::new(Mutex::new(desk)) }, commits });
+        }
+        let (queue, mut waiting) = mpsc::channel::<(Work, Reply)>(QUEUE_MAX);
         let thread = std::thread::Builder::new().name("snaptree-writer".to_owned()).spawn(move || {
             while let Some(first) = waiting.blocking_recv() {
                 let (works, replies) = group(first, &mut waiting);
-                let results = core.commit(works);
-                counter.store(core.commits, Ordering::Relaxed);
-                head.send_if_modified(|seq| std::mem::replace(seq, core.head.seq) != core.head.seq);
+                let results = desk.commit(works);
                 for (reply, result) in replies.into_iter().zip(results) {
                     // Whoever asked may have gone; what was committed stays committed.
                     let _ = reply.send(result);
                 }
             }
-            schema::shorten_wal(&core.connection);
         })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread), commits })
+        Ok(Self { way: Way::Thread { queue: Some(queue), thread: Some(thread) }, commits })
     }
 
-    /// Asks the thread, and waits for its answer.
+    /// Asks, and waits for the answer.
     pub(crate) async fn ask(&self, work: Work) -> Result<Done, LogError> {
         let stopped = || LogError::Backend {
             message: "the writer stopped".to_owned(),
             source: Box::new(Words("its thread ended".to_owned())),
         };
-        let (reply, answer) = oneshot::channel();
-        let queue = self.queue.as_ref().ok_or_else(stopped)?;
-        queue.send((work, reply)).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())?
+        match &self.way {
+            Way::InPlace { desk } => {
+                let results = locked(desk).commit(vec![work]);
+                results.into_iter().next().unwrap_or_else(|| Err(stopped()))
+            }
+            Way::Thread { queue, .. } => {
+                let (reply, answer) = oneshot::channel();
+                let queue = queue.as_ref().ok_or_else(stopped)?;
+                queue.send((work, reply)).await.map_err(|_| stopped())?;
+                answer.await.map_err(|_| stopped())?
+            }
+        }
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        drop(self.queue.take());
-        if let Some(thread) = self.thread.take() {
+        let Way::Thread { queue, thread } = &mut self.way else { return };
+        drop(queue.take());
+        if let Some(thread) = thread.take() {
             // A panic of the thread was reported on stderr; the connection is closed either way.
             let _ = thread.join();
         }

@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use snaptree_drivers::sim::SimDriver;
+use snaptree_drivers::sim::{ByHand, SimDriver};
 use snaptree_engine::engine::Engine;
 use snaptree_engine::project::DomainState;
+use snaptree_engine::{SnapshotId, SnapshotName};
 use snaptree_store::Store;
 use snaptree_tests::program::Program;
 
@@ -33,6 +34,15 @@ impl Lab {
         let engine = Engine::new(std::sync::Arc::new(store));
         let domain = engine.find_domain("web").await.expect("registered");
         engine.load(domain).await.expect("a sound log")
+    }
+
+    async fn by_hand(&self, act: ByHand) {
+        self.hand.by_hand(&self.state().await, &act).expect("the hypervisor can be used");
+    }
+
+    async fn id(&self, name: &str) -> SnapshotId {
+        let name = SnapshotName::new(name).expect("a name");
+        self.state().await.tree.by_name(&name).expect("it is there").id
     }
 
     /// Per snapshot its name and its parent's, and the current one last.
@@ -68,8 +78,8 @@ fn report_only(folder: &Path, program: &Program, args: &[&str]) -> (Option<i32>,
 async fn a_snapshot_made_by_hand_is_adopted_with_its_place_in_the_tree_and_can_be_used() {
     let lab = Lab::new();
     // Between two of ours, under a name that is taken, and one that cannot be a name here.
-    lab.hand.take_by_hand(&lab.state().await, "one").expect("taken");
-    lab.hand.take_by_hand(&lab.state().await, "../etc/passwd").expect("taken");
+    lab.by_hand(ByHand::Take("one".to_owned())).await;
+    lab.by_hand(ByHand::Take("../etc/passwd".to_owned())).await;
     let drift = lab.program.json(0, &["drift", "web"]);
     assert_eq!(drift["domains"][0]["adopted"], json!(["one (2)", "etcpasswd"]), "{drift}");
     let expected = json!([["etcpasswd", "one (2)"], ["one (2)", "one"], ["one", null], "etcpasswd"]);
@@ -90,19 +100,18 @@ async fn a_snapshot_made_by_hand_is_adopted_with_its_place_in_the_tree_and_can_b
 async fn what_was_done_by_hand_is_taken_over_before_an_operation_is_planned_upon_it() {
     let lab = Lab::new();
     lab.program.json(0, &["create", "web", "two"]);
-    let state = lab.state().await;
-    let one = lab.hand.take_by_hand(&state, "by hand").expect("taken");
+    lab.by_hand(ByHand::Take("by hand".to_owned())).await;
     lab.program.json(0, &["create", "web", "three"]);
     let expected = json!([["by hand", "two"], ["one", null], ["three", "by hand"], ["two", "one"], "three"]);
     assert_eq!(lab.tree(), expected);
 
     // A revert made there moves the pointer, and the next snapshot stands where the machine stood.
-    lab.hand.revert_by_hand(&lab.state().await, &one).expect("reverted");
+    lab.by_hand(ByHand::Revert(lab.id("by hand").await)).await;
     lab.program.json(0, &["create", "web", "four"]);
     assert_eq!(lab.program.json(0, &["show", "web", "four"])["parent"], "by hand");
 
     // One that was deleted there is lost, and stays so until it is forgotten.
-    lab.hand.delete_by_hand(&lab.state().await, &one).expect("deleted");
+    lab.by_hand(ByHand::Remove(lab.id("by hand").await)).await;
     let drift = lab.program.json(5, &["drift", "web"]);
     assert_eq!(drift["domains"][0]["findings"][0]["name"], "by hand", "{drift}");
     assert_eq!(lab.program.json(4, &["revert", "web", "by hand"])["error"]["code"], "drift");
@@ -115,7 +124,7 @@ async fn what_was_done_by_hand_is_taken_over_before_an_operation_is_planned_upon
 #[tokio::test]
 async fn a_forgotten_snapshot_is_not_adopted_again() {
     let lab = Lab::new();
-    lab.hand.take_by_hand(&lab.state().await, "by hand").expect("taken");
+    lab.by_hand(ByHand::Take("by hand".to_owned())).await;
     lab.program.json(0, &["drift", "web"]);
     lab.program.json(0, &["delete", "web", "one", "by hand", "--metadata"]);
     for _ in 0..2 {
@@ -129,7 +138,7 @@ async fn a_forgotten_snapshot_is_not_adopted_again() {
 #[tokio::test]
 async fn where_the_settings_say_so_it_is_only_reported() {
     let lab = Lab::new();
-    lab.hand.take_by_hand(&lab.state().await, "by hand").expect("taken");
+    lab.by_hand(ByHand::Take("by hand".to_owned())).await;
     for _ in 0..2 {
         let (code, drift) = report_only(lab.folder.path(), &lab.program, &["drift", "web"]);
         assert_eq!(code, Some(5), "{drift}");

@@ -12,6 +12,7 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
+use super::ByHand;
 use super::machine::{Content, Power};
 
 /// A step that goes on after its client is gone.
@@ -65,6 +66,9 @@ pub(super) trait Host:
 
     /// The guest writes a block.
     fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure>;
+
+    /// Someone uses the hypervisor itself, past Snaptree.
+    fn by_hand(&mut self, act: &ByHand) -> Result<(), Failure>;
 
     /// What the disks read as now.
     fn contents(&self) -> BTreeMap<DiskName, Content>;

@@ -183,11 +183,6 @@ impl Machine {
             .ok_or_else(|| Failure::new(Code::Drift, format!("the hypervisor no longer has snapshot {mark}")))
     }
 
-    fn position_of(&self, native: &str) -> Result<usize, Failure> {
-        let found = self.snapshots.iter().position(|kept| kept.native.to_string() == native);
-        found.ok_or_else(|| Failure::new(Code::NotFound, format!("the hypervisor has no snapshot {native}")))
-    }
-
     /// The guest writes a block. Its memory counts the writes, so that memory and disks tell the same moment.
     pub(in crate::sim) fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
         let content = self
@@ -223,33 +218,28 @@ impl Machine {
             (MemoryKind::No, _) => (Power::Off, SnapshotState::DiskSnapshot),
             (_, power) => (power, power.run_state().into()),
         };
-        Ok((self.keep(Some(mark), name, disks, power), state))
+        let held = self.disks.iter().filter(|(disk, _)| disks.contains(*disk));
+        let held = held.map(|(disk, content)| (disk.clone(), content.clone())).collect();
+        Ok((self.keep(Some(mark), name, held, power), state))
     }
 
-    /// Takes a snapshot of everything that nobody asked Snaptree for.
-    pub(in crate::sim) fn take_unmarked(&mut self, name: &str) -> String {
-        let disks = self.disks.keys().cloned().collect();
-        self.keep(None, name, &disks, self.power).to_string()
+    /// Takes a snapshot of everything, which does not carry our mark.
+    pub(in crate::sim) fn take_unmarked(&mut self, name: &str) {
+        let (held, power) = (self.disks.clone(), self.power);
+        self.keep(None, name, held, power);
     }
 
     fn keep(
         &mut self,
         mark: Option<SnapshotId>,
         name: &str,
-        disks: &BTreeSet<DiskName>,
+        disks: BTreeMap<DiskName, Content>,
         power: Power,
     ) -> u64 {
         let native = self.next_native;
         self.next_native += 1;
-        let held = self.disks.iter().filter(|(disk, _)| disks.contains(*disk));
-        self.snapshots.push(Kept {
-            native,
-            mark,
-            name: name.to_owned(),
-            parent: self.current.replace(native),
-            disks: held.map(|(disk, content)| (disk.clone(), content.clone())).collect(),
-            power,
-        });
+        let (name, parent) = (name.to_owned(), self.current.replace(native));
+        self.snapshots.push(Kept { native, mark, name, parent, disks, power });
         native
     }
 
@@ -259,43 +249,23 @@ impl Machine {
         mark: SnapshotId,
         run_state: Option<RunState>,
     ) -> Result<(), Failure> {
-        self.revert_to(self.position(mark)?, run_state);
-        Ok(())
-    }
-
-    /// Goes back to the snapshot with that id of the hypervisor's.
-    pub(in crate::sim) fn revert_unasked(&mut self, native: &str) -> Result<(), Failure> {
-        self.revert_to(self.position_of(native)?, None);
-        Ok(())
-    }
-
-    fn revert_to(&mut self, position: usize, run_state: Option<RunState>) {
-        let kept = &self.snapshots[position];
+        let kept = &self.snapshots[self.position(mark)?];
         self.power = run_state.map_or(kept.power, |wanted| kept.power.brought_to(wanted));
         self.current = Some(kept.native);
         self.disks.extend(kept.disks.iter().map(|(disk, content)| (disk.clone(), content.clone())));
+        Ok(())
     }
 
     /// Removes a snapshot: its children, and the current pointer, move to its parent.
     pub(in crate::sim) fn remove(&mut self, mark: SnapshotId) -> Result<(), Failure> {
-        self.remove_at(self.position(mark)?);
-        Ok(())
-    }
-
-    /// Removes the snapshot with that id of the hypervisor's.
-    pub(in crate::sim) fn remove_unasked(&mut self, native: &str) -> Result<(), Failure> {
-        self.remove_at(self.position_of(native)?);
-        Ok(())
-    }
-
-    fn remove_at(&mut self, position: usize) {
-        let removed = self.snapshots.remove(position);
+        let removed = self.snapshots.remove(self.position(mark)?);
         let parents = self.snapshots.iter_mut().map(|kept| &mut kept.parent);
         for pointer in parents.chain([&mut self.current]) {
             if *pointer == Some(removed.native) {
                 *pointer = removed.parent;
             }
         }
+        Ok(())
     }
 
     /// Knows again the snapshots that somebody else made and the log adopted.

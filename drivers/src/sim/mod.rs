@@ -14,7 +14,6 @@
 //! Code Map: `host` (what a machine can do), `machine`, `step`, `plan` and `plain` (copies), `layered` (layers),
 //! `vault` and `file` (where it is kept), `profile` (whose limits it has), `faults` (what goes wrong).
 
-mod by_hand;
 mod faults;
 mod file;
 mod host;
@@ -69,6 +68,17 @@ impl Holding {
         let disks = disks.into_iter().map(|(disk, content)| (disk, content.0)).collect();
         Self { disks, run_state: power.run_state(), memory: power.memory() }
     }
+}
+
+/// What someone does at the hypervisor itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ByHand {
+    /// Takes a snapshot of that name.
+    Take(String),
+    /// Deletes a snapshot of ours.
+    Remove(SnapshotId),
+    /// Reverts to a snapshot of ours.
+    Revert(SnapshotId),
 }
 
 /// The simulated hypervisor.
@@ -161,6 +171,18 @@ impl SimDriver {
             machine.bring_to(run_state);
             Ok(())
         })
+    }
+
+    /// What someone does at the hypervisor itself, past Snaptree.
+    ///
+    /// # Errors
+    /// The hypervisor keeps no list of snapshots or has no such one, or the machine's file cannot be read or written.
+    pub fn by_hand(&self, state: &DomainState, act: &ByHand) -> Result<(), DriverError> {
+        hosted!(self.by_hand_as(state, act))
+    }
+
+    fn by_hand_as<H: Host>(&self, state: &DomainState, act: &ByHand) -> Result<(), DriverError> {
+        self.change(state, |machine: &mut H, _| machine.by_hand(act))
     }
 
     /// What the machine's memory holds; none while it is off.

@@ -11,10 +11,10 @@ use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::host::{At, Effects, Freshness, GoingOn, Host};
-use super::json;
 use super::machine::{Content, Machine, Power};
 use super::plan::{self, Detail};
 use super::step::Action;
+use super::{ByHand, json};
 
 impl Host for Machine {
     fn new(domain: &Domain) -> Self {
@@ -39,6 +39,17 @@ impl Host for Machine {
 
     fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
         self.write(disk, block, value)
+    }
+
+    fn by_hand(&mut self, act: &ByHand) -> Result<(), Failure> {
+        match act {
+            ByHand::Take(name) => {
+                self.take_unmarked(name);
+                Ok(())
+            }
+            ByHand::Remove(snapshot) => self.remove(*snapshot),
+            ByHand::Revert(snapshot) => self.revert(*snapshot, None),
+        }
     }
 
     fn contents(&self) -> BTreeMap<DiskName, Content> {

@@ -1,22 +1,31 @@
 //! Runs seeds of the simulation, and says what they met.
 //!
-//! `cargo run --release -p snaptree-tests --bin simulate -- --seeds N --from S [--seconds T] [--verbose]`
-//! With `--seconds` no seed is begun after that time.
+//! `cargo run --release -p snaptree-tests --bin simulate -- --seeds N --from S [--jobs J] [--seconds T] [--verbose]`
+//!
+//! Seeds run in `J` threads (one a core). With `--seconds` no seed is begun after that time. What is printed does not
+//! depend on the threads. It fails if a seed violates an invariant, and if after `SEEDS_FOR_COVERAGE` seeds or more a
+//! cell of the table was never hit.
 
 #![allow(clippy::expect_used, reason = "a test program ends with what went wrong")]
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use snaptree_tests::simulation::coverage::Coverage;
+use snaptree_drivers::sim::Fault;
+use snaptree_tests::simulation::coverage::{Coverage, cells};
 use snaptree_tests::simulation::{Broken, run};
+
+/// So many seeds have to hit every cell of the table.
+const SEEDS_FOR_COVERAGE: u64 = 2_000;
 
 /// What was asked for.
 struct Asked {
     seeds: u64,
     from: u64,
+    jobs: usize,
     seconds: u64,
     verbose: bool,
 }
@@ -29,10 +38,13 @@ struct Sum {
     crashes: u64,
     events: u64,
     broken: Option<(u64, Box<Broken>)>,
+    /// With `--verbose`, what is to be told of each seed.
+    told: BTreeMap<u64, Vec<String>>,
 }
 
 fn asked() -> Result<Asked, String> {
-    let mut asked = Asked { seeds: 100, from: 0, seconds: u64::MAX, verbose: false };
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut asked = Asked { seeds: 100, from: 0, jobs, seconds: u64::MAX, verbose: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -42,6 +54,7 @@ fn asked() -> Result<Asked, String> {
         match word.as_str() {
             "--seeds" => asked.seeds = number()?,
             "--from" => asked.from = number()?,
+            "--jobs" => asked.jobs = usize::try_from(number()?).unwrap_or(1).clamp(1, 256),
             "--seconds" => asked.seconds = number()?,
             "--verbose" => asked.verbose = true,
             other => return Err(format!("unknown option {other}")),
@@ -54,7 +67,7 @@ fn main() -> ExitCode {
     let asked = match asked() {
         Ok(asked) => asked,
         Err(error) => {
-            eprintln!("{error}\nusage: simulate [--seeds N] [--from S] [--seconds T] [--verbose]");
+            eprintln!("{error}\nusage: simulate [--seeds N] [--from S] [--jobs J] [--seconds T] [--verbose]");
             return ExitCode::from(2);
         }
     };
@@ -63,11 +76,12 @@ fn main() -> ExitCode {
     let sum = all(&asked, began, &done);
     let seconds = began.elapsed().as_secs_f64();
     let seeds = done.load(Ordering::Relaxed);
+    sum.told.values().flatten().for_each(|line| println!("{line}"));
     println!("{}", sum.coverage.table());
     let zeros = sum.coverage.zeros();
-    println!("never hit: {}", zeros.len());
-    for (kind, fault, place) in zeros {
-        println!("  {kind} x {} x {}", fault.map_or("none", |fault| fault.as_str()), place.as_str());
+    println!("cells: {}, never hit: {}, least hits: {}", cells().len(), zeros.len(), sum.coverage.least());
+    for (kind, fault, place) in &zeros {
+        println!("  {kind} x {} x {}", fault.map_or("none", Fault::as_str), place.as_str());
     }
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = seeds as f64 / seconds;
@@ -76,6 +90,10 @@ fn main() -> ExitCode {
         asked.from, sum.operations, sum.crashes, sum.events
     );
     match sum.broken {
+        None if seeds >= SEEDS_FOR_COVERAGE && !zeros.is_empty() => {
+            println!("{seeds} seeds did not hit every cell");
+            ExitCode::FAILURE
+        }
         None => ExitCode::SUCCESS,
         Some((seed, broken)) => {
             tell(seed, &broken, asked.verbose);
@@ -89,9 +107,8 @@ fn all(asked: &Asked, began: Instant, done: &AtomicU64) -> Sum {
     let next = AtomicU64::new(asked.from);
     let stop = AtomicBool::new(false);
     let sum = Mutex::new(Sum::default());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        for _ in 0..threads {
+        for _ in 0..asked.jobs {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) && began.elapsed().as_secs() < asked.seconds {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -118,8 +135,9 @@ fn one(seed: u64, asked: &Asked, sum: &Mutex<Sum>, stop: &AtomicBool) {
             sum.crashes += u64::from(run.crashes);
             sum.events += run.events;
             if asked.verbose {
-                run.story.iter().for_each(|line| println!("{line}"));
-                println!("seed {seed}: {} operations, digest {}", run.operations, run.digest);
+                let mut lines = run.story;
+                lines.push(format!("seed {seed}: {} operations, digest {}", run.operations, run.digest));
+                sum.told.insert(seed, lines);
             }
         }
         Err(broken) => {

@@ -11,34 +11,36 @@ use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish, UnregisterWish}
 use snaptree_engine::log::{Checkpoint, EventLog};
 use snaptree_engine::operation::Code;
 use snaptree_engine::project::PROJECTOR;
-use snaptree_engine::{SnapshotId, SnapshotName, StreamId};
+use snaptree_engine::{OperationId, SnapshotId, StreamId};
 
 use super::check::{Must, Violation, broken};
-use super::life::{Cast, Keyed, Life};
+use super::life::{Cast, Keyed, LATE, Life};
 use super::model::GuestAct;
 
 /// Blocks that the guests write: few, so that they meet.
 const BLOCKS_USED: usize = 6;
 
 impl Cast {
+    pub(super) fn registered(&self) -> Vec<usize> {
+        (0..self.watched.len()).filter(|number| self.watched[*number].model.registered).collect()
+    }
+
     /// One thing happens, and everything is looked at after it.
     pub(super) async fn act(&mut self, life: &Life) -> Result<(), Violation> {
-        let registered: Vec<usize> =
-            (0..self.watched.len()).filter(|number| self.watched[*number].model.registered).collect();
+        let registered: Vec<usize> = self.registered().into_iter().filter(|number| *number != LATE).collect();
         // The layers are where most can go wrong.
-        let number = if self.random.chance(45) && registered.contains(&0) {
-            0
-        } else {
-            *self.random.pick(&registered)
-        };
+        let number = if self.random.chance(45) { 0 } else { *self.random.pick(&registered) };
         let chance = *self.random.pick(&[0, 20, 40]);
         self.world.fault_chance(chance);
         match self.random.below(100) {
-            0..4 => self.jump(),
-            4..8 => self.dry_run(life, number).await?,
-            8..12 => self.reconcile(life, number).await?,
-            12..18 => self.repeat(life).await?,
-            18..19 if registered.len() > 3 => self.unregister(life, number).await?,
+            0..3 => self.jump(),
+            3..6 => self.dry_run(life, number).await?,
+            6..9 => self.reconcile(life, number).await?,
+            9..13 => self.repeat(life).await?,
+            13..17 => self.drift(life, number).await?,
+            17..22 => self.by_hand(number)?,
+            22..26 => self.change_its_mind(life, number).await?,
+            26..29 => self.come_too_late(life, number).await?,
             _ => {
                 // Several requests may wait before anyone carries them out.
                 let count = if self.random.chance(25) { 1 + self.random.below(3) } else { 1 };
@@ -51,12 +53,34 @@ impl Cast {
         self.drive(life, number).await?;
         self.see_to_attention(life, number).await?;
         self.check(life, number).await?;
-        if self.random.chance(25) {
+        if self.random.chance(15) {
             self.checkpoint(life, number).await?;
         }
-        if self.watched[number].model.registered && self.random.chance(60) {
+        if self.random.chance(60) {
             self.guest(number)?;
         }
+        Ok(())
+    }
+
+    /// Someone asks for one thing or two, and calls one of them off before anyone has begun.
+    async fn change_its_mind(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
+        let mut asked = Vec::new();
+        for _ in 0..=self.random.below(2) {
+            let command = self.command(number);
+            asked.extend(self.submit(life, number, command).await?);
+        }
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let operation = *self.random.pick(&asked);
+        self.call_off(life, number, operation).await
+    }
+
+    /// Nobody comes to carry out a request until its time is over.
+    async fn come_too_late(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
+        let command = self.command(number);
+        self.submit(life, number, command).await?;
+        self.jump_by(24 * 365);
         Ok(())
     }
 
@@ -87,18 +111,12 @@ impl Cast {
         Ok(())
     }
 
-    fn some_snapshot(&mut self, number: usize) -> Option<SnapshotId> {
+    pub(super) fn some_snapshot(&mut self, number: usize) -> Option<SnapshotId> {
         let live: Vec<SnapshotId> = self.watched[number].model.snapshots.keys().copied().collect();
         if live.is_empty() { None } else { Some(*self.random.pick(&live)) }
     }
 
-    fn fresh_name(&mut self) -> SnapshotName {
-        self.names += 1;
-        let number = if self.random.chance(20) { self.names / 2 } else { self.names };
-        SnapshotName::new(format!("s{number}")).expect("a name")
-    }
-
-    fn command(&mut self, number: usize) -> Command {
+    pub(super) fn command(&mut self, number: usize) -> Command {
         let Some(id) = self.some_snapshot(number) else { return self.create(number) };
         let snapshot = if self.random.chance(15) { SnapshotRef::Current } else { SnapshotRef::Id(id) };
         match self.random.below(100) {
@@ -166,7 +184,13 @@ impl Cast {
         })
     }
 
-    async fn submit(&mut self, life: &Life, number: usize, command: Command) -> Result<(), Violation> {
+    /// Asks, sometimes with a key; returns the operation, if it is one.
+    pub(super) async fn submit(
+        &mut self,
+        life: &Life,
+        number: usize,
+        command: Command,
+    ) -> Result<Option<OperationId>, Violation> {
         let key = self.random.chance(30).then(|| {
             self.names += 1;
             format!("key-{}", self.names)
@@ -178,30 +202,30 @@ impl Cast {
         }
         let id = self.watched[number].id;
         self.world.no_step();
-        match life.engine.submit(&life.requester, id, &command, key.as_deref()).await {
+        let answer = life.engine.submit(&life.requester, id, &command, key.as_deref()).await;
+        let operation = match answer {
             Ok(Submitted::Operation(operation)) => {
                 self.operations += 1;
-                if let Some(keyed) = self.keyed.last_mut().filter(|_| key.is_some()) {
-                    keyed.operation = Some(operation);
-                }
+                Some(operation)
             }
-            Ok(Submitted::Recorded) => {
-                if key.is_some() {
-                    self.keyed.pop();
-                }
-            }
+            Ok(Submitted::Recorded) => None,
             Err(EngineError::Rejected(rejection)) => {
                 self.tell(format!("rejected: {rejection}"));
-                if key.is_some() {
-                    self.keyed.pop();
-                }
+                None
             }
             Ok(Submitted::Repeated(operation)) => {
                 return broken("a new key is new", format!("{operation}"));
             }
             Err(error) => return broken("a request is answered", error.to_string()),
+        };
+        if key.is_some() {
+            match operation {
+                Some(_) => self.keyed.last_mut().expect("it was pushed").operation = operation,
+                None => drop(self.keyed.pop()),
+            }
         }
-        self.watched[number].catch_up(&self.world)
+        self.watched[number].catch_up(&self.world)?;
+        Ok(operation)
     }
 
     /// A client that does not know whether it was heard asks again with the same key.
@@ -288,10 +312,5 @@ impl Cast {
             state: serde_json::to_string(&state).must("a state can be written")?,
         };
         life.store.save_checkpoint(checkpoint).await.must("a checkpoint can be kept")
-    }
-
-    /// The end of a domain, with one plain image a disk.
-    async fn unregister(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
-        self.submit(life, number, Command::Unregister(UnregisterWish::Flatten)).await
     }
 }

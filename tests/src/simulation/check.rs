@@ -12,7 +12,7 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::{DomainId, SnapshotId, StreamId};
 use snaptree_store::{Store, Verification};
 
-use super::model::Model;
+use super::model::{Listed, Model};
 use super::world::World;
 
 /// What was broken, and how.
@@ -89,7 +89,7 @@ impl Watched {
         self.check_contents(driver, served, resting)?;
         if resting {
             if served.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
-                check_snapshots(served, seen)?;
+                check_snapshots(&self.model.listed, seen)?;
             } else {
                 check_layers(served, seen)?;
             }
@@ -122,8 +122,15 @@ impl Watched {
             let Some(failure) = &asked.failure else {
                 return broken("a failure has a reason", format!("{id}"));
             };
+            let lost = asked.request.snapshots().iter().any(|id| self.model.lost.contains(id));
             let known = if asked.outcome == Some(Outcome::Expired) {
                 failure.code == Code::Expired
+            } else if asked.outcome == Some(Outcome::Cancelled) {
+                failure.code == Code::Cancelled && asked.called_off
+            } else if failure.code == Code::NeedsAttention {
+                world.was_denied(*id)
+            } else if failure.code == Code::Drift && lost {
+                failure.refused
             } else if failure.refused {
                 matches!(failure.code, Code::NotFound | Code::Exists | Code::Unsupported)
             } else {
@@ -159,6 +166,9 @@ impl Watched {
     ) -> Result<(), Violation> {
         let kept = driver.snapshots(served).must("the hypervisor can be asked")?;
         for (id, known) in self.model.snapshots.iter_mut() {
+            if known.lost {
+                continue;
+            }
             // Also while an operation rests: what it has deleted so far is no longer listed.
             let Some(found) = kept.get(id) else {
                 return broken("1: a live snapshot is there", format!("{id} is gone"));
@@ -182,8 +192,9 @@ impl Watched {
     }
 }
 
-/// The hypervisor that keeps snapshots itself has those of the tree; one that was forgotten stands for its parent.
-fn check_snapshots(served: &DomainState, seen: &Observation) -> Result<(), Violation> {
+/// The hypervisor that keeps snapshots itself has those that the outcomes, and whoever used it by hand, left there;
+/// one that does not carry our mark stands for its parent.
+fn check_snapshots(listed: &Listed, seen: &Observation) -> Result<(), Violation> {
     let by_native: BTreeMap<&str, _> = seen.snapshots.iter().map(|s| (s.native.as_str(), s)).collect();
     let ours = |native: Option<&String>| -> Option<SnapshotId> {
         let mut next = native.and_then(|native| by_native.get(native.as_str()));
@@ -195,14 +206,13 @@ fn check_snapshots(served: &DomainState, seen: &Observation) -> Result<(), Viola
         }
         None
     };
-    let found: BTreeMap<SnapshotId, Option<SnapshotId>> =
-        seen.snapshots.iter().filter_map(|s| Some((s.id?, ours(s.parent.as_ref())))).collect();
-    let listed: BTreeMap<SnapshotId, Option<SnapshotId>> =
-        served.tree.iter().map(|s| (s.id, s.parent)).collect();
-    let current = (ours(seen.current.as_ref()), served.tree.current().map(|current| current.id));
-    if found != listed || current.0 != current.1 {
-        let what = format!("{found:?}\nnot\n{listed:?}\ncurrent {current:?}");
-        return broken("3: the hypervisor has what the log says", what);
+    let found = Listed {
+        parents: seen.snapshots.iter().filter_map(|s| Some((s.id?, ours(s.parent.as_ref())))).collect(),
+        current: ours(seen.current.as_ref()),
+        unmarked: seen.snapshots.iter().filter(|s| s.id.is_none()).count(),
+    };
+    if found != *listed {
+        return broken("3: the hypervisor has what the log says", format!("{found:?}\nnot\n{listed:?}"));
     }
     Ok(())
 }

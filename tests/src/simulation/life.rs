@@ -7,35 +7,45 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 use serde_json::json;
-use snaptree_drivers::sim::{Fault, SimDriver};
+use snaptree_drivers::sim::SimDriver;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::{NoWatch, Registration};
-use snaptree_engine::engine::{Clock, Engine, Requester, Settings};
+use snaptree_engine::engine::{Clock, Engine, EngineError, Foreign, Requester, Settings};
 use snaptree_engine::event::{Actor, DomainChanged, Envelope, Origin};
 use snaptree_engine::log::{Append, EventFilter, EventLog, LogError, NewEvent};
-use snaptree_engine::operation::Phase;
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, OperationId, StreamId};
-use snaptree_store::{LockWait, Store};
+use snaptree_store::{Commits, LockWait, Store};
 
 use super::check::{Must, Violation, Watched, broken, check_chain, check_log};
-use super::coverage::Place;
+use super::coverage::{Cell, cells};
 use super::model::Model;
 use super::world::{Aim, Recorder, World, domain_id};
 use super::{CRASHES_MIN, OPERATIONS_MIN};
 use crate::random::Random;
 
 /// The domains: their profiles and disks.
-const DOMAINS: [(&str, &str, &[&str]); 4] = [
+const DOMAINS: [(&str, &str, &[&str]); 5] = [
     ("layers", "qemu", &["vda", "vdb"]),
     ("box", "virtualbox", &["sda"]),
     ("any", "libvirt-test", &["vda", "vdb"]),
     ("host", "esx", &["sda"]),
+    ("late", "qemu", &["vda", "vdb"]),
 ];
 
-/// Acts of a life before it is killed at the next place.
-const ACTS_OF_A_LIFE: u32 = 14;
+/// The domain that nobody touches before an adoption is aimed at.
+pub(super) const LATE: usize = 4;
+
+/// Domains that are never let go of.
+pub(super) const DOMAINS_MIN: usize = 3;
+
+/// Acts toward a cell before the program is killed at the next place, whatever it is.
+const ACTS_TOWARD_A_CELL: u32 = 10;
+
+/// Neighbours in the table go to seeds that are far from each other: a number without a common factor with the number
+/// of cells, which is looked at when the table is made.
+const STRIDE: usize = 211;
 
 /// How a life ended, if nobody killed it.
 pub(super) enum End {
@@ -64,6 +74,10 @@ pub(super) struct Cast {
     pub names: u32,
     pub operations: u32,
     pub crashes: u32,
+    seed: u64,
+    /// Lives that are to end in a cell, and those that did.
+    lives_to_end: u32,
+    lives_ended: u32,
     /// The last event whose place in the log was looked at.
     verified: u64,
     dir: PathBuf,
@@ -86,9 +100,14 @@ impl Cast {
     pub(super) fn new(seed: u64, folder: &Path) -> Self {
         let world = World::new(seed);
         let driver = SimDriver::in_memory().with_faults(Arc::new(world.clone()));
+        let mut random = Random::new(seed);
+        let lives_to_end = CRASHES_MIN + u32::from(random.chance(30));
         Self {
             world,
-            random: Random::new(seed),
+            random,
+            seed,
+            lives_to_end,
+            lives_ended: 0,
             driver,
             watched: Vec::new(),
             keyed: Vec::new(),
@@ -123,10 +142,15 @@ impl Cast {
     }
 
     fn open(&self) -> Result<Life, Violation> {
-        let store = Store::open_writer(&self.dir, LockWait { timeout: Duration::from_secs(5) });
+        let store = Store::open_writer_with(
+            &self.dir,
+            LockWait { timeout: Duration::from_secs(5) },
+            Commits::InPlace,
+        );
         let store = Arc::new(store.must("the store can be opened")?);
         let log = Arc::new(Recorder { store: Arc::clone(&store), world: self.world.clone() });
-        let settings = Settings { merge_copy_bytes_max: 5 * 1024, ..Settings::default() };
+        let foreign = Foreign::Report;
+        let settings = Settings { merge_copy_bytes_max: 5 * 1024, foreign, ..Settings::default() };
         let engine = Engine::new(log)
             .with_driver(DriverKind::Sim, Arc::new(self.driver.clone()))
             .with_clock(Arc::new(self.world.clone()))
@@ -140,20 +164,22 @@ impl Cast {
     pub(super) async fn live(&mut self, number: u32) -> Result<End, Violation> {
         self.world.no_step();
         self.world.forget_news();
-        let last = self.crashes >= CRASHES_MIN && self.operations >= OPERATIONS_MIN;
+        let last = self.lives_ended >= self.lives_to_end && self.operations >= OPERATIONS_MIN;
         let zombie =
-            if number > 0 && !last && self.random.chance(15) { Some(self.zombie().await?) } else { None };
+            if number > 0 && !last && self.random.chance(10) { Some(self.zombie().await?) } else { None };
         let life = self.open()?;
         if number == 0 {
             self.register(&life).await?;
         }
-        if !last && self.random.chance(35) {
-            let aim = self.choose_aim();
-            self.aim(aim);
-        }
         if number > 0 {
+            if !last && self.random.chance(20) {
+                let places = u32::try_from(self.random.below(25)).unwrap_or(0);
+                self.aim(Aim::Any(places));
+            }
             self.meanwhile(&life).await?;
+            self.call_off_some(&life).await?;
             self.recover(&life).await?;
+            self.world.aim(None);
         }
         if let Some(zombie) = zombie {
             self.bury(&life, zombie).await?;
@@ -161,18 +187,35 @@ impl Cast {
         if last {
             return self.finish(&life).await;
         }
-        let aim = self.choose_aim();
-        self.aim(aim);
-        let mut acts = 0;
-        while self.operations < OPERATIONS_MIN || self.crashes < CRASHES_MIN {
-            if acts == ACTS_OF_A_LIFE {
-                self.aim(Aim::Any(0));
-            }
-            acts += 1;
+        let share = OPERATIONS_MIN * (self.lives_ended + 1) / (self.lives_to_end + 1);
+        while self.operations < share {
             self.act(&life).await?;
         }
-        self.world.aim(None);
+        if self.lives_ended < self.lives_to_end {
+            self.end_in(&life, self.next_cell()).await?;
+        }
+        while self.operations < OPERATIONS_MIN {
+            self.act(&life).await?;
+        }
         Ok(End::Restart)
+    }
+
+    /// Acts until the program is killed in the cell; where that takes too long, anywhere.
+    async fn end_in(&mut self, life: &Life, cell: Cell) -> Result<(), Violation> {
+        self.lives_ended += 1;
+        self.aim(Aim::In(cell));
+        for _ in 0..ACTS_TOWARD_A_CELL {
+            self.act_toward(life, cell).await?;
+            if self.world.aimed_at().is_none() {
+                break;
+            }
+        }
+        // The cell was one without a crash, or would not come.
+        let places = u32::try_from(self.random.below(12)).unwrap_or(0);
+        self.aim(Aim::Any(places));
+        loop {
+            self.act(life).await?;
+        }
     }
 
     fn aim(&mut self, aim: Aim) {
@@ -180,26 +223,13 @@ impl Cast {
         self.world.aim(Some(aim));
     }
 
-    fn choose_aim(&mut self) -> Aim {
-        const AFTER: [Place; 9] = [
-            Place::AppendBefore,
-            Place::AppendAfter,
-            Place::Started,
-            Place::Before,
-            Place::Half,
-            Place::After,
-            Place::Done,
-            Place::UndoBefore,
-            Place::UndoAfter,
-        ];
-        match self.random.below(10) {
-            0..3 => Aim::Any(u32::try_from(self.random.below(70)).unwrap_or(0)),
-            3..6 => {
-                let place = *self.random.pick(&Place::ALL[1..]);
-                Aim::At(place, u32::try_from(self.random.below(4)).unwrap_or(0))
-            }
-            _ => Aim::AfterFault(*self.random.pick(&Fault::ALL), *self.random.pick(&AFTER)),
-        }
+    /// The cells in turn, from seed to seed.
+    fn next_cell(&self) -> Cell {
+        let cells = cells();
+        debug_assert!(cells.len() % STRIDE != 0, "the stride leads to every cell");
+        let turn = self.seed.wrapping_mul(u64::from(CRASHES_MIN)).wrapping_add(u64::from(self.lives_ended));
+        let turn = usize::try_from(turn % cells.len() as u64).unwrap_or(0);
+        cells[turn * STRIDE % cells.len()]
     }
 
     async fn register(&mut self, life: &Life) -> Result<(), Violation> {
@@ -258,24 +288,6 @@ impl Cast {
         Ok(())
     }
 
-    /// Someone looks at what needs attention, and lets it try again.
-    pub(super) async fn see_to_attention(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
-        let id = self.watched[number].id;
-        for _ in 0..4 {
-            self.watched[number].catch_up(&self.world)?;
-            let open = &self.watched[number].rebuilt.open;
-            let waiting = open.iter().find(|open| matches!(open.phase, Phase::NeedsAttention { .. }));
-            let Some(waiting) = waiting.map(|open| open.id) else { return Ok(()) };
-            self.check(life, number).await?;
-            self.tell(format!("retry {waiting}"));
-            let retry = Command::Retry(waiting);
-            let retried = life.engine.submit(&life.requester, id, &retry, None).await;
-            retried.must("an operation can be retried")?;
-            self.drive(life, number).await?;
-        }
-        broken("a retry leads on", "four were not enough")
-    }
-
     pub(super) async fn check(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
         let id = self.watched[number].id;
         self.watched[number].catch_up(&self.world)?;
@@ -294,13 +306,39 @@ impl Cast {
         Ok(zombie)
     }
 
-    /// Nothing that it writes reaches the log any more.
+    /// Nothing that it does reaches the log or a machine any more.
     async fn bury(&mut self, life: &Life, zombie: Life) -> Result<(), Violation> {
+        const INVARIANT: &str = "a process that lost the lock is fenced";
         self.label(life).await.must("the owner can append")?;
-        match self.label(&zombie).await {
-            Err(LogError::Fenced { .. }) => Ok(()),
-            other => broken("a process that lost the lock is fenced", format!("{other:?}")),
+        let before = life.store.head().await.must("the log can be read")?;
+        let (number, command) = (0, self.command(0));
+        let id = self.watched[number].id;
+        let holding =
+            self.driver.holding(&self.watched[number].rebuilt).must("the hypervisor can be asked")?;
+        match zombie.engine.submit(&zombie.requester, id, &command, None).await {
+            Err(EngineError::Log(LogError::Fenced { .. }) | EngineError::Rejected(_)) => {}
+            other => return broken(INVARIANT, format!("{other:?}")),
         }
+        match self.label(&zombie).await {
+            Err(LogError::Fenced { .. }) => {}
+            other => return broken(INVARIANT, format!("{other:?}")),
+        }
+        // What the owner was asked for, the other one cannot carry out.
+        let open = self.submit(life, number, command).await?;
+        if open.is_some() {
+            let driven = zombie.engine.drive(&zombie.requester, id, &NoWatch).await;
+            if !matches!(driven, Err(EngineError::Log(LogError::Fenced { .. }))) {
+                return broken(INVARIANT, format!("{:?}", driven.map(|driven| driven.carried)));
+            }
+        }
+        let after = self.driver.holding(&self.watched[number].rebuilt).must("the hypervisor can be asked")?;
+        let written = life.store.head().await.must("the log can be read")?.seq - before.seq;
+        if holding != after || written > 1 {
+            return broken(INVARIANT, format!("{written} events, {after:?}"));
+        }
+        self.drive(life, number).await?;
+        self.see_to_attention(life, number).await?;
+        self.check(life, number).await
     }
 
     /// Appends what is always allowed.
@@ -318,6 +356,10 @@ impl Cast {
     /// The clock is set: back an hour, ahead a year.
     pub(super) fn jump(&mut self) {
         let hours = if self.random.chance(50) { -1 } else { 24 * 365 };
+        self.jump_by(hours);
+    }
+
+    pub(super) fn jump_by(&mut self, hours: i64) {
         self.tell(format!("the clock jumps by {hours} h"));
         self.world.jump(SignedDuration::from_hours(hours));
     }

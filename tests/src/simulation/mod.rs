@@ -5,16 +5,20 @@
 //! and every restart the [invariants](check) are compared with it.
 //!
 //! Code Map: [`world`] (what the seed rules), [`model`] (what has to be true), [`check`] (the invariants), `life`
-//! (one process from its start to its end), `acts` (what is asked of it), [`coverage`] (what was met).
+//! (one process from its start to its end), `acts` (what is asked of it at random), `steer` (what leads to a cell of the
+//! table), `stuck` (what needs someone), `outside` (what happens past the program), [`coverage`] (what was met).
 
 mod acts;
 pub mod check;
 pub mod coverage;
 mod life;
 pub mod model;
+mod outside;
+mod steer;
+mod stuck;
 pub mod world;
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -66,7 +70,7 @@ pub struct Broken {
 /// A violated invariant.
 ///
 /// # Panics
-/// The program under test panics, or a runtime cannot be made.
+/// A runtime cannot be made.
 pub fn run(seed: u64, folder: &Path) -> Result<Run, Box<Broken>> {
     let mut cast = Cast::new(seed, folder);
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
@@ -78,8 +82,10 @@ pub fn run(seed: u64, folder: &Path) -> Result<Run, Box<Broken>> {
             Ok(Err(violation)) => return Err(Box::new(told(&cast, violation))),
             Err(panic) if panic.is::<Killed>() => cast.killed(),
             Err(panic) => {
-                eprintln!("seed {seed} panicked; its last acts:\n{}", cast.story().join("\n"));
-                resume_unwind(panic);
+                let what = panic.downcast_ref::<String>().cloned();
+                let what = what.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+                let invariant = "the program does not panic";
+                return Err(Box::new(told(&cast, Violation { invariant, what: what.unwrap_or_default() })));
             }
         }
     }

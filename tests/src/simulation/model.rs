@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
-use snaptree_drivers::sim::Holding;
+use snaptree_drivers::sim::{ByHand, Holding};
 use snaptree_engine::domain::{Domain, RunState};
-use snaptree_engine::event::{Envelope, Event, MemoryKind};
+use snaptree_engine::event::{DeleteWhat, Envelope, Event, MemoryKind};
 use snaptree_engine::operation::{Failure, Outcome, Request};
 use snaptree_engine::tree::Hold;
 use snaptree_engine::{DiskName, OperationId, SnapshotId, SnapshotName};
@@ -34,6 +34,31 @@ pub struct Known {
     pub holdings: Vec<Holding>,
     /// The mark that forbids its deletion.
     pub hold: Option<Hold>,
+    /// Whether someone deleted it at the hypervisor itself.
+    pub lost: bool,
+}
+
+/// What a hypervisor that lists snapshots has, by libvirt's rules. It differs from the tree once someone used the
+/// hypervisor itself. A snapshot that does not carry our mark stands for its nearest ancestor that does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// Ours, with their parents.
+    pub parents: BTreeMap<SnapshotId, Option<SnapshotId>>,
+    /// Where the machine stands.
+    pub current: Option<SnapshotId>,
+    /// How many carry no mark of ours.
+    pub unmarked: usize,
+}
+
+impl Listed {
+    fn remove(&mut self, id: SnapshotId) {
+        let Some(parent) = self.parents.remove(&id) else { return };
+        for above in self.parents.values_mut().chain([&mut self.current]) {
+            if *above == Some(id) {
+                *above = parent;
+            }
+        }
+    }
 }
 
 /// An operation.
@@ -51,6 +76,10 @@ pub struct Asked {
     pub in_flight: bool,
     /// Whether it waits for someone.
     pub attention: bool,
+    /// Whether someone wanted it taken back.
+    pub called_off: bool,
+    /// Whether its first step was begun once.
+    begun: bool,
 }
 
 /// One domain.
@@ -64,6 +93,10 @@ pub struct Model {
     pub current: Option<SnapshotId>,
     /// What the machine may hold.
     pub machine: Vec<Holding>,
+    /// What the hypervisor lists.
+    pub listed: Listed,
+    /// Every snapshot that was ever lost.
+    pub lost: BTreeSet<SnapshotId>,
     /// Every operation.
     pub operations: BTreeMap<OperationId, Asked>,
     /// What the machine held before each batch of the guest's acts since the step in flight began.
@@ -104,6 +137,15 @@ fn taken(machine: &Holding, disks: &BTreeSet<DiskName>, memory: MemoryKind) -> H
     holding
 }
 
+/// The moment after which a request must not begin any more.
+fn deadline(request: &Request) -> Option<Timestamp> {
+    match request {
+        Request::Create(request) => request.request.deadline,
+        Request::Revert(request) => request.request.deadline,
+        Request::Delete(_) | Request::Merge(_) | Request::Unregister(_) => None,
+    }
+}
+
 fn keep(list: &mut Vec<Holding>, holding: Holding) {
     if !list.contains(&holding) {
         list.push(holding);
@@ -119,6 +161,8 @@ impl Model {
             snapshots: BTreeMap::new(),
             current: None,
             machine: vec![Holding { disks, run_state: RunState::Off, memory: None }],
+            listed: Listed::default(),
+            lost: BTreeSet::new(),
             operations: BTreeMap::new(),
             window: Vec::new(),
         }
@@ -132,6 +176,43 @@ impl Model {
         for holding in &mut self.machine {
             acts.iter().for_each(|done| act(holding, done));
         }
+    }
+
+    /// Someone used the hypervisor itself, while nothing was open.
+    pub fn by_hand(&mut self, act: &ByHand) {
+        match act {
+            ByHand::Take(_) => self.listed.unmarked += 1,
+            ByHand::Remove(id) => {
+                self.listed.remove(*id);
+                self.lost.insert(*id);
+                if let Some(known) = self.snapshots.get_mut(id) {
+                    known.lost = true;
+                }
+            }
+            ByHand::Revert(id) => {
+                self.listed.current = Some(*id);
+                let kept = self.snapshots.get(id).map(|known| known.holdings.clone()).unwrap_or_default();
+                self.machine = self.brought_back(&kept, None);
+            }
+        }
+    }
+
+    /// What the machine may hold after a revert to one of `kept`.
+    fn brought_back(&self, kept: &[Holding], run_state: Option<RunState>) -> Vec<Holding> {
+        let mut machine = Vec::new();
+        for (before, later) in self.moments() {
+            for kept in kept {
+                let mut holding = before.clone();
+                holding.disks.extend(kept.disks.clone());
+                (holding.run_state, holding.memory) = (kept.run_state, kept.memory);
+                if let Some(wanted) = run_state {
+                    brought_to(&mut holding, wanted);
+                }
+                later.iter().for_each(|done| act(&mut holding, done));
+                keep(&mut machine, holding);
+            }
+        }
+        machine
     }
 
     /// Applies the next event of the domain.
@@ -177,7 +258,16 @@ impl Model {
                 return Err(format!("the held snapshot {held} is to be deleted"));
             }
         }
-        let asked = Asked { request, at, outcome: None, failure: None, in_flight: false, attention: false };
+        let asked = Asked {
+            request,
+            at,
+            outcome: None,
+            failure: None,
+            in_flight: false,
+            attention: false,
+            called_off: false,
+            begun: false,
+        };
         match self.operations.insert(id, asked) {
             Some(_) => Err(format!("operation {id} was asked for twice")),
             None => Ok(()),
@@ -214,7 +304,9 @@ impl Model {
             keep(&mut holdings, taken(&machine, &request.disks, request.memory));
         }
         let parent = self.current.replace(id);
-        self.snapshots.insert(id, Known { name: request.name, parent, holdings, hold: None });
+        self.snapshots.insert(id, Known { name: request.name, parent, holdings, hold: None, lost: false });
+        let below = self.listed.current.replace(id);
+        self.listed.parents.insert(id, below);
         Ok(())
     }
 
@@ -222,32 +314,24 @@ impl Model {
         let Request::Revert(request) = self.operation_of(envelope)?.request.clone() else {
             return Err("a revert that nobody asked for".to_owned());
         };
-        let known = self.snapshots.get(&id).filter(|_| request.snapshot == id);
+        let known = self.snapshots.get(&id).filter(|known| request.snapshot == id && !known.lost);
         let known = known.ok_or_else(|| format!("reverted to {id}, which is not there"))?;
-        let mut machine = Vec::new();
-        for (before, later) in self.moments() {
-            for kept in &known.holdings {
-                let mut holding = before.clone();
-                holding.disks.extend(kept.disks.clone());
-                (holding.run_state, holding.memory) = (kept.run_state, kept.memory);
-                if let Some(wanted) = request.run_state {
-                    brought_to(&mut holding, wanted);
-                }
-                later.iter().for_each(|done| act(&mut holding, done));
-                keep(&mut machine, holding);
-            }
-        }
-        self.machine = machine;
+        self.machine = self.brought_back(&known.holdings, request.run_state);
         self.current = Some(id);
+        self.listed.current = Some(id);
         Ok(())
     }
 
     fn deleted(&mut self, envelope: &Envelope, id: SnapshotId) -> Result<(), String> {
         match &self.operation_of(envelope)?.request {
-            Request::Delete(request) if request.snapshots.contains(&id) => {}
+            Request::Delete(request) if request.snapshots.contains(&id) => {
+                let stays = request.what == DeleteWhat::Metadata && !self.lost.contains(&id);
+                self.listed.unmarked += usize::from(stays);
+            }
             Request::Unregister(_) => {}
             _ => return Err(format!("snapshot {id} was deleted, and nobody asked for it")),
         }
+        self.listed.remove(id);
         let gone = self.snapshots.remove(&id).ok_or_else(|| format!("snapshot {id} was deleted twice"))?;
         for known in self.snapshots.values_mut().filter(|known| known.parent == Some(id)) {
             known.parent = gone.parent;
@@ -264,7 +348,15 @@ impl Model {
             return Ok(());
         };
         let ended = match &envelope.event {
-            Event::OperationStepStarted(_) | Event::OperationUndoStarted(_) => {
+            Event::OperationStepStarted(_) => {
+                asked.in_flight = true;
+                let first = !std::mem::replace(&mut asked.begun, true);
+                return match deadline(&asked.request).filter(|deadline| first && *deadline < envelope.at) {
+                    Some(deadline) => Err(format!("an operation began after its deadline {deadline}")),
+                    None => Ok(()),
+                };
+            }
+            Event::OperationUndoStarted(_) => {
                 asked.in_flight = true;
                 return Ok(());
             }
@@ -277,10 +369,22 @@ impl Model {
                 asked.attention = false;
                 return Ok(());
             }
+            Event::OperationResolved(e) => {
+                asked.attention = false;
+                match e.abandoned() {
+                    Some(failure) => (Outcome::Failed, Some(failure)),
+                    None => return Ok(()),
+                }
+            }
             Event::OperationSucceeded(_) => (Outcome::Succeeded, None),
             Event::OperationFailed(e) => (Outcome::Failed, Some(e.failure.clone())),
             Event::OperationCancelled(e) => (Outcome::Cancelled, Some(e.failure.clone())),
-            Event::OperationExpired(e) => (Outcome::Expired, Some(e.failure.clone())),
+            Event::OperationExpired(e) => {
+                if deadline(&asked.request).is_none_or(|deadline| deadline >= envelope.at) {
+                    return Err("an operation expired before its deadline".to_owned());
+                }
+                (Outcome::Expired, Some(e.failure.clone()))
+            }
             _ => return Ok(()),
         };
         if asked.outcome.is_some() {

@@ -19,7 +19,7 @@ use snaptree_engine::{DomainId, OperationId};
 use snaptree_store::Store;
 use uuid::Uuid;
 
-use super::coverage::{Coverage, Place, step_kind};
+use super::coverage::{Cell, Coverage, Place, REQUEST, can_be_half_done, step_kind};
 use crate::random::Random;
 
 /// What a killed program leaves on the stack.
@@ -33,10 +33,8 @@ const FAULTS_OF_A_STEP_MAX: u32 = 2;
 pub enum Aim {
     /// After so many more places.
     Any(u32),
-    /// At this place, when it was passed so many more times.
-    At(Place, u32),
-    /// At this place of a step that this fault befell.
-    AfterFault(Fault, Place),
+    /// In this cell. The fault is seen to, for the first step of that kind.
+    In(Cell),
 }
 
 /// Everything that one seed rules.
@@ -75,7 +73,7 @@ impl World {
             aim: None,
             chance: 0,
             coverage: Coverage::default(),
-            step: ("request", None),
+            step: (REQUEST, None),
             words: BTreeMap::new(),
             faults: BTreeMap::new(),
             last: BTreeMap::new(),
@@ -98,6 +96,11 @@ impl World {
     /// Kills the program there; `None` lets it live.
     pub fn aim(&self, aim: Option<Aim>) {
         self.inner().aim = aim;
+    }
+
+    /// Where the program is to be killed next.
+    pub fn aimed_at(&self) -> Option<Aim> {
+        self.inner().aim
     }
 
     /// How many of 100 steps a fault befalls.
@@ -132,7 +135,7 @@ impl World {
 
     /// No step is in hand.
     pub fn no_step(&self) {
-        self.inner().step = ("request", None);
+        self.inner().step = (REQUEST, None);
     }
 
     /// A place was reached; the program may be killed here.
@@ -142,13 +145,16 @@ impl World {
         let (kind, fault) = inner.step;
         let strikes = match &mut inner.aim {
             None => false,
-            Some(Aim::Any(left)) => strike(left),
-            Some(Aim::At(at, left)) => *at == place && strike(left),
-            Some(Aim::AfterFault(wanted, at)) => fault == Some(*wanted) && *at == place,
+            Some(Aim::Any(left)) => {
+                let now = *left == 0;
+                *left = left.saturating_sub(1);
+                now
+            }
+            Some(Aim::In(cell)) => *cell == (kind, fault, place),
         };
         if strikes {
             inner.aim = None;
-            inner.coverage.hit(kind, fault, place);
+            inner.coverage.hit((kind, fault, place));
             drop(inner);
             resume_unwind(Box::new(Killed));
         }
@@ -173,22 +179,20 @@ impl World {
                 Event::OperationStepFinished(e) => {
                     let kind = inner.word(operation, e.step);
                     let fault = inner.last.get(&(operation, e.step)).copied();
-                    inner.coverage.hit(kind, fault, Place::Nowhere);
+                    inner.met((kind, fault, Place::Nowhere));
                 }
                 Event::OperationUndoFinished(e) => {
                     let kind = inner.word(operation, e.step);
-                    inner.coverage.hit(kind, Some(Fault::Permanent), Place::Nowhere);
+                    inner.met((kind, Some(Fault::Permanent), Place::Nowhere));
                 }
+                Event::OperationSucceeded(_)
+                | Event::OperationFailed(_)
+                | Event::OperationCancelled(_)
+                | Event::OperationExpired(_) => inner.step = (REQUEST, None),
                 _ => {}
             }
         }
     }
-}
-
-fn strike(left: &mut u32) -> bool {
-    let now = *left == 0;
-    *left = left.saturating_sub(1);
-    now
 }
 
 /// The driver's word for a step, read from its data.
@@ -207,14 +211,27 @@ fn word(data: &serde_json::Value) -> &'static str {
 
 impl Inner {
     fn word(&self, operation: OperationId, step: usize) -> &'static str {
-        self.words.get(&operation).and_then(|words| words.get(step)).copied().unwrap_or("request")
+        self.words.get(&operation).and_then(|words| words.get(step)).copied().unwrap_or(REQUEST)
     }
 
     fn take_up(&mut self, operation: OperationId, step: usize) {
         self.step = (self.word(operation, step), self.last.get(&(operation, step)).copied());
     }
 
+    /// A step came to its end in one life.
+    fn met(&mut self, cell: Cell) {
+        self.coverage.hit(cell);
+        if matches!(self.aim, Some(Aim::In(aimed)) if aimed == cell) {
+            self.aim = None;
+        }
+    }
+
     fn choose(&mut self, point: &FaultPoint) -> Option<Fault> {
+        if let Some(Aim::In((kind, wanted, _))) = self.aim
+            && kind == point.word
+        {
+            return self.choose_for(wanted, point);
+        }
         let count = self.faults.entry((point.operation, point.step, point.direction)).or_default();
         if *count >= FAULTS_OF_A_STEP_MAX {
             return None;
@@ -223,7 +240,10 @@ impl Inner {
         if roll >= self.chance {
             return None;
         }
-        let fault = *self.random.pick(&Fault::ALL);
+        let fault = match *self.random.pick(&Fault::ALL) {
+            Fault::HalfDone if !can_be_half_done(point.word) => Fault::Hang,
+            fault => fault,
+        };
         let fault = match (point.direction, fault) {
             (Direction::Back, Fault::Transient | Fault::LostReply | Fault::Hang) => fault,
             (Direction::Back, _) => Fault::Transient,
@@ -237,6 +257,17 @@ impl Inner {
             (Direction::Forward, _) => fault,
         };
         *self.faults.entry((point.operation, point.step, point.direction)).or_default() += 1;
+        Some(fault)
+    }
+
+    /// The fault that the aim is about befalls each step of its kind once, and nothing else does.
+    fn choose_for(&mut self, wanted: Option<Fault>, point: &FaultPoint) -> Option<Fault> {
+        let before = self.last.get(&(point.operation, point.step)).copied();
+        let fault =
+            wanted.filter(|wanted| point.direction == Direction::Forward && before != Some(*wanted))?;
+        if fault == Fault::Permanent && point.reversal == Reversal::ForwardOnly {
+            self.denied.insert(point.operation);
+        }
         Some(fault)
     }
 }

@@ -11,7 +11,7 @@ use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::super::host::{At, Effects, Freshness, GoingOn, Host};
 use super::super::machine::{Content, Power};
-use super::super::{DISK_BYTES, json};
+use super::super::{ByHand, DISK_BYTES, json};
 use super::resolve::Detail;
 use super::step::Action;
 use super::{Layered, path, plan, resolve};
@@ -39,6 +39,10 @@ impl Host for Layered {
 
     fn write(&mut self, disk: &DiskName, block: u64, value: u64) -> Result<(), Failure> {
         self.write(disk, block, value)
+    }
+
+    fn by_hand(&mut self, _act: &ByHand) -> Result<(), Failure> {
+        Err(Failure::new(Code::Unsupported, "this hypervisor keeps no list of snapshots"))
     }
 
     fn contents(&self) -> BTreeMap<DiskName, Content> {
