@@ -15,6 +15,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Every setting: table, key, and what is written there.
 const KNOWN: &[(&str, &str, &str)] = &[
+    ("concurrency", "overall", "a number from 1"),
+    ("concurrency", "per-connection", "a number from 1"),
     ("drift", "foreign", "\"adopt\" or \"report\""),
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
@@ -103,6 +105,8 @@ impl Config {
                     _ => return None,
                 }
             }
+            ("concurrency", "overall") => settings.concurrency_max = count_of(value)?,
+            ("concurrency", "per-connection") => settings.concurrency_per_connection_max = count_of(value)?,
             ("merge", "copy-max") => settings.merge_copy_bytes_max = size_of(value)?,
             ("operation", "deadline") => {
                 let seconds = millis_of(value)? / 1_000;
@@ -126,6 +130,10 @@ fn size_of(value: &Value) -> Option<u64> {
         Value::String(text) => bytes(text).ok(),
         _ => None,
     }
+}
+
+fn count_of(value: &Value) -> Option<usize> {
+    usize::try_from(value.as_integer()?).ok().filter(|count| *count > 0)
 }
 
 fn millis_of(value: &Value) -> Option<u64> {
@@ -174,7 +182,7 @@ mod tests {
 
     #[test]
     fn settings_are_read() {
-        let text = "[drift]\nforeign = \"report\"\n[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
+        let text = "[concurrency]\noverall = 100\nper-connection = 20\n[drift]\nforeign = \"report\"\n[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
         let expected = Settings {
             merge_copy_bytes_max: 1 << 30,
             attempts_max: 3,
@@ -182,6 +190,8 @@ mod tests {
             retry_delay_ms_max: 120_000,
             first_step_s_max: Some(7_200),
             foreign: Foreign::Report,
+            concurrency_max: 100,
+            concurrency_per_connection_max: 20,
         };
         assert_eq!(read(text), Ok(expected));
         assert_eq!(read(""), Ok(Settings::default()));
@@ -193,7 +203,7 @@ mod tests {
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are drift, merge, operation, retry"),
+            ("[something-else]", "there are concurrency, drift, merge, operation, retry"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();
@@ -206,6 +216,7 @@ mod tests {
         for (text, says) in [
             ("[merge]\ncopy-max = \"lots\"", "merge.copy-max is \"lots\", and should be a size"),
             ("[merge]\ncopy-max = -1", "should be a size"),
+            ("[concurrency]\noverall = 0", "should be a number from 1"),
             ("[retry]\nattempts = 0", "should be a number from 1"),
             ("[retry]\ndelay-min = 5", "should be a duration"),
             ("[retry]\ndelay-min = \"1m\"\ndelay-max = \"1s\"", "longer than"),

@@ -25,12 +25,13 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Capabilities, Disk, DriverKind, RunState};
+use crate::domain::{Capabilities, Disk, Domain, DriverKind, RunState};
 use crate::event::{Envelope, Hash};
 use crate::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName};
 use crate::layer::{FileStamp, LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Request, Step};
 use crate::project::DomainState;
+use crate::reconcile::connection::ConnectionId;
 use crate::tree::{SnapshotState, Tree};
 
 /// What kind of failure it is; it decides what the engine does next.
@@ -368,6 +369,12 @@ pub struct Head {
 /// A hypervisor.
 #[async_trait]
 pub trait Driver: Send + Sync {
+    /// What this domain shares with others on the way to its hypervisor. It bounds how many of them are served at
+    /// once, and is suspended as a whole when it does not answer.
+    fn connection(&self, domain: &Domain) -> ConnectionId {
+        ConnectionId::new(domain.driver.as_str())
+    }
+
     /// Looks at a domain that is to be registered. It changes nothing, unless the options ask for it
     /// (converting a raw image).
     ///

@@ -20,10 +20,11 @@ use crate::event::{
 use crate::ids::{DomainId, DomainName, IdSource, OperationId, SnapshotId, SnapshotName, StreamId, UuidV7};
 use crate::loaded::Loaded;
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
-use crate::operation::{Code, Phase, Request, Verdict as Said};
+use crate::operation::{Code, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::adopt;
 use crate::reconcile::beside::{self, Blocked};
+use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
 use crate::reconcile::drift::{self, Drift};
 use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
@@ -83,20 +84,25 @@ pub struct Engine {
     pub(crate) settings: Settings,
     pub(crate) stop: Stop,
     loaded: Arc<Loaded>,
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) when_suspended: WhenSuspended,
 }
 
 impl Engine {
     /// An engine on a log, with the system's clock and ids, default settings and no driver.
     pub fn new(log: Arc<dyn EventLog>) -> Self {
+        let settings = Settings::default();
         Self {
             log,
+            connections: Arc::new(Connections::new(&settings)),
             drivers: BTreeMap::new(),
             clock: Arc::new(SystemClock),
             ids: Arc::new(UuidV7),
             hooks: Arc::new(NoHooks),
-            settings: Settings::default(),
+            settings,
             stop: Stop::default(),
             loaded: Arc::default(),
+            when_suspended: WhenSuspended::default(),
         }
     }
 
@@ -131,8 +137,21 @@ impl Engine {
     /// Takes other settings.
     #[must_use]
     pub fn with_settings(mut self, settings: Settings) -> Self {
+        self.connections = Arc::new(Connections::new(&settings));
         self.settings = settings;
         self
+    }
+
+    /// Says what a call gets while its connection is suspended.
+    #[must_use]
+    pub fn with_suspended(mut self, when_suspended: WhenSuspended) -> Self {
+        self.when_suspended = when_suspended;
+        self
+    }
+
+    /// How the connections that were used stand.
+    pub fn connections(&self) -> Vec<ConnectionState> {
+        self.connections.states()
     }
 
     /// The handle that asks the work in hand to end.
@@ -460,18 +479,11 @@ impl Engine {
         watch: &dyn Watch,
     ) -> Result<Driven, EngineError> {
         let state = self.load_for_work(requester, domain).await?;
-        let Some(found) = state.operation(operation) else {
-            return Err(reject(Code::NotFound, format!("operation {operation} is not open")).into());
-        };
-        if matches!(found.phase, Phase::NeedsAttention { .. }) {
-            return Err(reject(
-                Code::NeedsAttention,
-                format!("operation {operation} can go neither on nor back"),
-            )
-            .hint("`snaptree op retry` or `snaptree op resolve`")
-            .into());
-        }
-        Worker::new(self, requester, state, watch)?.call_off(operation).await
+        self.may_cancel(&state, operation)?;
+        self.stop.call_off(operation, requester.actor.clone());
+        let done = Worker::new(self, requester, state, watch)?.call_off(operation).await;
+        self.stop.forget(operation);
+        done
     }
 
     /// Looks at every tombstone of a domain anew, also those that were put off with `--defer`, and merges what can be.
@@ -640,7 +652,13 @@ impl Engine {
     pub(crate) fn driver_of(&self, state: &DomainState) -> Result<Arc<dyn Driver>, EngineError> {
         let domain = state.domain.as_ref();
         let domain = domain.ok_or_else(|| reject(Code::NotFound, "the domain is not registered"))?;
-        self.driver(domain.driver)
+        Ok(Arc::new(Bounded {
+            driver: self.driver(domain.driver)?,
+            connections: Arc::clone(&self.connections),
+            clock: Arc::clone(&self.clock),
+            stop: self.stop.clone(),
+            when_suspended: self.when_suspended,
+        }))
     }
 
     /// The prefix of the log that a time stands for.

@@ -1,12 +1,15 @@
 //! What an engine is given besides a log and drivers: a clock, settings, and a way to be asked to stop.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use tokio::sync::watch;
 
+use crate::event::Actor;
+use crate::ids::OperationId;
 use crate::reconcile::merge::COPY_BYTES_MAX_DEFAULT;
 
 /// Where time comes from. The system's in production, virtual in the simulation.
@@ -62,6 +65,10 @@ pub struct Settings {
     pub first_step_s_max: Option<u64>,
     /// What becomes of what somebody else did at the hypervisor (`drift.foreign`).
     pub foreign: Foreign,
+    /// How many hypervisor calls may be under way at once (`concurrency.overall`).
+    pub concurrency_max: usize,
+    /// The same for one connection (`concurrency.per-connection`).
+    pub concurrency_per_connection_max: usize,
 }
 
 impl Default for Settings {
@@ -73,22 +80,92 @@ impl Default for Settings {
             retry_delay_ms_max: 30_000,
             first_step_s_max: Some(3_600),
             foreign: Foreign::Adopt,
+            concurrency_max: 64,
+            concurrency_per_connection_max: 16,
         }
     }
 }
 
-/// Asks the work in hand to end: what can be undone is undone, the rest is parked for `recover`.
-#[derive(Clone, Debug, Default)]
-pub struct Stop(Arc<AtomicBool>);
+/// What the work in hand is asked to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Ending {
+    /// Go on.
+    #[default]
+    None,
+    /// End: what can be undone is undone, the rest is parked.
+    TakeBack,
+    /// End: everything is parked where it stands.
+    Park,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    ending: Ending,
+    called_off: BTreeMap<OperationId, Actor>,
+}
+
+/// Asks the work in hand to end, or single operations to go back. Clones ask the same work.
+#[derive(Clone, Debug)]
+pub struct Stop(Arc<watch::Sender<Asked>>);
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::default()))
+    }
+}
 
 impl Stop {
-    /// Asks for it.
+    /// Asks it to end: what can be undone is undone, the rest is parked for `recover`.
     pub fn ask(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.0.send_modify(|asked| asked.ending = Ending::TakeBack);
     }
 
-    /// Whether it was asked for.
+    /// Asks it to end where it stands: steps in hand are finished, no other begins, and nothing is taken back.
+    pub fn park(&self) {
+        self.0.send_modify(|asked| asked.ending = Ending::Park);
+    }
+
+    /// Whether it was asked to end.
     pub fn asked(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        self.0.borrow().ending != Ending::None
+    }
+
+    /// Whether it was asked to end where it stands.
+    pub fn parks(&self) -> bool {
+        self.0.borrow().ending == Ending::Park
+    }
+
+    /// Asks for one operation to go back, in the name of `by`.
+    pub fn call_off(&self, operation: OperationId, by: Actor) {
+        self.0.send_modify(|asked| {
+            asked.called_off.insert(operation, by);
+        });
+    }
+
+    /// Who called an operation off; none if nobody did.
+    pub fn called_off(&self, operation: OperationId) -> Option<Actor> {
+        self.0.borrow().called_off.get(&operation).cloned()
+    }
+
+    /// An operation that was called off is over.
+    pub(crate) fn forget(&self, operation: OperationId) {
+        self.0.send_if_modified(|asked| {
+            asked.called_off.remove(&operation);
+            false
+        });
+    }
+
+    /// Returns when the work is asked to end, or `operation` was called off.
+    pub(crate) async fn interrupts(&self, operation: Option<OperationId>) {
+        let wanted = |asked: &Asked| {
+            asked.ending != Ending::None || operation.is_some_and(|id| asked.called_off.contains_key(&id))
+        };
+        // Fails only without a sender, and this is one.
+        let _ = self.0.subscribe().wait_for(wanted).await;
+    }
+
+    /// Returns when the work is asked to end where it stands.
+    pub(crate) async fn parked(&self) {
+        let _ = self.0.subscribe().wait_for(|asked| asked.ending == Ending::Park).await;
     }
 }

@@ -36,6 +36,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
             "files": config.files,
             "state": context.dir,
             "settings": {
+                "concurrency": {
+                    "overall": settings.concurrency_max,
+                    "per-connection": settings.concurrency_per_connection_max,
+                },
                 "drift": { "foreign": settings.foreign },
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
                 "operation": { "deadline-s": settings.first_step_s_max },
@@ -55,7 +59,9 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        settings.concurrency_max,
+        settings.concurrency_per_connection_max,
         match settings.foreign {
             Foreign::Adopt => "adopt",
             Foreign::Report => "report",

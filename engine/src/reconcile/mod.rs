@@ -2,6 +2,8 @@
 
 pub mod adopt;
 pub mod beside;
+pub mod connection;
+pub mod dispatch;
 pub mod drift;
 pub mod merge;
 pub mod recovery;

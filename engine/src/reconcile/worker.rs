@@ -18,6 +18,8 @@ mod outcome;
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::command::reject;
 use crate::driver::{Driver, DriverError, Head, Observation, StepContext, StepReport, Watch};
 use crate::engine::{Engine, EngineError, Requester};
@@ -30,6 +32,7 @@ use crate::log::{LogError, NewEvent};
 use crate::operation::{Code, Failure, Operation, Outcome, Phase, Poison, Request, STEPS_MAX, Step};
 use crate::project::DomainState;
 use crate::reconcile::beside::{self, Blocked};
+use crate::reconcile::connection::was_not_asked;
 use crate::reconcile::merge::{MergePolicy, PutOff};
 
 use outcome::deferrals;
@@ -40,7 +43,7 @@ const BUSY_ATTEMPTS_MAX: u32 = 20;
 const CHECKPOINT_EVENTS: u64 = 256;
 
 /// An operation that came to an end, or to rest, while its domain was driven.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Carried {
     /// The operation as it was when it ended.
     pub operation: Operation,
@@ -53,7 +56,7 @@ pub struct Carried {
 }
 
 /// What driving a domain came to.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Driven {
     /// The operations that were carried through, merges among them, in order.
     pub carried: Vec<Carried>,
@@ -88,8 +91,6 @@ pub(crate) struct Worker<'a> {
     head: Option<Head>,
     policy: MergePolicy,
     carried: Vec<Carried>,
-    /// The operation that is to be taken back if that is still possible.
-    calling_off: Option<OperationId>,
     found: Option<String>,
     resolutions: u32,
     busy: u32,
@@ -117,7 +118,6 @@ impl<'a> Worker<'a> {
             head: None,
             policy,
             carried: Vec::new(),
-            calling_off: None,
             found: None,
             resolutions: 0,
             busy: 0,
@@ -131,7 +131,6 @@ impl<'a> Worker<'a> {
 
     /// Takes one open operation back, or carries it through where it is too late for that. The others wait.
     pub(crate) async fn call_off(mut self, operation: OperationId) -> Result<Driven, EngineError> {
-        self.calling_off = Some(operation);
         self.carry(operation).await?;
         Ok(self.driven())
     }
@@ -159,13 +158,18 @@ impl<'a> Worker<'a> {
         Driven { carried: self.carried, state: self.state }
     }
 
-    /// The first open operation that does not wait for someone, unless one that does blocks the whole domain.
+    /// The first open operation that does not wait for someone, unless one that does blocks the whole domain. One that
+    /// was called off before its turn goes first.
     fn next_open(&self) -> Option<Operation> {
         if beside::blocked(&*self.driver, &self.state) == Blocked::Domain {
             return None;
         }
+        let called_off = |operation: &&Operation| {
+            operation.phase == Phase::Requested && self.engine.stop.called_off(operation.id).is_some()
+        };
         let waits = |operation: &&Operation| matches!(operation.phase, Phase::NeedsAttention { .. });
-        self.state.open.iter().find(|operation| !waits(operation)).cloned()
+        let open = &self.state.open;
+        open.iter().find(called_off).or_else(|| open.iter().find(|operation| !waits(operation))).cloned()
     }
 
     fn needs_attention_now(&self, id: OperationId) -> bool {
@@ -205,8 +209,8 @@ impl<'a> Worker<'a> {
 
     /// One thing done for an operation, according to where it stands.
     async fn pass(&mut self, operation: &Operation, hand: Hand) -> Result<Pass, EngineError> {
-        if self.calling_off == Some(operation.id) {
-            if let Some(pass) = self.take_back(operation).await? {
+        if let Some(failure) = self.called_off(operation) {
+            if let Some(pass) = self.take_back(operation, failure).await? {
                 return Ok(pass);
             }
         } else if self.engine.stop.asked() && hand == Hand::Found {
@@ -217,7 +221,12 @@ impl<'a> Worker<'a> {
             Phase::Planned => self.start(operation, 0, Vec::new()).await,
             Phase::Ready { step } => self.start(operation, *step, Vec::new()).await,
             Phase::Waiting { step, retry_at } => {
-                self.engine.clock.sleep_until(*retry_at).await;
+                let stop = self.engine.stop.interrupts(operation.can_go_back().then_some(operation.id));
+                tokio::select! {
+                    biased;
+                    () = self.engine.clock.sleep_until(*retry_at) => {}
+                    () = stop => return Ok(Pass::On(Hand::Found)),
+                }
                 self.start(operation, *step, Vec::new()).await
             }
             Phase::Running { step } if hand == Hand::Fresh => self.execute(operation, *step).await,
@@ -241,8 +250,14 @@ impl<'a> Worker<'a> {
         if let Some(failure) = self.expired(operation) {
             return self.end(operation, vec![OperationExpired { failure }.into()]).await;
         }
-        let planned = match self.observe_and_adopt().await? {
+        let seen = self.observe_and_adopt().await?;
+        // The hypervisor may have been busy with others for long.
+        if let Some(failure) = self.expired(operation) {
+            return self.end(operation, vec![OperationExpired { failure }.into()]).await;
+        }
+        let planned = match seen {
             Ok(seen) => self.driver.plan(operation.id, &operation.request, &self.state, &seen),
+            Err(error) if was_not_asked(&error) => return Ok(Pass::On(Hand::Found)),
             Err(error) => {
                 tracing::debug!(%error, "the hypervisor could not be asked");
                 Err(error.failure)
@@ -325,6 +340,7 @@ impl<'a> Worker<'a> {
         let done = self.driver.execute(&context, step).await;
         match done {
             Ok(report) => self.finish(operation, index, step, report, HowFinished::Executed).await,
+            Err(error) if was_not_asked(&error) => self.not_begun(operation, index).await,
             Err(error) => self.failed(operation, index, step, error).await,
         }
     }
@@ -359,7 +375,8 @@ impl<'a> Worker<'a> {
         if let Poison::AtFinish(snapshots) = &step.poison {
             events.extend(self.deleted(snapshots));
         }
-        if self.engine.stop.asked() && index + 1 < operation.steps.len() {
+        let ends = self.engine.stop.asked() && index + 1 < operation.steps.len();
+        if ends || self.engine.stop.called_off(operation.id).is_some() {
             self.commit(operation, events).await?;
             return Ok(Pass::On(Hand::Found));
         }

@@ -14,9 +14,12 @@ use super::outcome::deferrals;
 use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, Worker};
 
 impl Worker<'_> {
-    /// Ctrl-C: what can be undone is undone, the rest is left to `recover`.
+    /// Ctrl-C: what can be undone is undone, the rest is left to `recover`. A daemon that ends leaves all of it.
     pub(super) async fn park_or_cancel(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
-        let failure = called_off();
+        if self.engine.stop.parks() {
+            return Ok(Pass::Rests);
+        }
+        let failure = Failure::new(Code::Cancelled, CALLED_OFF);
         match &operation.phase {
             Phase::Requested | Phase::Planned => {
                 self.end(operation, vec![OperationCancelled { failure }.into()]).await
@@ -38,8 +41,11 @@ impl Worker<'_> {
     }
 
     /// The next thing toward taking an operation back; `None` to go on with it as usual.
-    pub(super) async fn take_back(&mut self, operation: &Operation) -> Result<Option<Pass>, EngineError> {
-        let failure = called_off();
+    pub(super) async fn take_back(
+        &mut self,
+        operation: &Operation,
+        failure: Failure,
+    ) -> Result<Option<Pass>, EngineError> {
         Ok(match &operation.phase {
             Phase::Requested | Phase::Planned => {
                 Some(self.end(operation, vec![OperationCancelled { failure }.into()]).await?)
@@ -52,6 +58,30 @@ impl Worker<'_> {
             }
             _ => None,
         })
+    }
+
+    /// Why the operation is to go back, if someone called it off and it can.
+    pub(super) fn called_off(&self, operation: &Operation) -> Option<Failure> {
+        let by = self.engine.stop.called_off(operation.id)?;
+        if operation.can_go_back() {
+            return Some(Failure::new(Code::Cancelled, format!("{CALLED_OFF}, by {by}")));
+        }
+        // Too late, once and for all: nothing is to be interrupted by it any more.
+        self.engine.stop.forget(operation.id);
+        None
+    }
+
+    /// The driver was not asked for a step that was announced.
+    pub(super) async fn not_begun(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+    ) -> Result<Pass, EngineError> {
+        match self.called_off(operation) {
+            Some(failure) => self.go_back(operation, index, failure).await,
+            // The step is resolved as any other that was cut short; or it was called off too late, and is asked for.
+            None => Ok(Pass::On(Hand::Found)),
+        }
     }
 
     pub(super) fn untouched_end(&self, failure: &Failure) -> Event {
@@ -153,7 +183,11 @@ impl Worker<'_> {
                     return self.needs_attention(operation, Failure::new(error.failure.code, message)).await;
                 }
                 let retry_at = self.retry_at(self.busy);
-                self.engine.clock.sleep_until(retry_at).await;
+                tokio::select! {
+                    biased;
+                    () = self.engine.clock.sleep_until(retry_at) => {}
+                    () = self.engine.stop.parked() => {}
+                }
                 Ok(Pass::On(Hand::Found))
             }
         }
@@ -171,8 +205,11 @@ impl Worker<'_> {
             return self.give_up(operation, index, failure).await;
         }
         let retry_at = self.retry_at(self.resolutions);
-        self.engine.clock.sleep_until(retry_at).await;
-        self.resolve(operation, index).await
+        tokio::select! {
+            biased;
+            () = self.engine.clock.sleep_until(retry_at) => self.resolve(operation, index).await,
+            () = self.engine.stop.interrupts(None) => Ok(Pass::On(Hand::Found)),
+        }
     }
 
     /// The tries are used up: back where that is possible, and only else to someone who looks.
@@ -220,7 +257,7 @@ impl Worker<'_> {
         let resolution = self.look(operation, index, step).await?;
         self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
         let late = if index == 0 { self.expired(operation) } else { None };
-        let unwanted = (self.calling_off == Some(operation.id) && operation.can_go_back()).then(called_off);
+        let unwanted = self.called_off(operation);
         match (resolution, late.or(unwanted)) {
             (Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay), Some(failure)) => {
                 self.go_back(operation, index, failure).await
@@ -260,9 +297,7 @@ impl Worker<'_> {
     }
 }
 
-fn called_off() -> Failure {
-    Failure::new(Code::Cancelled, "called off while it was carried out")
-}
+const CALLED_OFF: &str = "called off while it was carried out";
 
 fn word(resolution: &Resolution) -> &'static str {
     match resolution {

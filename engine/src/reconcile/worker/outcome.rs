@@ -88,6 +88,7 @@ impl Worker<'_> {
             _ => None,
         });
         self.commit(operation, events).await?;
+        self.engine.stop.forget(operation.id);
         if let Some((outcome, failure)) = ended {
             let operation = operation.clone();
             let found = self.found.take();
