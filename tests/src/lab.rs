@@ -176,16 +176,12 @@ impl Lab {
 
     /// Whether the program lists the model's tree.
     pub fn tree_is(&self, model: &Model) -> bool {
-        let (current, parents) = self.listed();
+        let (current, parents) = tree_of(&self.listed());
         current == model.current && parents == model.parents()
     }
 
-    fn listed(&self) -> (Option<String>, BTreeMap<String, Option<String>>) {
-        let listed = self.program.json(0, &["list", "web"]);
-        let name = |value: &Value| value.as_str().map(str::to_owned);
-        let snapshots = listed["snapshots"].as_array().expect("snapshots").iter();
-        let parents = snapshots.map(|s| (name(&s["name"]).expect("a name"), name(&s["parent"]))).collect();
-        (name(&listed["current"]), parents)
+    fn listed(&self) -> Value {
+        self.program.json(0, &["list", "web"])
     }
 
     /// Compares everything that can be seen with the model.
@@ -193,10 +189,11 @@ impl Lab {
     /// # Panics
     /// Something differs.
     pub fn check(&mut self, what: &str) {
-        let (current, parents) = self.listed();
+        let listed = self.listed();
+        let (current, parents) = tree_of(&listed);
         assert_eq!(current, self.model.current, "{what}: current");
         assert_eq!(parents, self.model.parents(), "{what}: the tree");
-        let files = self.files_of_snapshots();
+        let files = self.files_of_snapshots(&listed);
         for (name, snapshot) in &self.model.snapshots {
             for (disk, content) in &snapshot.contents {
                 let image = &files[name][*disk];
@@ -230,13 +227,12 @@ impl Lab {
     }
 
     /// The files of each live snapshot, as the manifest beside the layers says.
-    fn files_of_snapshots(&self) -> BTreeMap<String, BTreeMap<String, PathBuf>> {
+    fn files_of_snapshots(&self, listed: &Value) -> BTreeMap<String, BTreeMap<String, PathBuf>> {
         let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else {
             return BTreeMap::new();
         };
         let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
         // A name in the manifest may be an older one: what was edited since is only in the log.
-        let listed = self.program.json(0, &["list", "web"]);
         let names: BTreeMap<&str, &str> = listed["snapshots"]
             .as_array()
             .expect("snapshots")
@@ -280,4 +276,12 @@ impl Lab {
             self.reader.expect_clean(file);
         }
     }
+}
+
+/// The current snapshot and each one's parent, as `list` tells them.
+fn tree_of(listed: &Value) -> (Option<String>, BTreeMap<String, Option<String>>) {
+    let name = |value: &Value| value.as_str().map(str::to_owned);
+    let snapshots = listed["snapshots"].as_array().expect("snapshots").iter();
+    let parents = snapshots.map(|s| (name(&s["name"]).expect("a name"), name(&s["parent"]))).collect();
+    (name(&listed["current"]), parents)
 }

@@ -74,24 +74,45 @@ pub struct Program {
     pub state: PathBuf,
     /// What `SNAPTREE_FAULT` is set to.
     pub fault: Option<String>,
+    /// What else is set in its environment.
+    pub environment: Vec<(&'static str, String)>,
     binary: &'static Path,
 }
 
 impl Program {
     /// The program, with fault points, on that state directory.
     pub fn new(state: impl Into<PathBuf>) -> Self {
-        Self { state: state.into(), fault: None, binary: snaptree() }
+        Self { state: state.into(), fault: None, environment: Vec::new(), binary: snaptree() }
     }
 
     /// The program as users have it, on that state directory.
     pub fn release(state: impl Into<PathBuf>) -> Self {
-        Self { state: state.into(), fault: None, binary: snaptree_release() }
+        Self { state: state.into(), fault: None, environment: Vec::new(), binary: snaptree_release() }
     }
 
     /// The same, stopped, killed or aborted at a fault point.
     #[must_use]
     pub fn with_fault(&self, fault: &str) -> Self {
         Self { fault: Some(fault.to_owned()), ..self.clone() }
+    }
+
+    /// The same with this in its environment.
+    #[must_use]
+    pub fn with_env(&self, name: &'static str, value: &str) -> Self {
+        let mut program = self.clone();
+        program.environment.push((name, value.to_owned()));
+        program
+    }
+
+    /// The same with these settings, which are kept in `folder`.
+    ///
+    /// # Panics
+    /// They cannot be written.
+    #[must_use]
+    pub fn with_settings(&self, folder: &Path, settings: &str) -> Self {
+        std::fs::create_dir_all(folder.join("snaptree")).expect("a folder");
+        std::fs::write(folder.join("snaptree/config.toml"), settings).expect("the settings");
+        self.with_env("XDG_CONFIG_HOME", folder.to_str().expect("a path of the tests"))
     }
 
     /// The command, ready to be run.
@@ -101,6 +122,7 @@ impl Program {
             .args(args)
             .env("SNAPTREE_STATE", &self.state)
             .env_remove("SNAPTREE_FAULT")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         if let Some(fault) = &self.fault {
             command.env("SNAPTREE_FAULT", fault);

@@ -70,6 +70,9 @@ enum Start {
     Rewound(Rewind),
 }
 
+/// A tool that cannot be run is tried again at once: the pauses between are nothing that is tried here.
+const SETTINGS: &str = "[retry]\ndelay-min = \"1ms\"\ndelay-max = \"10ms\"\n";
+
 /// A machine in front of the operation, as often as it is wanted.
 struct Stage {
     scenario: Scenario,
@@ -91,6 +94,7 @@ impl Stage {
         let machine = folder.path().join("machine");
         std::fs::create_dir(&machine).expect("a folder");
         let mut lab = Lab::with_disks(&machine, scenario.disks);
+        lab.program = lab.program.with_settings(&folder.path().join("settings"), SETTINGS);
         (scenario.prepare)(&mut lab);
         lab.check("before it all");
         let start = if lab.model.snapshots.is_empty() {
@@ -117,7 +121,9 @@ impl Stage {
             Start::Anew => {
                 std::fs::remove_dir_all(&self.machine).expect("the folder");
                 std::fs::create_dir(&self.machine).expect("the folder");
+                let environment = std::mem::take(&mut self.lab.program.environment);
                 self.lab = Lab::with_disks(&self.machine, self.scenario.disks);
+                self.lab.program.environment = environment;
                 (self.scenario.prepare)(&mut self.lab);
             }
             Start::Rewound(rewind) => rewind.restore(),
