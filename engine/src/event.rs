@@ -282,6 +282,8 @@ events! {
     SystemOpened = "System.Opened" 1,
     /// The log was older than what is kept beside the layers, and took that over.
     SystemRestored = "System.Restored" 1,
+    /// The end of a step was not known, and was made out. It is in the stream of the operation's domain.
+    SystemRecovered = "System.Recovered" 1,
 }
 
 /// Payload: a domain was registered.
@@ -692,6 +694,44 @@ pub struct SystemOpened {
     pub installation: String,
     /// The program's version.
     pub program: String,
+}
+
+/// What an observation showed of a step whose end was not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepFound {
+    /// It is done.
+    Done,
+    /// It has had no effect.
+    NotBegun,
+    /// It has begun, and is not done.
+    HalfDone,
+}
+
+/// What follows from what was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Course {
+    /// The operation goes on.
+    Forward,
+    /// The operation is taken back.
+    Back,
+    /// Someone has to look at it.
+    Ask,
+}
+
+/// Payload: the end of a step was not known, and was made out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SystemRecovered {
+    /// Its index in the plan.
+    pub step: usize,
+    /// What was found of it.
+    pub found: StepFound,
+    /// What follows.
+    pub course: Course,
+    /// Why its end was not known; none if the process that had begun it was cut short.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
 }
 
 /// An event that has its place in the log.

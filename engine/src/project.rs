@@ -134,7 +134,7 @@ impl DomainState {
                 self.mark_lost(&e.finding, Presence::There);
                 self.drift.remove(&e.finding);
             }
-            Event::MergeFinished(_) | Event::SystemOpened(_) => {}
+            Event::MergeFinished(_) | Event::SystemOpened(_) | Event::SystemRecovered(_) => {}
             _ => self.advance(envelope),
         }
     }

@@ -5,7 +5,7 @@ use serde::Serialize;
 use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::engine::Submitted;
-use snaptree_engine::event::{Envelope, Event, HowFinished};
+use snaptree_engine::event::{Course, Envelope, Event, StepFound};
 use snaptree_engine::log::{EventLog, OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::operation::Outcome;
 
@@ -151,9 +151,33 @@ struct ShowDocument {
 
 #[derive(Serialize)]
 struct CutDocument {
+    /// The first event of the process that took it up.
     seq: u64,
     pid: u32,
     recovered_by: u32,
+    /// The step that was in flight, what was found of it, and what followed; null if none was.
+    step: Option<String>,
+    found: Option<StepFound>,
+    course: Option<Course>,
+}
+
+impl CutDocument {
+    fn of(cut: Cut, events: &[Envelope], story: &Story) -> Self {
+        let next = events.get(cut.before);
+        let recovered = next.and_then(|event| match &event.event {
+            Event::SystemRecovered(recovered) => Some(recovered),
+            _ => None,
+        });
+        let step = recovered.and_then(|recovered| story.steps.get(recovered.step));
+        Self {
+            seq: next.map_or(0, |event| event.seq),
+            pid: cut.pid,
+            recovered_by: cut.next_pid,
+            step: step.map(|step| step.name.clone()),
+            found: recovered.map(|recovered| recovered.found),
+            course: recovered.map(|recovered| recovered.course),
+        }
+    }
 }
 
 async fn show(context: &Context, id: &str) -> Result<Exit> {
@@ -162,16 +186,11 @@ async fn show(context: &Context, id: &str) -> Result<Exit> {
     let events = reader.engine.operation_events(row.id).await?;
     let story = Story::of(&events).ok_or_else(|| Trouble::not_found("the log has no request for it"))?;
     if context.json {
-        let cut = |cut: Cut| CutDocument {
-            seq: events.get(cut.before).map_or(0, |event| event.seq),
-            pid: cut.pid,
-            recovered_by: cut.next_pid,
-        };
         render::json(&ShowDocument {
             row: row.into(),
             actor: story.actor.to_string(),
             steps: story.steps.clone(),
-            cuts: cuts(&events).into_iter().map(cut).collect(),
+            cuts: cuts(&events).into_iter().map(|cut| CutDocument::of(cut, &events, &story)).collect(),
             error: story.failure.as_ref().map(ErrorView::from),
             events: events.iter().map(|event| event.seq).collect(),
         })?;
@@ -212,7 +231,9 @@ fn told(story: &Story, domain: &str, events: &[Envelope], known: &Known, look: &
                 took(event.at.duration_since(since))
             );
             out.push_str(&format!("  {}\n", paint.warn(text)));
-            out.push_str(&format!("  {}\n", paint.warn(format!("-- {}", found(events, index)))));
+            if let Some(how) = taken_up(&event.event) {
+                out.push_str(&format!("  {}\n", paint.warn(format!("-- {how}"))));
+            }
         }
         out.push_str(&format!(
             "  {}  {}  {}\n",
@@ -225,27 +246,15 @@ fn told(story: &Story, domain: &str, events: &[Envelope], known: &Known, look: &
     out
 }
 
-/// What was found when the operation was taken up, as the next event shows.
-fn found(events: &[Envelope], index: usize) -> &'static str {
-    let in_step = events[..index].iter().rev().find_map(|event| match event.event {
-        Event::OperationStepStarted(_) => Some(true),
-        Event::OperationStepFinished(_) | Event::OperationUndoFinished(_) => Some(false),
-        _ => None,
-    });
-    match events.get(index).map(|event| &event.event) {
-        Some(Event::OperationStepFinished(e)) if e.how == HowFinished::Observed => {
-            "it saw that the step had been done, and went on"
-        }
-        Some(Event::OperationStepFinished(_)) => {
-            "it saw that the step was not, or only half, done, and did what was missing"
-        }
-        Some(Event::OperationUndoStarted(_)) => "it saw that the step had to be taken back",
-        Some(Event::OperationUndoFinished(_)) => "it went on taking back",
-        Some(Event::OperationRetried(_)) => "someone let it try again",
-        Some(Event::OperationResolved(_)) => "someone said what had become of the step",
-        Some(Event::OperationNeedsAttention(_)) => "it saw that it could go neither on nor back by itself",
-        _ if in_step == Some(true) => "it looked at what was there, and went on",
-        _ => "nothing was in flight; it went on",
+/// How the operation was taken up, where the next event does not say it by itself.
+fn taken_up(next: &Event) -> Option<&'static str> {
+    match next {
+        Event::SystemRecovered(_)
+        | Event::OperationRetried(_)
+        | Event::OperationResolved(_)
+        | Event::OperationNeedsAttention(_) => None,
+        Event::OperationUndoFinished(_) => Some("it went on taking back"),
+        _ => Some("nothing was in flight; it went on"),
     }
 }
 

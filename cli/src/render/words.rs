@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{
-    DeleteScope, DeleteWhat, DriftCleared, DriftFound, Envelope, Event, HowFinished, SnapshotEdited,
-    SystemRestored, UnregisterWish,
+    Course, DeleteScope, DeleteWhat, DriftCleared, DriftFound, Envelope, Event, HowFinished, SnapshotEdited,
+    StepFound, SystemRecovered, SystemRestored, UnregisterWish,
 };
 use snaptree_engine::operation::{Request, Verdict};
 use snaptree_engine::reconcile::drift::Finding;
@@ -91,7 +91,8 @@ impl Known {
             | Event::OperationStepFinished(_)
             | Event::OperationUndoStarted(_)
             | Event::OperationUndoFinished(_)
-            | Event::OperationAttemptFailed(_) => {
+            | Event::OperationAttemptFailed(_)
+            | Event::SystemRecovered(_) => {
                 envelope.operation.is_none_or(|operation| self.steps.contains_key(&operation))
             }
             _ => true,
@@ -167,6 +168,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
         | Event::OperationAttemptFailed(_)
         | Event::OperationCancelled(_)
         | Event::OperationExpired(_)
+        | Event::SystemRecovered(_)
         | Event::DriftFound(_)
         | Event::SystemRestored(_)
         | Event::MergeDeferred(_) => look.paint.warn(words),
@@ -330,6 +332,7 @@ fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::OperationAttemptFailed(e) => {
             format!("{} did not work: {}; again at {}", step(e.step), e.failure, look.precise(e.retry_at))
         }
+        Event::SystemRecovered(e) => recovered_words(e, &step(e.step)),
         Event::OperationSucceeded(_) => "operation succeeded".to_owned(),
         Event::OperationFailed(e) => format!("operation failed: {}", e.failure),
         Event::OperationCancelled(e) => format!("operation called off: {}", e.failure),
@@ -346,6 +349,26 @@ fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::OperationRetried(_) => "operation may try again".to_owned(),
         other => other.kind().to_owned(),
     }
+}
+
+/// Why a step's end was not known, what was found of it, and what follows.
+fn recovered_words(recovered: &SystemRecovered, step: &str) -> String {
+    let why = match &recovered.failure {
+        Some(failure) => format!("the end of {step} was not known ({failure})"),
+        None => format!("{step} had been cut short"),
+    };
+    let found = match recovered.found {
+        StepFound::Done => "found it done",
+        StepFound::NotBegun => "found that it had no effect yet",
+        StepFound::HalfDone => "found it half done",
+    };
+    let course = match (recovered.course, recovered.found) {
+        (Course::Forward, StepFound::Done) => "going on",
+        (Course::Forward, _) => "doing what is missing",
+        (Course::Back, _) => "taking it back",
+        (Course::Ask, _) => "it can go neither on nor back by itself",
+    };
+    format!("{why}: {found}, {course}")
 }
 
 /// Which way a merge goes, and what it costs.

@@ -230,7 +230,7 @@ impl<'a> Worker<'a> {
                 self.start(operation, *step, Vec::new()).await
             }
             Phase::Running { step } if hand == Hand::Fresh => self.execute(operation, *step).await,
-            Phase::Running { step } => self.resolve(operation, *step).await,
+            Phase::Running { step } => self.resolve(operation, *step, None).await,
             Phase::Undoing { step, failure } => self.undo(operation, *step, failure).await,
             Phase::Undone { step: 0, failure } => {
                 let ended = self.untouched_end(failure);

@@ -5,9 +5,11 @@ use jiff::{SignedDuration, Timestamp};
 use crate::driver::{DriverError, ErrorClass, Remedy, Resolution};
 use crate::engine::EngineError;
 use crate::event::{
-    Event, HowFinished, OperationAttemptFailed, OperationCancelled, OperationExpired, OperationFailed,
-    OperationNeedsAttention, OperationUndoFinished, OperationUndoStarted, RetryKind,
+    Course, Event, HowFinished, OperationAttemptFailed, OperationCancelled, OperationExpired,
+    OperationFailed, OperationNeedsAttention, OperationUndoFinished, OperationUndoStarted, RetryKind,
+    StepFound, SystemRecovered,
 };
+use crate::log::NewEvent;
 use crate::operation::{Code, Failure, Operation, Phase, Reversal, Step};
 
 use super::outcome::deferrals;
@@ -207,7 +209,7 @@ impl Worker<'_> {
         let retry_at = self.retry_at(self.resolutions);
         tokio::select! {
             biased;
-            () = self.engine.clock.sleep_until(retry_at) => self.resolve(operation, index).await,
+            () = self.engine.clock.sleep_until(retry_at) => self.resolve(operation, index, Some(failure)).await,
             () = self.engine.stop.interrupts(None) => Ok(Pass::On(Hand::Found)),
         }
     }
@@ -251,19 +253,44 @@ impl Worker<'_> {
         Ok(self.driver.resolve(&self.context(operation, index, head), step, &seen))
     }
 
-    /// Finds out what became of a step, and goes on from there.
-    pub(super) async fn resolve(&mut self, operation: &Operation, index: usize) -> Result<Pass, EngineError> {
+    /// Finds out what became of a step, writes it down, and goes on from there. `why` says what made it unknown,
+    /// where this process has seen that.
+    pub(super) async fn resolve(
+        &mut self,
+        operation: &Operation,
+        index: usize,
+        why: Option<Failure>,
+    ) -> Result<Pass, EngineError> {
         let Some(step) = operation.steps.get(index) else { return Ok(Pass::Rests) };
         let resolution = self.look(operation, index, step).await?;
         self.found = Some(format!("step {} '{}' {}", index + 1, step.name, word(&resolution)));
         let late = if index == 0 { self.expired(operation) } else { None };
         let unwanted = self.called_off(operation);
-        match (resolution, late.or(unwanted)) {
-            (Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay), Some(failure)) => {
-                self.go_back(operation, index, failure).await
-            }
-            (resolution, _) => self.resolved(operation, index, step, resolution).await,
+        let either_way = matches!(resolution, Resolution::NotDone | Resolution::HalfDone(Remedy::EitherWay));
+        let back = late.or(unwanted).filter(|_| either_way);
+        let (found, forward) = in_event(&resolution);
+        let course = if back.is_some() { Course::Back } else { forward };
+        self.note_recovery(operation, SystemRecovered { step: index, found, course, failure: why }).await?;
+        match back {
+            Some(failure) => self.go_back(operation, index, failure).await,
+            None => self.resolved(operation, index, step, resolution).await,
         }
+    }
+
+    /// Writes down what was made out: in the name of whoever recovers, who need not be the one that asked.
+    async fn note_recovery(
+        &mut self,
+        operation: &Operation,
+        recovered: SystemRecovered,
+    ) -> Result<(), EngineError> {
+        let event = NewEvent {
+            stream: self.stream.clone(),
+            event: recovered.into(),
+            operation: Some(operation.id),
+            cause: Some(operation.seq),
+            key: None,
+        };
+        Ok(self.append(self.requester.actor.clone(), vec![event]).await?)
     }
 
     pub(super) async fn resolved(
@@ -298,6 +325,22 @@ impl Worker<'_> {
 }
 
 const CALLED_OFF: &str = "called off while it was carried out";
+
+/// What was found, and what follows from it alone.
+fn in_event(resolution: &Resolution) -> (StepFound, Course) {
+    match resolution {
+        Resolution::Done(_) => (StepFound::Done, Course::Forward),
+        Resolution::NotDone => (StepFound::NotBegun, Course::Forward),
+        Resolution::HalfDone(remedy) => {
+            let course = match remedy {
+                Remedy::Finish | Remedy::EitherWay => Course::Forward,
+                Remedy::TakeBack(_) => Course::Back,
+                Remedy::AskSomeone(_) => Course::Ask,
+            };
+            (StepFound::HalfDone, course)
+        }
+    }
+}
 
 fn word(resolution: &Resolution) -> &'static str {
     match resolution {
