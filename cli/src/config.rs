@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use snaptree_drivers::qemu::ToolTimes;
 use snaptree_engine::engine::{Foreign, Settings};
 use toml::{Table, Value};
 
@@ -19,6 +21,8 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("concurrency", "per-connection", "a number from 1"),
     ("drift", "foreign", "\"adopt\" or \"report\""),
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
+    ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
+    ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
@@ -30,6 +34,8 @@ const KNOWN: &[(&str, &str, &str)] = &[
 pub struct Config {
     /// The settings.
     pub settings: Settings,
+    /// How long qemu-img may take.
+    pub qemu: ToolTimes,
     /// The files that were there, in the order in which they were read.
     pub files: Vec<PathBuf>,
 }
@@ -116,6 +122,8 @@ impl Config {
                 let attempts = u32::try_from(value.as_integer()?).ok()?;
                 settings.attempts_max = Some(attempts).filter(|attempts| *attempts > 0)?;
             }
+            ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
+            ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("retry", "delay-min") => settings.retry_delay_ms_min = millis_of(value)?,
             ("retry", "delay-max") => settings.retry_delay_ms_max = millis_of(value)?,
             _ => return None,
@@ -139,6 +147,10 @@ fn count_of(value: &Value) -> Option<usize> {
 fn millis_of(value: &Value) -> Option<u64> {
     let given = duration(value.as_str()?).ok()?;
     u64::try_from(given.as_millis()).ok()
+}
+
+fn wait_of(value: &Value) -> Option<Duration> {
+    duration(value.as_str()?).ok().filter(|wait| !wait.is_zero())
 }
 
 fn trouble(file: &Path, problem: &str) -> Trouble {
@@ -198,12 +210,22 @@ mod tests {
     }
 
     #[test]
+    fn the_times_of_tools_are_read() {
+        let mut config = Config::default();
+        config.read("[qemu]\ntool-timeout = \"2s\"\ncopy-timeout = \"1h\"").unwrap();
+        assert_eq!(
+            config.qemu,
+            ToolTimes { header: Duration::from_secs(2), copy: Duration::from_secs(3_600) }
+        );
+    }
+
+    #[test]
     fn what_is_unknown_is_refused_with_the_nearest_name() {
         for (text, says) in [
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are concurrency, drift, merge, operation, retry"),
+            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();
@@ -217,6 +239,7 @@ mod tests {
             ("[merge]\ncopy-max = \"lots\"", "merge.copy-max is \"lots\", and should be a size"),
             ("[merge]\ncopy-max = -1", "should be a size"),
             ("[concurrency]\noverall = 0", "should be a number from 1"),
+            ("[qemu]\ntool-timeout = \"0s\"", "should be a duration above 0"),
             ("[retry]\nattempts = 0", "should be a number from 1"),
             ("[retry]\ndelay-min = 5", "should be a duration"),
             ("[retry]\ndelay-min = \"1m\"\ndelay-max = \"1s\"", "longer than"),

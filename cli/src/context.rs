@@ -123,7 +123,7 @@ impl Context {
     /// There is none, or it or the settings cannot be read.
     pub fn planner(&self) -> Result<Reader> {
         let Reader { engine, store } = self.reader()?;
-        let engine = self.with_drivers(engine).with_settings(Config::load()?.settings);
+        let engine = self.with_config(engine, Config::load()?);
         Ok(Reader { engine, store })
     }
 
@@ -140,12 +140,12 @@ impl Context {
     /// # Errors
     /// As [`Context::writer`].
     pub fn writer_with(&self, args: &WriterArgs, missing: Missing, hooks: Arc<dyn Hooks>) -> Result<Writer> {
-        let settings = Config::load()?.settings;
+        let config = Config::load()?;
         if missing == Missing::Refuse && !self.exists() {
             return Err(self.no_state().into());
         }
         let store = Arc::new(open_writer(&self.dir, args.lock_timeout)?);
-        let engine = self.with_drivers(Engine::new(store)).with_settings(settings).with_hooks(hooks);
+        let engine = self.with_config(Engine::new(store), config).with_hooks(hooks);
         Ok(Writer { engine, requester: this_user() })
     }
 
@@ -154,9 +154,10 @@ impl Context {
         SimDriver::new(self.dir.clone())
     }
 
-    fn with_drivers(&self, engine: Engine) -> Engine {
-        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER));
+    fn with_config(&self, engine: Engine, config: Config) -> Engine {
+        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER)).tool_times(config.qemu);
         engine
+            .with_settings(config.settings)
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))
     }

@@ -1,5 +1,7 @@
 //! `snaptree config ...`
 
+use std::time::Duration;
+
 use anyhow::Result;
 use snaptree_engine::engine::Foreign;
 use snaptree_engine::reconcile::merge::human_bytes;
@@ -42,6 +44,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                 },
                 "drift": { "foreign": settings.foreign },
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
+                "qemu": {
+                    "tool-timeout-ms": millis(config.qemu.header),
+                    "copy-timeout-ms": millis(config.qemu.copy),
+                },
                 "operation": { "deadline-s": settings.first_step_s_max },
                 "retry": {
                     "attempts": settings.attempts_max,
@@ -59,7 +65,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
         settings.concurrency_max,
         settings.concurrency_per_connection_max,
         match settings.foreign {
@@ -68,6 +74,8 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
         },
         settings.merge_copy_bytes_max,
         human_bytes(settings.merge_copy_bytes_max),
+        duration_words(millis(config.qemu.header)),
+        duration_words(millis(config.qemu.copy)),
         settings.first_step_s_max.unwrap_or(0),
         settings.attempts_max,
         duration_words(settings.retry_delay_ms_min),
@@ -75,6 +83,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     ));
     render::print(&text)?;
     Ok(Exit::Done)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn duration_words(millis: u64) -> String {

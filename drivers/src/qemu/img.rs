@@ -16,18 +16,40 @@ use tokio::process::Command;
 
 use super::lock::OperationLock;
 
-/// For what reads or writes headers.
-const QUICK: Duration = Duration::from_secs(30);
-/// For what moves a disk's data.
-const MOVING: Duration = Duration::from_secs(24 * 3600);
+/// For what reads all tables of an image.
+const CHECKING: Duration = Duration::from_secs(600);
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
 
+/// How long qemu-img may take. Past it the end of its work is unknown, and is made out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ToolTimes {
+    /// For what reads or writes headers.
+    pub header: Duration,
+    /// For what moves a disk's data.
+    pub copy: Duration,
+}
+
+impl Default for ToolTimes {
+    fn default() -> Self {
+        Self { header: Duration::from_secs(30), copy: Duration::from_secs(24 * 3600) }
+    }
+}
+
 /// The program.
 #[derive(Clone, Debug)]
 pub(super) struct QemuImg {
-    program: PathBuf,
+    pub(super) program: PathBuf,
+    pub(super) times: ToolTimes,
+}
+
+/// What a child does, for how long it may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Header,
+    Check,
+    Copy,
 }
 
 /// What a child said.
@@ -44,14 +66,14 @@ struct Output {
 /// How a child is run.
 struct Run<'a> {
     args: Vec<OsString>,
-    limit: Duration,
+    work: Work,
     lock: Option<&'a OperationLock>,
     progress: Option<&'a dyn Progress>,
 }
 
 impl QemuImg {
     pub(super) fn new(program: PathBuf) -> Self {
-        Self { program }
+        Self { program, times: ToolTimes::default() }
     }
 
     /// Makes an empty overlay. The caller has made `file` itself, exclusively.
@@ -159,8 +181,7 @@ impl QemuImg {
         }
         args.push(file.as_os_str());
         let mut run = Run::quick(args);
-        // It reads all tables of the image.
-        run.limit = Duration::from_secs(600);
+        run.work = Work::Check;
         let output = self.run("check", file, run).await?;
         match output.status.code() {
             Some(0) => Ok(None),
@@ -221,10 +242,15 @@ impl QemuImg {
                 DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
                     .hint("install qemu-img (Debian: qemu-utils, Fedora: qemu-img)")
             })?;
+        let limit = match run.work {
+            Work::Header => self.times.header,
+            Work::Check => CHECKING,
+            Work::Copy => self.times.copy,
+        };
         let (out, err) = (child.stdout.take(), child.stderr.take());
         let work =
             async { tokio::join!(child.wait(), read_limited(out, run.progress), read_limited(err, None)) };
-        match tokio::time::timeout(run.limit, work).await {
+        match tokio::time::timeout(limit, work).await {
             Ok((status, stdout, stderr)) => {
                 let status = status.map_err(|error| {
                     DriverError::unknown(Code::Io, "cannot wait for qemu-img").source(error)
@@ -234,11 +260,7 @@ impl QemuImg {
             // What it moves may still be moving: recovery takes the operation's lock before anything else.
             Err(_) => Err(DriverError::unknown(
                 Code::Timeout,
-                format!(
-                    "qemu-img {command} of {} took longer than {} s",
-                    file.display(),
-                    run.limit.as_secs()
-                ),
+                format!("qemu-img {command} of {} took longer than {} s", file.display(), limit.as_secs()),
             )),
         }
     }
@@ -256,11 +278,11 @@ pub(super) enum ForceShare {
 impl<'a> Run<'a> {
     fn quick<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
         let args = args.into_iter().map(OsStr::to_os_string).collect();
-        Self { args, limit: QUICK, lock: None, progress: None }
+        Self { args, work: Work::Header, lock: None, progress: None }
     }
 
     fn moving<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
-        Self { limit: MOVING, ..Self::quick(args) }
+        Self { work: Work::Copy, ..Self::quick(args) }
     }
 
     fn lock(mut self, lock: &'a OperationLock) -> Self {

@@ -55,6 +55,7 @@ use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 
 pub use config::{DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of};
+pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
 
 use adopt::Work;
@@ -82,7 +83,13 @@ impl QemuDriver {
     /// With another qemu-img than the one on the path.
     #[must_use]
     pub fn qemu_img(self, program: PathBuf) -> Self {
-        Self { img: QemuImg::new(program), ..self }
+        Self { img: QemuImg { program, ..self.img }, ..self }
+    }
+
+    /// With other times that qemu-img may take.
+    #[must_use]
+    pub fn tool_times(self, times: ToolTimes) -> Self {
+        Self { img: QemuImg { times, ..self.img }, ..self }
     }
 
     /// With another time that an orphaned tool is given before it is ended.
