@@ -161,7 +161,16 @@ fn classified(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit, String
     if let Some(error) = cause.downcast_ref::<StoreError>() {
         return of_store(error);
     }
-    match cause.downcast_ref::<LogError>()? {
+    of_log(cause.downcast_ref::<LogError>()?)
+}
+
+fn of_log(error: &LogError) -> Option<(Exit, String, Option<String>)> {
+    match error {
+        LogError::Full => Some((
+            Exit::Failed,
+            Code::NoSpace.as_str().to_owned(),
+            Some("free some space and try again; `snaptree recover` finishes what was begun".to_owned()),
+        )),
         LogError::Damaged(_) => Some((
             Exit::Failed,
             "damaged".to_owned(),
@@ -193,7 +202,7 @@ fn of_store(error: &StoreError) -> Option<(Exit, String, Option<String>)> {
             (Exit::Failed, "foreign", Some("choose another directory with --state"))
         }
         StoreError::Newer { .. } | StoreError::Older { .. } => (Exit::Failed, "version", None),
-        StoreError::Log(_) => return None,
+        StoreError::Log(error) => return of_log(error),
         StoreError::UnreadableWal { .. } | StoreError::Io { .. } | StoreError::Database { .. } => {
             (Exit::Failed, "io", None)
         }
@@ -227,13 +236,19 @@ pub fn in_words(told: &Told) -> String {
     text
 }
 
-/// The error as the JSON document that takes the place of a result.
-pub fn in_json(told: &Told) -> String {
+/// The error with all that lies below in one sentence.
+pub fn in_one(told: &Told) -> ErrorView {
     let mut error = told.error.clone();
     for cause in &told.causes {
         error.message.push_str(": ");
         error.message.push_str(cause);
     }
+    error
+}
+
+/// The error as the JSON document that takes the place of a result.
+pub fn in_json(told: &Told) -> String {
+    let error = in_one(told);
     // Three strings always serialize.
     serde_json::to_string(&ErrorDocument { error }).unwrap_or_default()
 }

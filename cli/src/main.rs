@@ -44,7 +44,10 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     // One thread is enough: whatever takes long is a child process, and starting threads is not free.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let context = Context::new(&cli.global)?;
-    runtime.block_on(commands::run(&context, cli.command))
+    let exit = runtime.block_on(commands::run(&context, cli.command));
+    // A look at a file system that hangs must not keep a program that was told to end.
+    runtime.shutdown_background();
+    exit
 }
 
 fn tell(error: &anyhow::Error, json: bool) -> Exit {

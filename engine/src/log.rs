@@ -46,7 +46,10 @@ pub enum LogError {
         /// The owner's.
         current: u64,
     },
-    /// The state cannot be written: read-only, full, or not ours.
+    /// The file system that holds the state is full; nothing of this append was written.
+    #[error("the file system that holds the state is full")]
+    Full,
+    /// The state cannot be written: read-only, or not ours.
     #[error("the state cannot be written: {0}")]
     ReadOnly(String),
     /// What is stored is not what was stored: damage, or a newer program's work.

@@ -111,10 +111,7 @@ pub(crate) fn failed(what: &str, error: &rusqlite::Error) -> LogError {
         || LogError::Backend { message: what.to_owned(), source: Box::new(Words(error.to_string())) };
     let rusqlite::Error::SqliteFailure(code, _) = error else { return backend() };
     match code.code {
-        ErrorCode::DiskFull => LogError::ReadOnly(
-            "the file system that holds it is full; free some space and try again, nothing was written"
-                .to_owned(),
-        ),
+        ErrorCode::DiskFull => LogError::Full,
         ErrorCode::ReadOnly | ErrorCode::PermissionDenied => {
             LogError::ReadOnly(format!("{error}; the file or its directory is not writable for this user"))
         }
@@ -136,6 +133,7 @@ pub(crate) fn copy_of(error: &LogError) -> LogError {
         }
         LogError::KeyUsed { stream, key } => LogError::KeyUsed { stream: stream.clone(), key: key.clone() },
         LogError::Fenced { ours, current } => LogError::Fenced { ours: *ours, current: *current },
+        LogError::Full => LogError::Full,
         LogError::ReadOnly(why) => LogError::ReadOnly(why.clone()),
         LogError::Damaged(why) => LogError::Damaged(why.clone()),
         LogError::Backend { message, source } => {

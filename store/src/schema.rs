@@ -213,6 +213,14 @@ pub(crate) fn recognise(connection: &Connection, file: &Path) -> Result<Found, S
     }
 }
 
+/// Looks for damage to the file that a walk over the events would not meet: in indexes, and in free pages.
+pub(crate) fn check(connection: &Connection) -> Result<(), LogError> {
+    let what = "cannot check the database";
+    let found: String =
+        connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).tried(what)?;
+    if found == "ok" { Ok(()) } else { Err(LogError::Damaged(found)) }
+}
+
 /// Whether the format is the one of this program.
 pub(crate) fn is_current(format: i64) -> bool {
     format == FORMAT

@@ -154,9 +154,12 @@ impl Store {
     /// was kept elsewhere: give it as `expected`.
     ///
     /// # Errors
-    /// The database could not be read. A log that is not sound is no error but a [`Verification::Broken`].
+    /// The database could not be read, or is damaged as a file. A log that is not sound is no error but a [`Verification::Broken`].
     pub fn verify(&self, expected: Option<Head>) -> Result<Verification, LogError> {
-        self.readers.with(|connection| verify(connection, expected))
+        self.readers.with(|connection| {
+            schema::check(connection)?;
+            verify(connection, expected)
+        })
     }
 
     /// Makes the read model again from the events.
@@ -317,7 +320,9 @@ fn create(connection: &mut Connection) -> Result<(), LogError> {
     transaction.execute("INSERT INTO meta VALUES (1, ?1)", [random().0]).tried(what)?;
     transaction.execute_batch(CHECKPOINTS).tried(what)?;
     read_model::rebuild(&transaction, Place::Main, 0)?;
-    transaction.commit().tried(what)
+    transaction.commit().tried(what)?;
+    // What tells that this is a log of ours must not hang on the sums of a write-ahead log.
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).tried(what)
 }
 
 /// 32 random bytes, from the operating system by way of three version 4 UUIDs (366 random bits).

@@ -134,10 +134,18 @@ impl Lab {
     /// # Panics
     /// Anything fails.
     pub fn with_disks(folder: &Path, disks: &[&'static str]) -> Self {
+        Self::with_state(folder, &folder.join("state"), disks)
+    }
+
+    /// The same with the state in another folder than the images.
+    ///
+    /// # Panics
+    /// Anything fails.
+    pub fn with_state(folder: &Path, state: &Path, disks: &[&'static str]) -> Self {
         let paths: BTreeMap<_, _> =
             disks.iter().map(|disk| (*disk, folder.join(format!("{disk}.qcow2")))).collect();
         paths.values().for_each(|path| make_qcow2(path));
-        let program = Program::new(folder.join("state"));
+        let program = Program::new(state);
         let given: Vec<String> = paths.iter().map(|(disk, path)| format!("{disk}={}", text(path))).collect();
         let mut add = vec!["domain", "add", "web", "--driver", "qemu"];
         add.extend(given.iter().flat_map(|disk| ["--disk", disk]));
@@ -204,6 +212,44 @@ impl Lab {
         self.check_files(what);
     }
 
+    /// Compares the images alone with these models, by the manifest that lies beside them: for a log that cannot be
+    /// asked. Says which of them they are.
+    ///
+    /// # Panics
+    /// They are none of them.
+    pub fn check_images(&mut self, what: &str, models: &[&Model]) -> usize {
+        let snapshots = self.manifest();
+        let mut differences = Vec::new();
+        for (index, model) in models.iter().enumerate() {
+            match self.images_differ(&snapshots, model) {
+                None => return index,
+                Some(difference) => differences.push(difference),
+            }
+        }
+        panic!("{what}: {}", differences.join("; "));
+    }
+
+    fn images_differ(&mut self, snapshots: &[ManifestEntry], model: &Model) -> Option<String> {
+        let names: BTreeSet<&str> = snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        if !names.iter().copied().eq(model.snapshots.keys().map(String::as_str)) {
+            return Some(format!("there are {names:?}"));
+        }
+        for snapshot in snapshots {
+            for (disk, content) in &model.snapshots[&snapshot.name].contents {
+                if let Some(difference) = self.reader.difference(&snapshot.files[*disk], content) {
+                    return Some(format!("{} of {}: {difference}", disk, snapshot.name));
+                }
+            }
+        }
+        for (disk, content) in &model.active {
+            let image = std::fs::canonicalize(&self.paths[disk]).expect("the registered path opens");
+            if let Some(difference) = self.reader.difference(&image, content) {
+                return Some(format!("the machine's {disk}: {difference}"));
+            }
+        }
+        None
+    }
+
     /// Compares what the registered paths open with the model.
     ///
     /// # Panics
@@ -228,10 +274,6 @@ impl Lab {
 
     /// The files of each live snapshot, as the manifest beside the layers says.
     fn files_of_snapshots(&self, listed: &Value) -> BTreeMap<String, BTreeMap<String, PathBuf>> {
-        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else {
-            return BTreeMap::new();
-        };
-        let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
         // A name in the manifest may be an older one: what was edited since is only in the log.
         let names: BTreeMap<&str, &str> = listed["snapshots"]
             .as_array()
@@ -239,14 +281,26 @@ impl Lab {
             .iter()
             .map(|s| (s["id"].as_str().expect("an id"), s["name"].as_str().expect("a name")))
             .collect();
+        let live = self.manifest().into_iter().map(|ManifestEntry { id, files, .. }| {
+            let name = names.get(id.as_str());
+            let name = name.unwrap_or_else(|| panic!("{id} is in the manifest and not listed"));
+            ((*name).to_owned(), files)
+        });
+        live.collect()
+    }
+
+    /// What the manifest says of each live snapshot; nothing if there is none.
+    fn manifest(&self) -> Vec<ManifestEntry> {
+        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else { return Vec::new() };
+        let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
         let snapshots = manifest["snapshots"].as_array().expect("snapshots").iter();
         let live = snapshots.filter(|snapshot| snapshot["tombstone"] == false);
         live.map(|snapshot| {
-            let id = snapshot["id"].as_str().expect("an id");
-            let name = names.get(id).unwrap_or_else(|| panic!("{id} is in the manifest and not listed"));
+            let word = |key: &str| snapshot[key].as_str().expect("a word").to_owned();
             let files = snapshot["files"].as_object().expect("files").iter();
             let path = |file: &Value| PathBuf::from(file.as_str().expect("a path"));
-            ((*name).to_owned(), files.map(|(disk, file)| (disk.clone(), path(file))).collect())
+            let files = files.map(|(disk, file)| (disk.clone(), path(file))).collect();
+            ManifestEntry { id: word("id"), name: word("name"), files }
         })
         .collect()
     }
@@ -276,6 +330,13 @@ impl Lab {
             self.reader.expect_clean(file);
         }
     }
+}
+
+/// A live snapshot in a manifest.
+struct ManifestEntry {
+    id: String,
+    name: String,
+    files: BTreeMap<String, PathBuf>,
 }
 
 /// The current snapshot and each one's parent, as `list` tells them.

@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use serde_json::Value;
 use snaptree_tests::images::{make_qcow2, text, tool};
 use snaptree_tests::program::Program;
+use snaptree_tests::small::SmallDisk;
 
 /// Every file below a folder, with what tells that it was touched.
 fn everything(folder: &Path) -> BTreeMap<PathBuf, (u64, u64, Option<SystemTime>)> {
@@ -198,56 +199,36 @@ fn a_layer_that_somebody_wrote_is_drift_and_blocks() {
     assert_eq!(program.json(0, &["list", "web"])["current"], "one");
 }
 
-/// A small file system in memory, unmounted when dropped.
-struct Small(PathBuf);
-
-impl Small {
-    fn mount(at: &Path, size: &str) -> Self {
-        std::fs::create_dir_all(at).expect("a folder");
-        tool("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", text(at)]);
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        Command::new("umount").arg("-l").arg(&self.0).status().ok();
-    }
-}
-
 #[test]
 fn a_full_disk_fails_the_create_and_leaves_everything_as_it_was() {
     let (folder, _, program) = lab();
-    let small = Small::mount(&folder.path().join("small"), "2M");
-    let image = small.0.join("vda");
+    let small = SmallDisk::mount(&folder.path().join("small"), "2M");
+    let image = small.path().join("vda");
     make_qcow2(&image);
     add(&program, 0, "web", &image);
     program.json(0, &["create", "web", "one"]);
-    let filler = small.0.join("filler");
-    // Fills the file system to the last byte; dd ends with an error then.
-    let fill = format!("of={}", text(&filler));
-    Command::new("dd").args(["if=/dev/zero", &fill, "bs=4k"]).stderr(Stdio::null()).status().expect("dd");
-    let before = everything(&small.0);
+    small.fill(0);
+    let before = everything(small.path());
 
     let answer = program.run(&["create", "web", "two", "--json"]);
     assert!(matches!(answer.code, Some(1 | 4)), "{answer:?}");
     assert_eq!(answer.json()["error"]["code"], "no-space", "{answer:?}");
-    let after = everything(&small.0);
+    let after = everything(small.path());
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
     assert_eq!(program.json(0, &["list", "web"])["current"], "one");
 
-    std::fs::remove_file(filler).expect("the filler");
+    small.empty();
     program.json(0, &["create", "web", "two"]);
 }
 
 #[test]
 fn a_read_only_state_can_be_read_and_is_not_written() {
     let folder = tempfile::tempdir().expect("a folder");
-    let small = Small::mount(&folder.path().join("state"), "8M");
-    let program = Program::new(&small.0);
+    let small = SmallDisk::mount(&folder.path().join("state"), "8M");
+    let program = Program::new(small.path());
     program.json(0, &["domain", "add", "web", "--driver", "sim"]);
     program.json(0, &["create", "web", "one"]);
-    tool("mount", &["-o", "remount,ro", text(&small.0)]);
+    tool("mount", &["-o", "remount,ro", text(small.path())]);
     assert_eq!(program.json(0, &["list", "web"])["current"], "one");
     let refused = program.run(&["create", "web", "two", "--json"]);
     assert!(matches!(refused.code, Some(1 | 4)), "{refused:?}");

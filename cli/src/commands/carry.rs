@@ -1,6 +1,7 @@
 //! Submitting a request, driving it to its outcome, and telling what came of it.
 
 use std::future::Future;
+use std::time::Duration;
 
 use anyhow::Result;
 use snaptree_engine::DomainId;
@@ -12,10 +13,11 @@ use snaptree_engine::reconcile::merge::Verdict;
 use snaptree_engine::reconcile::worker::{Carried, Driven};
 use snaptree_engine::{OperationId, SnapshotId};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 
 use super::history::{learn_names, names_in};
 use crate::context::{Context, Missing, Reader, Writer};
-use crate::exit::{ErrorView, Exit, Told, exit_of, in_words, told};
+use crate::exit::{ErrorView, Exit, Told, Trouble, exit_of, in_one, in_words, told};
 use crate::progress::Shown;
 use crate::render;
 use crate::render::operation::{Cost, MergeView, OperationView, done, planned};
@@ -26,6 +28,9 @@ use crate::story::{StepOutcome, StepView, Story};
 
 /// The process's exit code after a second Ctrl-C: 128 and the signal, as shells have it.
 const INTERRUPTED: i32 = 130;
+
+/// How long the step in hand may go on after a signal. Service managers and people give a program 10 s.
+const PARK_AFTER: Duration = Duration::from_secs(8);
 
 /// A request that becomes an operation.
 pub struct Asked<'a> {
@@ -146,7 +151,7 @@ fn print(context: &Context, view: &mut OperationView, story: &Story, problem: Op
         (None, _) => Exit::Attention,
     };
     if let Some(problem) = &problem {
-        view.error = Some(problem.error.clone());
+        view.error = Some(in_one(problem));
     }
     if context.json {
         render::json(view)?;
@@ -157,7 +162,11 @@ fn print(context: &Context, view: &mut OperationView, story: &Story, problem: Op
         return Ok(exit);
     }
     match problem {
-        Some(problem) => render::note(&in_words(&problem)),
+        Some(problem) => {
+            let (kind, domain) = (view.kind, safe(&view.domain));
+            let open = format!("  the {kind} of {domain} is not over (operation {})", short(story.id));
+            render::note(&format!("{}{open}\n", in_words(&problem)));
+        }
         None => render::note(&failed(view, story)),
     }
     Ok(exit)
@@ -204,10 +213,11 @@ pub async fn drive(engine: &Engine, requester: &Requester, domain: DomainId) -> 
     driven
 }
 
-/// Runs `work`; the first Ctrl-C asks it to end, the second ends the process.
+/// Runs `work`; the first Ctrl-C asks it to end, the second ends the process. A step that goes on for too long after
+/// the first is parked: what works for it is left alone, and recovery waits for it.
 ///
 /// # Errors
-/// The work's own.
+/// The work's own, or it was parked.
 pub async fn heeding<T>(
     stop: Stop,
     shown: &Shown,
@@ -215,11 +225,13 @@ pub async fn heeding<T>(
 ) -> Result<T> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    tokio::pin!(work);
+    let park = tokio::time::sleep(Duration::MAX);
+    tokio::pin!(work, park);
     loop {
         tokio::select! {
             biased;
             done = &mut work => return Ok(done?),
+            () = &mut park => return Err(parked().into()),
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
@@ -229,11 +241,19 @@ pub async fn heeding<T>(
             std::process::exit(INTERRUPTED);
         }
         stop.ask();
+        park.as_mut().reset(Instant::now() + PARK_AFTER);
         shown.say(
             "ending after this step: what can be taken back is, the rest is left to `snaptree recover` \
                    (Ctrl-C again ends at once)",
         );
     }
+}
+
+fn parked() -> Trouble {
+    let message =
+        format!("the step in hand did not end within {} s and was left as it is", PARK_AFTER.as_secs());
+    Trouble::new(Exit::Attention, "parked", message)
+        .hint("`snaptree recover` waits for what still works for it, and finishes it")
 }
 
 /// Tells of operations that had been cut short and were carried through first.
