@@ -1,0 +1,167 @@
+//! The rules, one by one, and the mistakes that others have made with them.
+
+use jiff::tz::TimeZone;
+
+use super::*;
+
+const NOW: &str = "2026-11-23T12:00:00Z";
+
+fn judged(candidates: &[Candidate], keep: &Keep, zone: &str) -> Vec<Verdict> {
+    verdicts(candidates, keep, NOW.parse().unwrap(), &TimeZone::get(zone).unwrap())
+}
+
+/// Those that stay in UTC.
+fn stays(times: &[&str], rules: &[Rule]) -> Vec<usize> {
+    kept(&judged(&taken(times), &keep(rules), "UTC"))
+}
+
+fn told(verdicts: &[Verdict]) -> String {
+    let line = |verdict: &Verdict| {
+        let reasons: Vec<String> = verdict.reasons.iter().map(ToString::to_string).collect();
+        let word = if verdict.keeps() { "keep  " } else { "delete" };
+        format!("{} {word} {}", verdict.created, reasons.join("; "))
+    };
+    verdicts.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_newest_of_a_period_is_kept() {
+    let times = ["2026-11-21T01:00:00Z", "2026-11-21T23:00:00Z", "2026-11-22T05:00:00Z"];
+    assert_eq!(stays(&times, &[count(Per::Day, 2)]), [2, 1]);
+}
+
+#[test]
+fn one_snapshot_counts_for_every_rule_that_it_fits() {
+    let times = ["2026-11-20T01:00:00Z", "2026-11-21T01:00:00Z", "2026-11-22T01:00:00Z"];
+    assert_eq!(stays(&times, &[count(Per::Snapshot, 1), count(Per::Day, 1)]), [2]);
+}
+
+#[test]
+fn periods_without_a_snapshot_do_not_count() {
+    let times = ["2019-01-01T00:00:00Z", "2022-01-01T00:00:00Z", "2026-11-22T00:00:00Z"];
+    assert_eq!(stays(&times, &[count(Per::Day, 3)]), [2, 1, 0]);
+    assert_eq!(stays(&times, &[count(Per::Day, 2)]), [2, 1]);
+}
+
+#[test]
+fn the_oldest_is_kept_while_a_rule_is_not_full() {
+    let times = ["2026-11-02T01:00:00Z", "2026-11-02T02:00:00Z", "2026-11-22T00:00:00Z"];
+    assert_eq!(stays(&times, &[count(Per::Month, 2)]), [2, 0]);
+    assert_eq!(stays(&times, &[count(Per::Month, 1)]), [2]);
+}
+
+#[test]
+fn within_reaches_back_from_the_newest_and_a_pause_deletes_nothing() {
+    let times = ["2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z", "2020-01-02T00:00:01Z"];
+    assert_eq!(stays(&times, &[within(Per::Snapshot, "1d")]), [2, 1], "the bound itself is outside");
+}
+
+#[test]
+fn a_snapshot_of_the_future_does_not_move_what_within_reaches_back_from() {
+    let times = ["2026-11-23T11:00:00Z", "2036-01-01T00:00:00Z"];
+    assert_eq!(stays(&times, &[within(Per::Snapshot, "1h")]), [1, 0]);
+}
+
+#[test]
+fn week_one_and_month_one_are_different_periods() {
+    // kopia keys both as 2026-01, and loses the week.
+    let times = ["2026-01-04T00:00:00Z", "2026-01-11T00:00:00Z", "2026-01-12T00:00:00Z"];
+    let rules = [count(Per::Week, 3), count(Per::Month, 3)];
+    assert_eq!(stays(&times, &rules), [2, 1, 0]);
+}
+
+#[test]
+fn a_week_that_spans_two_years_is_one() {
+    let times = ["2024-12-30T00:00:00Z", "2024-12-31T00:00:00Z", "2025-01-01T00:00:00Z"];
+    let older = ["2024-12-20T00:00:00Z"];
+    let all: Vec<&str> = older.into_iter().chain(times).collect();
+    assert_eq!(stays(&all, &[count(Per::Week, 2)]), [3, 0]);
+}
+
+#[test]
+fn both_runs_of_a_repeated_hour_are_kept() {
+    let times = ["2026-10-24T23:00:00Z", "2026-10-25T00:00:00Z", "2026-10-25T01:00:00Z"];
+    let verdicts = judged(&taken(&times), &keep(&[count(Per::Hour, 2)]), "Europe/Vienna");
+    assert_eq!(kept(&verdicts), [2, 1]);
+}
+
+#[test]
+fn counting_goes_by_the_policys_time_zone() {
+    let times = ["2026-11-20T22:30:00Z", "2026-11-20T23:30:00Z", "2026-11-21T12:00:00Z"];
+    let keep = keep(&[count(Per::Day, 2)]);
+    assert_eq!(kept(&judged(&taken(&times), &keep, "UTC")), [2, 1]);
+    assert_eq!(kept(&judged(&taken(&times), &keep, "Europe/Vienna")), [2, 0]);
+}
+
+#[test]
+fn what_does_not_count_stays_and_changes_nothing() {
+    let times = ["2026-11-20T00:00:00Z", "2026-11-21T00:00:00Z", "2026-11-22T00:00:00Z"];
+    for why in [Uncounted::Failed, Uncounted::Foreign, Uncounted::Lost, Uncounted::Unfinished] {
+        let mut candidates = taken(&times);
+        candidates[2].standing = Standing::Uncounted(why);
+        assert_eq!(kept(&judged(&candidates, &keep(&[count(Per::Snapshot, 1)]), "UTC")), [2, 1], "{why:?}");
+    }
+}
+
+#[test]
+fn max_age_goes_before_the_rules_and_min_keep_before_max_age() {
+    let times = ["2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z"];
+    let judge = |min| {
+        let rules = vec![rule(Per::Month, Limit::All)];
+        let keep = Keep::new(rules, "30d".parse().ok(), NonZeroU32::new(min).unwrap()).unwrap();
+        kept(&judged(&taken(&times), &keep, "UTC"))
+    };
+    assert_eq!(judge(1), [2]);
+    assert_eq!(judge(2), [2, 1]);
+}
+
+#[test]
+fn without_a_rule_everything_stays() {
+    let times = ["1999-01-01T00:00:00Z", "2026-02-01T00:00:00Z"];
+    assert_eq!(kept(&judged(&taken(&times), &Keep::default(), "UTC")), [1, 0]);
+    assert!(Keep::default().keeps_all());
+}
+
+#[test]
+fn a_rule_stands_once() {
+    let twice = Keep::new(vec![count(Per::Day, 1), count(Per::Day, 2)], None, NonZeroU32::MIN);
+    assert_eq!(twice.unwrap_err().to_string(), "'daily' is there twice");
+    let both = Keep::new(vec![count(Per::Day, 1), within(Per::Day, "7d")], None, NonZeroU32::MIN);
+    assert!(both.is_ok());
+}
+
+#[test]
+fn rules_read_back_from_json() {
+    let rules = vec![count(Per::Day, 7), rule(Per::Year, Limit::All), within(Per::Snapshot, "36h")];
+    let keep = Keep::new(rules, "2y".parse().ok(), NonZeroU32::new(3).unwrap()).unwrap();
+    let json = serde_json::to_string(&keep).unwrap();
+    assert_eq!(serde_json::from_str::<Keep>(&json).unwrap(), keep);
+    assert!(serde_json::from_str::<Keep>(r#"{"min-keep":0}"#).is_err());
+}
+
+#[test]
+fn every_verdict_says_why() {
+    let times = [
+        "2026-01-01T00:00:00Z",
+        "2026-10-30T10:00:00Z",
+        "2026-11-20T10:00:00Z",
+        "2026-11-21T10:00:00Z",
+        "2026-11-22T09:00:00Z",
+        "2026-11-22T10:00:00Z",
+        "2026-11-23T10:00:00Z",
+        "2026-11-23T11:00:00Z",
+        "2026-11-23T11:30:00Z",
+    ];
+    let mut candidates = taken(&times);
+    candidates[3].standing = Standing::Held;
+    candidates[6].standing = Standing::Uncounted(Uncounted::Foreign);
+    let rules = vec![
+        count(Per::Snapshot, 1),
+        within(Per::Snapshot, "2h"),
+        count(Per::Day, 2),
+        within(Per::Week, "40d"),
+        rule(Per::Month, Limit::All),
+    ];
+    let keep = Keep::new(rules, "6mo".parse().ok(), NonZeroU32::new(2).unwrap()).unwrap();
+    insta::assert_snapshot!(told(&judged(&candidates, &keep, "Europe/Vienna")));
+}

@@ -1,0 +1,341 @@
+//! Which snapshots stay, which go, and why.
+
+use std::cmp::Reverse;
+use std::fmt;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use snaptree_engine::event::Actor;
+use snaptree_engine::tree::Snapshot;
+use snaptree_engine::{PolicyName, SnapshotId};
+
+use super::keep::{Keep, Limit, Rule};
+use super::period::{Per, Period, Wall};
+use crate::span::Reach;
+
+/// A snapshot, as far as retention looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// When it was taken.
+    pub created: Timestamp,
+    /// Whether it counts, and whether it may go.
+    pub standing: Standing,
+}
+
+/// Whether a snapshot counts, and whether it may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It counts, and goes when no rule keeps it.
+    Counted,
+    /// It counts like any other, so that a hold changes nothing for the others, but it stays.
+    Held,
+    /// It neither counts nor goes.
+    Uncounted(Uncounted),
+}
+
+/// Why a snapshot neither counts nor goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uncounted {
+    /// Someone else made it.
+    Foreign,
+    /// It is still being made, or a request about it is open.
+    Unfinished,
+    /// Making it failed.
+    Failed,
+    /// The hypervisor no longer has it.
+    Lost,
+}
+
+impl Candidate {
+    /// What `policy` has to see in `snapshot` at `now`.
+    pub fn of(snapshot: &Snapshot, policy: &PolicyName, now: Timestamp) -> Self {
+        let standing = if snapshot.made_by != Actor::Policy(policy.clone()) {
+            Standing::Uncounted(Uncounted::Foreign)
+        } else if snapshot.lost {
+            Standing::Uncounted(Uncounted::Lost)
+        } else if snapshot.hold.as_ref().is_some_and(|hold| hold.in_force(now)) {
+            Standing::Held
+        } else {
+            Standing::Counted
+        };
+        Self { snapshot: snapshot.id, created: snapshot.created, standing }
+    }
+}
+
+/// What is to become of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Decision {
+    /// It stays.
+    Keep,
+    /// It goes.
+    Delete,
+}
+
+/// The decision on a snapshot, with every reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// When it was taken.
+    pub created: Timestamp,
+    /// What is to become of it.
+    pub decision: Decision,
+    /// Why; never empty. Those of a delete go into its event.
+    pub reasons: Vec<Reason>,
+}
+
+impl Verdict {
+    /// Whether it stays.
+    pub fn keeps(&self) -> bool {
+        self.decision == Decision::Keep
+    }
+}
+
+/// Why a snapshot stays, or goes. Its `Display` is the sentence that `policy plan` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Stays: the newest of a period of a rule that was not full.
+    Newest {
+        /// The rule.
+        rule: Rule,
+        /// The period.
+        period: Period,
+        /// The how manieth of the rule it is, from 1.
+        nth: u32,
+    },
+    /// Stays: the oldest of all, and the rule was not full.
+    Oldest {
+        /// The rule.
+        rule: Rule,
+        /// The how manieth of the rule it is, from 1.
+        nth: u32,
+    },
+    /// Stays: there is no rule.
+    NoRule,
+    /// Stays: among the fewest that are to be left.
+    MinKeep {
+        /// The how manieth it is, from 1.
+        nth: u32,
+        /// How many are to be left.
+        of: u32,
+    },
+    /// Stays: a hold is in force.
+    Held,
+    /// Stays: not this policy's business.
+    Uncounted(Uncounted),
+    /// Goes: the rule had as many as it keeps, all of them newer.
+    Full {
+        /// The rule.
+        rule: Rule,
+    },
+    /// Goes: the rule has a newer one of the same period.
+    Superseded {
+        /// The rule.
+        rule: Rule,
+        /// The period.
+        period: Period,
+    },
+    /// Goes: further back than the rule reaches.
+    Outside {
+        /// The rule.
+        rule: Rule,
+    },
+    /// Goes: older than a snapshot may get.
+    TooOld {
+        /// How old it may get.
+        max_age: Reach,
+    },
+    /// Goes: a rule would keep it, but the machine's disk would stand upon too many layers.
+    TooDeep {
+        /// The rule that would keep it.
+        rule: Rule,
+        /// How many layers there may be.
+        depth_max: u32,
+    },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Newest { rule, period, nth } => match (rule.limit, rule.per) {
+                (Limit::Within(reach), Per::Snapshot) => {
+                    write!(f, "{}: less than {reach} before the newest", rule.key())
+                }
+                (Limit::Within(reach), _) => {
+                    write!(f, "{}: newest of {period}, less than {reach} before the newest", rule.key())
+                }
+                (Limit::Count(count), Per::Snapshot) => write!(f, "{}: {nth} of {count}", rule.key()),
+                (Limit::Count(count), _) => {
+                    write!(f, "{}: newest of {period}, {nth} of {count}", rule.key())
+                }
+                (Limit::All, Per::Snapshot) => write!(f, "{}: all are kept", rule.key()),
+                (Limit::All, _) => write!(f, "{}: newest of {period}", rule.key()),
+            },
+            Self::Oldest { rule, nth } => match rule.limit {
+                Limit::Count(count) => write!(f, "{}: oldest, {nth} of {count}", rule.key()),
+                Limit::All | Limit::Within(_) => write!(f, "{}: oldest", rule.key()),
+            },
+            Self::NoRule => f.write_str("no rule: all are kept"),
+            Self::MinKeep { nth, of } => write!(f, "min-keep: {nth} of {of}"),
+            Self::Held => f.write_str("held"),
+            Self::Uncounted(Uncounted::Foreign) => f.write_str("not made by this policy"),
+            Self::Uncounted(Uncounted::Unfinished) => f.write_str("not counted: unfinished"),
+            Self::Uncounted(Uncounted::Failed) => f.write_str("not counted: failed"),
+            Self::Uncounted(Uncounted::Lost) => f.write_str("not counted: the hypervisor no longer has it"),
+            Self::Full { rule } => write!(f, "{rule}: full with newer ones"),
+            Self::Superseded { rule, period } => write!(f, "{}: {period} has a newer one", rule.key()),
+            Self::Outside { rule } => write!(f, "{rule}: further back than that"),
+            Self::TooOld { max_age } => write!(f, "max-age: older than {max_age}"),
+            Self::TooDeep { rule, depth_max } => {
+                write!(f, "max-depth: more than {depth_max} in a row, though {} would keep it", rule.key())
+            }
+        }
+    }
+}
+
+/// How far a rule has got on its way from the newest snapshot to the oldest.
+struct Tally {
+    rule: Rule,
+    /// For rules by age: only what is later than this.
+    after: Timestamp,
+    /// The period that it last saw, which is the only one that an older snapshot can share.
+    last: Option<Period>,
+    taken: u32,
+}
+
+impl Tally {
+    fn full(&self) -> bool {
+        matches!(self.rule.limit, Limit::Count(count) if self.taken >= count.get())
+    }
+
+    /// What the rule says about the next older snapshot.
+    fn judge(&mut self, created: Timestamp, wall: Wall, place: Place) -> Result<Reason, Reason> {
+        let rule = self.rule;
+        if self.full() {
+            return Err(Reason::Full { rule });
+        }
+        if matches!(rule.limit, Limit::Within(_)) && created <= self.after {
+            return Err(Reason::Outside { rule });
+        }
+        let period = wall.period(rule.per);
+        let newest = rule.per == Per::Snapshot || self.last != Some(period);
+        if !newest && place == Place::Among {
+            return Err(Reason::Superseded { rule, period });
+        }
+        self.last = Some(period);
+        self.taken += 1;
+        let nth = self.taken;
+        Ok(if newest { Reason::Newest { rule, period, nth } } else { Reason::Oldest { rule, nth } })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Among,
+    Oldest,
+}
+
+/// The verdict on every candidate, the newest first; of those taken at the same instant the one with the greater id.
+///
+/// Each rule goes from the newest counted snapshot to the oldest and keeps the newest of each period, until it is full;
+/// the oldest of all is kept too while the rule is not. A snapshot is kept if any rule keeps it, and one may count for
+/// several rules. These are restic's rules (0.16 and later), and differ from them in that the two runs of a repeated
+/// hour are two hours, and in `max-age` and `min-keep`.
+///
+/// `now` decides which snapshots are of the future (they do not move what `within` reaches back from), and how old a
+/// snapshot is for `max-age`. `within` reaches back from the newest snapshot, not from `now`: a long pause deletes
+/// nothing.
+///
+/// Pure. The kept ones judged again are all kept.
+pub fn verdicts(candidates: &[Candidate], keep: &Keep, now: Timestamp, zone: &TimeZone) -> Vec<Verdict> {
+    let mut sorted: Vec<&Candidate> = candidates.iter().collect();
+    sorted.sort_unstable_by_key(|candidate| Reverse((candidate.created, candidate.snapshot)));
+    let counted = |candidate: &&&Candidate| !matches!(candidate.standing, Standing::Uncounted(_));
+    let newest = sorted.iter().filter(counted).map(|candidate| candidate.created).find(|at| *at <= now);
+    let oldest = sorted.iter().rev().find(counted).map(|candidate| candidate.snapshot);
+    let mut judge = Judge::new(keep, newest, oldest, now, zone);
+    sorted.into_iter().map(|candidate| judge.verdict(candidate)).collect()
+}
+
+struct Judge<'a> {
+    keep: &'a Keep,
+    zone: &'a TimeZone,
+    tallies: Vec<Tally>,
+    oldest: Option<SnapshotId>,
+    /// What was taken before this is older than `max-age`.
+    since: Option<(Timestamp, Reach)>,
+    counted: u32,
+}
+
+impl<'a> Judge<'a> {
+    fn new(
+        keep: &'a Keep,
+        newest: Option<Timestamp>,
+        oldest: Option<SnapshotId>,
+        now: Timestamp,
+        zone: &'a TimeZone,
+    ) -> Self {
+        let after = |rule: &Rule| match (rule.limit, newest) {
+            (Limit::Within(reach), Some(newest)) => reach.before(newest, zone),
+            _ => Timestamp::MIN,
+        };
+        let tallies = keep
+            .rules()
+            .iter()
+            .map(|rule| Tally { rule: *rule, after: after(rule), last: None, taken: 0 })
+            .collect();
+        let since = keep.max_age().map(|age| (age.before(now, zone), age));
+        Self { keep, zone, tallies, oldest, since, counted: 0 }
+    }
+
+    fn verdict(&mut self, candidate: &Candidate) -> Verdict {
+        let Candidate { snapshot, created, standing } = *candidate;
+        let (decision, reasons) = match standing {
+            Standing::Uncounted(why) => (Decision::Keep, vec![Reason::Uncounted(why)]),
+            Standing::Counted | Standing::Held => self.counted(candidate),
+        };
+        Verdict { snapshot, created, decision, reasons }
+    }
+
+    fn counted(&mut self, candidate: &Candidate) -> (Decision, Vec<Reason>) {
+        self.counted = self.counted.saturating_add(1);
+        let (mut kept, mut missed) = self.by_the_rules(candidate);
+        if let Some((since, max_age)) = self.since
+            && candidate.created < since
+        {
+            kept.clear();
+            missed = vec![Reason::TooOld { max_age }];
+        }
+        let of = self.keep.min_keep().get();
+        if self.counted <= of {
+            kept.push(Reason::MinKeep { nth: self.counted, of });
+        }
+        if candidate.standing == Standing::Held {
+            kept.push(Reason::Held);
+        }
+        if kept.is_empty() { (Decision::Delete, missed) } else { (Decision::Keep, kept) }
+    }
+
+    fn by_the_rules(&mut self, candidate: &Candidate) -> (Vec<Reason>, Vec<Reason>) {
+        if self.tallies.is_empty() {
+            return (vec![Reason::NoRule], Vec::new());
+        }
+        let place = if self.oldest == Some(candidate.snapshot) { Place::Oldest } else { Place::Among };
+        let (mut kept, mut missed) = (Vec::new(), Vec::new());
+        // Asking the time zone is most of the work, and no rule that is full needs it.
+        if self.tallies.iter().all(Tally::full) {
+            missed.extend(self.tallies.iter().map(|tally| Reason::Full { rule: tally.rule }));
+            return (kept, missed);
+        }
+        let wall = Wall::at(candidate.created, self.zone);
+        for tally in &mut self.tallies {
+            match tally.judge(candidate.created, wall, place) {
+                Ok(reason) => kept.push(reason),
+                Err(reason) => missed.push(reason),
+            }
+        }
+        (kept, missed)
+    }
+}
