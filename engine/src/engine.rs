@@ -253,6 +253,13 @@ impl Engine {
         }
     }
 
+    /// Keeps what a worker knows of its domain, so that it need not be read again.
+    pub(crate) fn remember(&self, state: &DomainState) {
+        if let (Some(domain), None) = (&state.domain, &state.illegal) {
+            self.loaded.keep(domain.id, state);
+        }
+    }
+
     /// Keeps a checkpoint of `state`, whose last event is `last`.
     pub(crate) async fn keep_checkpoint(&self, state: &DomainState, last: &Envelope) {
         let Some(domain) = &state.domain else { return };

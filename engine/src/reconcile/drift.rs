@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::Disk;
 use crate::driver::{Observation, SeenSnapshot};
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
@@ -144,8 +145,10 @@ fn compare_layers(state: &DomainState, seen: &Observation, found: &mut BTreeSet<
             }
         }
     }
-    // Before the first adoption the registered images are seen, and none of them is a layer yet.
-    if state.layers.generation.is_some() {
+    // The registered image of a disk that was never snapshotted is seen, and is no layer yet.
+    let adopted =
+        |disk: &Disk| state.layers.disks.get(&disk.name).is_some_and(|known| known.active.is_some());
+    if state.domain.as_ref().is_some_and(|domain| domain.disks.iter().all(adopted)) {
         let ours: BTreeSet<&PathBuf> = state.layers.files().collect();
         let foreign = seen.files.keys().chain(seen.unreadable.keys()).filter(|file| !ours.contains(file));
         found.extend(foreign.map(|file| Finding::FileFound { file: file.clone() }));

@@ -155,6 +155,7 @@ impl<'a> Worker<'a> {
     }
 
     fn driven(self) -> Driven {
+        self.engine.remember(&self.state);
         Driven { carried: self.carried, state: self.state }
     }
 
