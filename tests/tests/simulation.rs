@@ -62,7 +62,7 @@ fn the_same_seed_is_the_same_run() {
     let digests = Mutex::new(Vec::new());
     for number in [3, 3, 4] {
         let run = seed(number);
-        digests.lock().expect("one thread").push((run.digest, run.events, run.operations, run.crashes));
+        digests.lock().expect("one thread").push((run.digest(), run.events, run.operations, run.crashes));
     }
     let digests = digests.into_inner().expect("one thread");
     assert_eq!(digests[0], digests[1]);

@@ -135,8 +135,9 @@ fn one(seed: u64, asked: &Asked, sum: &Mutex<Sum>, stop: &AtomicBool) {
             sum.crashes += u64::from(run.crashes);
             sum.events += run.events;
             if asked.verbose {
+                let digest = run.digest();
                 let mut lines = run.story;
-                lines.push(format!("seed {seed}: {} operations, digest {}", run.operations, run.digest));
+                lines.push(format!("seed {seed}: {} operations, digest {digest}", run.operations));
                 sum.told.insert(seed, lines);
             }
         }

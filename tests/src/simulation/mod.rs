@@ -47,10 +47,17 @@ pub struct Run {
     pub events: u64,
     /// What was met.
     pub coverage: Coverage,
-    /// The SHA-256 of all that the seed decides of the log.
-    pub digest: String,
+    /// The log.
+    pub log: Vec<Envelope>,
     /// The story, if it was asked for.
     pub story: Vec<String>,
+}
+
+impl Run {
+    /// The SHA-256 of all that the seed decides of the log.
+    pub fn digest(&self) -> String {
+        digest(&self.log)
+    }
 }
 
 /// A seed that showed a violation.
@@ -77,7 +84,7 @@ pub fn run(seed: u64, folder: &Path) -> Result<Run, Box<Broken>> {
     for life in 0..LIVES_MAX {
         let lived = catch_unwind(AssertUnwindSafe(|| runtime.block_on(cast.live(life))));
         match lived {
-            Ok(Ok(End::Finished(log))) => return Ok(finished(&cast, &log)),
+            Ok(Ok(End::Finished(log))) => return Ok(finished(&cast, log)),
             Ok(Ok(End::Restart)) => {}
             Ok(Err(violation)) => return Err(Box::new(told(&cast, violation))),
             Err(panic) if panic.is::<Killed>() => cast.killed(),
@@ -93,14 +100,14 @@ pub fn run(seed: u64, folder: &Path) -> Result<Run, Box<Broken>> {
     Err(Box::new(told(&cast, Violation { invariant: "the seed comes to its end", what })))
 }
 
-fn finished(cast: &Cast, log: &[Envelope]) -> Run {
+fn finished(cast: &Cast, log: Vec<Envelope>) -> Run {
     Run {
         operations: cast.operations,
         crashes: cast.crashes,
         events: log.len() as u64,
         coverage: cast.world.coverage(),
-        digest: digest(log),
         story: cast.story().to_vec(),
+        log,
     }
 }
 
