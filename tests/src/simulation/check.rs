@@ -89,7 +89,7 @@ impl Watched {
         self.check_contents(driver, served, resting)?;
         if resting {
             if served.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
-                check_snapshots(&self.model.listed, seen)?;
+                check_snapshots(&self.model.listed, served, seen)?;
             } else {
                 check_layers(&self.model, served, seen)?;
             }
@@ -193,23 +193,24 @@ impl Watched {
 }
 
 /// The hypervisor that keeps snapshots itself has those that the outcomes, and whoever used it by hand, left there;
-/// one that does not carry our mark stands for its parent.
-fn check_snapshots(listed: &Listed, seen: &Observation) -> Result<(), Violation> {
+/// one that does not carry our mark, or was forgotten, stands for its parent.
+fn check_snapshots(listed: &Listed, served: &DomainState, seen: &Observation) -> Result<(), Violation> {
     let by_native: BTreeMap<&str, _> = seen.snapshots.iter().map(|s| (s.native.as_str(), s)).collect();
     let ours = |native: Option<&String>| -> Option<SnapshotId> {
         let mut next = native.and_then(|native| by_native.get(native.as_str()));
         while let Some(found) = next {
-            if let Some(id) = found.id {
+            if let Some(id) = found.id.filter(|_| !served.forgot(found)) {
                 return Some(id);
             }
             next = found.parent.as_ref().and_then(|parent| by_native.get(parent.as_str()));
         }
         None
     };
+    let known = || seen.snapshots.iter().filter(|listed| !served.forgot(listed));
     let found = Listed {
-        parents: seen.snapshots.iter().filter_map(|s| Some((s.id?, ours(s.parent.as_ref())))).collect(),
+        parents: known().filter_map(|s| Some((s.id?, ours(s.parent.as_ref())))).collect(),
         current: ours(seen.current.as_ref()),
-        unmarked: seen.snapshots.iter().filter(|s| s.id.is_none()).count(),
+        unmarked: known().filter(|s| s.id.is_none()).count(),
     };
     if found != *listed {
         return broken("3: the hypervisor has what the log says", format!("{found:?}\nnot\n{listed:?}"));

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use snaptree_drivers::sim::{ByHand, Holding};
 use snaptree_engine::domain::{Domain, RunState};
-use snaptree_engine::event::{DeleteWhat, Envelope, Event, MemoryKind};
+use snaptree_engine::event::{Envelope, Event, MemoryKind};
 use snaptree_engine::operation::{Code, Failure, Outcome, Request};
 use snaptree_engine::tree::Hold;
 use snaptree_engine::{DiskName, OperationId, SnapshotId, SnapshotName};
@@ -333,10 +333,7 @@ impl Model {
 
     fn deleted(&mut self, envelope: &Envelope, id: SnapshotId) -> Result<(), String> {
         match &self.operation_of(envelope)?.request {
-            Request::Delete(request) if request.snapshots.contains(&id) => {
-                let stays = request.what == DeleteWhat::Metadata && !self.lost.contains(&id);
-                self.listed.unmarked += usize::from(stays);
-            }
+            Request::Delete(request) if request.snapshots.contains(&id) => {}
             Request::Unregister(_) => {}
             _ => return Err(format!("snapshot {id} was deleted, and nobody asked for it")),
         }
