@@ -177,10 +177,13 @@ fn told_to_end(child: Child, name: &str) -> Output {
     output
 }
 
+/// The place at which a command is stopped, the command, and what the model says of it.
+type Interrupted = (&'static str, &'static [&'static str], fn(&mut Model));
+
 #[test]
 fn a_signal_in_the_middle_finishes_or_parks_the_step_and_says_what_is_open() {
     let create = |model: &mut Model| model.create("new", ONE_DISK);
-    let cases: [(&str, &[&str], fn(&mut Model)); 5] = [
+    let cases: [Interrupted; 5] = [
         ("append.after", &["create", "web", "new"], create),
         ("qemu.switch.begin", &["create", "web", "new"], create),
         ("qemu.switch.renamed", &["revert", "web", "a"], |model| model.revert("a")),
