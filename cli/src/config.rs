@@ -27,6 +27,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
     ("retry", "delay-max", "a duration, such as \"30s\""),
+    ("serve", "socket", "an absolute path, such as \"/run/snaptree/snaptree.sock\""),
 ];
 
 /// The settings in force, and the files that they come from.
@@ -36,6 +37,8 @@ pub struct Config {
     pub settings: Settings,
     /// How long qemu-img may take.
     pub qemu: ToolTimes,
+    /// Where the daemon listens, if it is said.
+    pub socket: Option<PathBuf>,
     /// The files that were there, in the order in which they were read.
     pub files: Vec<PathBuf>,
 }
@@ -125,6 +128,11 @@ impl Config {
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("retry", "delay-min") => settings.retry_delay_ms_min = millis_of(value)?,
+            ("serve", "socket") => {
+                let path = PathBuf::from(value.as_str()?);
+                self.socket = Some(path).filter(|path| path.is_absolute());
+                self.socket.as_ref()?;
+            }
             ("retry", "delay-max") => settings.retry_delay_ms_max = millis_of(value)?,
             _ => return None,
         }
@@ -225,7 +233,7 @@ mod tests {
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry"),
+            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry, serve"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -11,7 +11,7 @@ use snaptree_drivers::sim::SimDriver;
 use snaptree_engine::DomainId;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::Hooks;
-use snaptree_engine::engine::{Engine, Requester};
+use snaptree_engine::engine::Engine;
 use snaptree_engine::log::{ClockOrder, EventFilter, EventLog};
 use snaptree_engine::project::DomainState;
 use snaptree_store::{DATABASE_FILE, LockWait, Store, StoreError};
@@ -20,9 +20,12 @@ use crate::args::{Global, WriterArgs};
 use crate::config::Config;
 use crate::exit::{NO_STATE_HINT, Trouble};
 use crate::hooks;
+use crate::office::there::{self, There};
+use crate::office::{Here, Office};
 use crate::render::note;
 use crate::render::text::safe;
 use crate::requester::this_user;
+use crate::serve::socket::{SOCKET_FILE, SYSTEM_FOLDER, SYSTEM_STATE};
 use crate::when::{Moment, local_now, moment};
 
 /// Where drivers keep what lives as long as an operation, in the state directory.
@@ -38,6 +41,8 @@ pub struct Context {
     pub dir: PathBuf,
     /// Whether JSON is wanted.
     pub json: bool,
+    /// The socket at which the daemon that has it may be found.
+    pub socket: PathBuf,
 }
 
 /// The state, opened for reading.
@@ -48,12 +53,12 @@ pub struct Reader {
     pub store: Arc<Store>,
 }
 
-/// The state, opened for writing.
+/// The state, opened for requests: by this process, or by the daemon that has it.
 pub struct Writer {
-    /// The engine over it.
+    /// The engine over it, for reading.
     pub engine: Engine,
-    /// Who asks.
-    pub requester: Requester,
+    /// Where requests are carried out.
+    pub office: Box<dyn Office>,
 }
 
 /// Whether a state directory may be made.
@@ -84,16 +89,24 @@ impl Prefix {
 }
 
 impl Context {
-    /// From the command line and the environment.
+    /// From the command line, the environment, and the system's daemon if there is one.
     ///
     /// # Errors
     /// No directory is named and none can be found.
-    pub fn new(global: &Global) -> Result<Self> {
-        let dir = match &global.state {
-            Some(dir) => dir.clone(),
-            None => default_dir()?,
-        };
-        Ok(Self { dir: std::path::absolute(&dir)?, json: global.json })
+    pub async fn new(global: &Global) -> Result<Self> {
+        let json = global.json;
+        let named = global.state.clone().or_else(|| from_environment("SNAPTREE_STATE"));
+        if let Some(dir) = named {
+            let dir = std::path::absolute(dir)?;
+            return Ok(Self { socket: dir.join(SOCKET_FILE), dir, json });
+        }
+        let system = Path::new(SYSTEM_FOLDER).join(SOCKET_FILE);
+        // One that is not for this user is none: the user has a state of their own.
+        if let Ok(Some(daemon)) = there::find(&system).await {
+            return Ok(Self { dir: daemon.status().await?.state, json, socket: system });
+        }
+        let dir = std::path::absolute(default_dir()?)?;
+        Ok(Self { socket: dir.join(SOCKET_FILE), dir, json })
     }
 
     fn exists(&self) -> bool {
@@ -127,31 +140,75 @@ impl Context {
         Ok(Reader { engine, store })
     }
 
-    /// Opens the state for writing.
+    /// The daemon that has the state; none if there is none.
+    ///
+    /// # Errors
+    /// There is one, and this user may not ask it.
+    pub async fn daemon(&self) -> Result<Option<There>> {
+        there::find(&self.socket).await
+    }
+
+    /// Opens the state for requests.
     ///
     /// # Errors
     /// Another process has it for longer than we wait, or it or the settings cannot be used.
-    pub fn writer(&self, args: &WriterArgs, missing: Missing) -> Result<Writer> {
-        self.writer_with(args, missing, hooks::of_process()?)
-    }
-
-    /// The same with other hooks.
-    ///
-    /// # Errors
-    /// As [`Context::writer`].
-    pub fn writer_with(&self, args: &WriterArgs, missing: Missing, hooks: Arc<dyn Hooks>) -> Result<Writer> {
-        let config = Config::load()?;
+    pub async fn writer(&self, args: &WriterArgs, missing: Missing) -> Result<Writer> {
         if missing == Missing::Refuse && !self.exists() {
             return Err(self.no_state().into());
         }
-        let store = Arc::new(open_writer(&self.dir, args.lock_timeout)?);
-        let engine = self.with_config(Engine::new(store), config).with_hooks(hooks);
-        Ok(Writer { engine, requester: this_user() })
+        let deadline = Instant::now() + args.lock_timeout;
+        let mut told = false;
+        loop {
+            if let Some(daemon) = self.daemon().await? {
+                return Ok(Writer { engine: self.reader()?.engine, office: Box::new(daemon) });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = LockWait { timeout: left.min(QUIET) };
+            match Store::open_writer(&self.dir, wait) {
+                // Whoever has it may be a daemon that is about to listen.
+                Err(StoreError::Locked { holder, .. }) if left > QUIET => {
+                    if !std::mem::replace(&mut told, true) {
+                        let (place, holder) = (self.dir.display().to_string(), holder.to_string());
+                        note(&format!("waiting for {}: {} has it", safe(&place), safe(&holder)));
+                    }
+                }
+                Err(StoreError::Locked { dir, holder, .. }) => {
+                    let waited = args.lock_timeout;
+                    return Err(StoreError::Locked { dir, holder, waited }.into());
+                }
+                other => return self.writer_on(other?, hooks::of_process()?),
+            }
+        }
+    }
+
+    /// Opens the state for requests by this process alone, with other hooks.
+    ///
+    /// # Errors
+    /// As [`Context::writer`].
+    pub fn writer_here(&self, args: &WriterArgs, hooks: Arc<dyn Hooks>) -> Result<Writer> {
+        if !self.exists() {
+            return Err(self.no_state().into());
+        }
+        self.writer_on(Store::open_writer(&self.dir, LockWait { timeout: args.lock_timeout })?, hooks)
+    }
+
+    fn writer_on(&self, store: Store, hooks: Arc<dyn Hooks>) -> Result<Writer> {
+        let engine = self.engine_on(store, hooks)?;
+        let office = Box::new(Here { engine: engine.clone(), requester: this_user() });
+        Ok(Writer { engine, office })
+    }
+
+    /// The engine over a store that this process has for itself.
+    ///
+    /// # Errors
+    /// The settings cannot be read.
+    pub fn engine_on(&self, store: Store, hooks: Arc<dyn Hooks>) -> Result<Engine> {
+        Ok(self.with_config(Engine::new(Arc::new(store)), Config::load()?).with_hooks(hooks))
     }
 
     /// The simulated hypervisor of this state directory.
     pub fn sim(&self) -> SimDriver {
-        SimDriver::new(self.dir.clone())
+        hooks::slowed(SimDriver::new(self.dir.clone()))
     }
 
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
@@ -211,30 +268,16 @@ impl Reader {
     }
 }
 
-/// Opens the store, and tells after a while who has it.
-fn open_writer(dir: &Path, timeout: Duration) -> Result<Store, StoreError> {
-    let first = Store::open_writer(dir, LockWait { timeout: timeout.min(QUIET) });
-    let left = timeout.saturating_sub(QUIET);
-    match first {
-        Err(StoreError::Locked { holder, .. }) if !left.is_zero() => {
-            let (place, holder) = (dir.display().to_string(), holder.to_string());
-            note(&format!("waiting for {}: {} has it", safe(&place), safe(&holder)));
-            Store::open_writer(dir, LockWait { timeout: left })
-        }
-        other => other,
-    }
+fn from_environment(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 fn default_dir() -> Result<PathBuf> {
-    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(dir) = named("SNAPTREE_STATE") {
-        return Ok(dir);
-    }
     if nix::unistd::geteuid().is_root() {
-        return Ok(PathBuf::from("/var/lib/snaptree"));
+        return Ok(PathBuf::from(SYSTEM_STATE));
     }
     // The base directory specification: a relative path there is to be ignored.
-    let absolute = |name: &str| named(name).filter(|path| path.is_absolute());
+    let absolute = |name: &str| from_environment(name).filter(|path| path.is_absolute());
     absolute("XDG_STATE_HOME")
         .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
         .map(|base| base.join("snaptree"))

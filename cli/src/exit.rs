@@ -10,6 +10,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_store::StoreError;
 
 use crate::render::text::safe;
+use crate::wire::WireError;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,18 @@ impl Exit {
             Self::NotFound => 3,
             Self::Refused => 4,
             Self::Attention => 5,
+        }
+    }
+
+    /// The way of ending that an exit code stands for.
+    pub const fn of_code(code: u8) -> Self {
+        match code {
+            0 => Self::Done,
+            2 => Self::Usage,
+            3 => Self::NotFound,
+            4 => Self::Refused,
+            5 => Self::Attention,
+            _ => Self::Failed,
         }
     }
 }
@@ -86,6 +99,18 @@ impl fmt::Display for Trouble {
 }
 
 impl std::error::Error for Trouble {}
+
+/// A failure that a daemon told.
+#[derive(Clone, Debug)]
+pub struct FromDaemon(pub WireError);
+
+impl fmt::Display for FromDaemon {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl std::error::Error for FromDaemon {}
 
 /// The `error` of every JSON document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -151,6 +176,9 @@ pub fn told(error: &Error) -> Told {
 fn classified(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit, String, Option<String>)> {
     if let Some(trouble) = cause.downcast_ref::<Trouble>() {
         return Some((trouble.exit, trouble.code.to_owned(), trouble.hint.clone()));
+    }
+    if let Some(FromDaemon(error)) = cause.downcast_ref::<FromDaemon>() {
+        return Some((Exit::of_code(error.exit), error.code.clone(), error.hint.clone()));
     }
     if let Some(failure) = cause.downcast_ref::<EngineError>().and_then(EngineError::failure) {
         return Some((exit_of(failure), failure.code.as_str().to_owned(), failure.hint.clone()));
@@ -236,21 +264,20 @@ pub fn in_words(told: &Told) -> String {
     text
 }
 
-/// The error with all that lies below in one sentence.
-pub fn in_one(told: &Told) -> ErrorView {
+/// The error as the JSON document that takes the place of a result.
+pub fn in_json(told: &Told) -> String {
+    // Three strings always serialize.
+    serde_json::to_string(&ErrorDocument { error: whole(told) }).unwrap_or_default()
+}
+
+/// The error with what lies below it in its message.
+pub fn whole(told: &Told) -> ErrorView {
     let mut error = told.error.clone();
     for cause in &told.causes {
         error.message.push_str(": ");
         error.message.push_str(cause);
     }
     error
-}
-
-/// The error as the JSON document that takes the place of a result.
-pub fn in_json(told: &Told) -> String {
-    let error = in_one(told);
-    // Three strings always serialize.
-    serde_json::to_string(&ErrorDocument { error }).unwrap_or_default()
 }
 
 #[cfg(test)]

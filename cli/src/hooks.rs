@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use snaptree_drivers::sim::SimDriver;
 use snaptree_engine::driver::{Hooks, NoHooks};
 
 /// The hooks of this process.
@@ -26,6 +27,21 @@ pub fn of_process() -> Result<Arc<dyn Hooks>> {
     }
 }
 
+/// The simulated hypervisor as users have it: it answers at once.
+#[cfg(not(feature = "fault-points"))]
+pub fn slowed(driver: SimDriver) -> SimDriver {
+    driver
+}
+
+/// The simulated hypervisor; each step takes `SNAPTREE_SIM_STEP_MS` (only with the feature `fault-points`).
+#[cfg(feature = "fault-points")]
+pub fn slowed(driver: SimDriver) -> SimDriver {
+    match std::env::var("SNAPTREE_SIM_STEP_MS").ok().and_then(|text| text.parse().ok()) {
+        Some(ms) => driver.with_faults(Arc::new(fault::Slow(std::time::Duration::from_millis(ms)))),
+        None => driver,
+    }
+}
+
 /// Says so and stops for good at a place, to be killed there.
 #[derive(Debug)]
 pub struct StopAt(pub String);
@@ -46,8 +62,24 @@ mod fault {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use anyhow::{Context as _, Result, bail};
+    use async_trait::async_trait;
     use nix::sys::signal::{Signal, raise};
+    use snaptree_drivers::sim::{self, FaultPoint, Faults};
     use snaptree_engine::driver::Hooks;
+
+    /// Nothing goes wrong, and every step takes so long.
+    pub(super) struct Slow(pub(super) std::time::Duration);
+
+    #[async_trait]
+    impl Faults for Slow {
+        fn fault(&self, _point: &FaultPoint) -> Option<sim::Fault> {
+            None
+        }
+
+        async fn latency(&self, _point: &FaultPoint) {
+            tokio::time::sleep(self.0).await;
+        }
+    }
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Deed {

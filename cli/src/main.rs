@@ -11,17 +11,20 @@ mod context;
 mod demo;
 mod exit;
 mod hooks;
+mod office;
 mod progress;
 mod render;
 mod requester;
+mod serve;
 mod story;
 mod when;
+mod wire;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Global};
+use crate::args::{Cli, Command};
 use crate::context::Context;
 use crate::exit::{Exit, Trouble};
 
@@ -30,7 +33,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return misused(&error),
     };
-    trace(&cli.global);
+    trace(&cli);
     let json = cli.global.json;
     let exit = match run(cli) {
         Ok(exit) => exit,
@@ -41,11 +44,17 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
-    // One thread is enough: whatever takes long is a child process, and starting threads is not free.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let context = Context::new(&cli.global)?;
-    let exit = runtime.block_on(commands::run(&context, cli.command));
-    // A look at a file system that hangs must not keep a program that was told to end.
+    let mut builder = match &cli.command {
+        Command::Serve(_) => tokio::runtime::Builder::new_multi_thread(),
+        // One thread is enough: whatever takes long is a child process, and starting threads is not free.
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = builder.enable_all().build()?;
+    let exit = runtime.block_on(async {
+        let context = Context::new(&cli.global).await?;
+        commands::run(&context, cli.command).await
+    });
+    // A step that takes too long, or a look at a file system that hangs, must not keep a program that was told to end.
     runtime.shutdown_background();
     exit
 }
@@ -76,12 +85,13 @@ fn misused(error: &clap::Error) -> ExitCode {
     ExitCode::from(if error.use_stderr() { Exit::Usage.code() } else { Exit::Done.code() })
 }
 
-/// Tracing to stderr, for those who ask for it.
-fn trace(global: &Global) {
-    let level = match global.verbose {
-        0 => return,
-        1 => tracing::Level::INFO,
-        2 => tracing::Level::DEBUG,
+/// Tracing to stderr, for those who ask for it; a daemon's log.
+fn trace(cli: &Cli) {
+    let level = match (cli.global.verbose, &cli.command) {
+        (0, Command::Serve(_)) => tracing::Level::INFO,
+        (0, _) => return,
+        (1, _) => tracing::Level::INFO,
+        (2, _) => tracing::Level::DEBUG,
         _ => tracing::Level::TRACE,
     };
     tracing_subscriber::fmt()

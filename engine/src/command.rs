@@ -51,6 +51,7 @@ pub enum Content {
 
 /// Asks for a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Create {
     /// Its name; left out, the seconds since the epoch.
     pub name: Option<SnapshotName>,
@@ -66,16 +67,21 @@ pub struct Create {
 
 /// Asks for a delete.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Delete {
     /// Which ones.
     pub snapshots: Vec<SnapshotRef>,
     /// And what of their descendants.
+    #[serde(default)]
     pub scope: DeleteScope,
     /// Whether the data goes too.
+    #[serde(default)]
     pub what: DeleteWhat,
     /// When the data is to be folded away.
+    #[serde(default)]
     pub merge: MergeWish,
     /// Why; a policy's reasons.
+    #[serde(default)]
     pub reasons: Vec<String>,
 }
 
@@ -103,6 +109,7 @@ pub enum Command {
         /// Its new description; empty for none.
         description: Option<String>,
         /// Labels to set; an empty value removes the label.
+        #[serde(default)]
         labels: Labels,
     },
     /// Forbid a snapshot's deletion.
@@ -124,11 +131,14 @@ pub enum Command {
         /// Its new name.
         name: Option<DomainName>,
         /// Labels to set; an empty value removes the label.
+        #[serde(default)]
         labels: Labels,
     },
     /// Let go of the domain.
+    #[serde(with = "as_wish")]
     Unregister(UnregisterWish),
     /// Let an operation that needs attention try again.
+    #[serde(with = "as_operation")]
     Retry(crate::ids::OperationId),
     /// Say what became of the step in hand of an operation that needs attention.
     Resolve {
@@ -141,10 +151,74 @@ pub enum Command {
     },
 }
 
+/// Writes a variant's only value as a field, beside the tag that says which variant it is.
+macro_rules! as_field {
+    ($module:ident, $field:ident: $type:ty) => {
+        mod $module {
+            use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+            #[derive(Serialize, Deserialize)]
+            #[serde(deny_unknown_fields)]
+            struct Object {
+                $field: $type,
+            }
+
+            pub(super) fn serialize<S: Serializer>(value: &$type, to: S) -> Result<S::Ok, S::Error> {
+                Object { $field: *value }.serialize(to)
+            }
+
+            pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<$type, D::Error> {
+                Object::deserialize(from).map(|object| object.$field)
+            }
+        }
+    };
+}
+
+as_field!(as_wish, wish: crate::event::UnregisterWish);
+as_field!(as_operation, operation: crate::ids::OperationId);
+
 /// A request that was turned down; nothing was written.
 pub type Rejection = Failure;
 
 /// A rejection with its code.
 pub(crate) fn reject(code: Code, message: impl Into<String>) -> Rejection {
     Failure::new(code, message).refused()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::OperationId;
+
+    #[test]
+    fn every_command_is_written_as_json_and_read_again() {
+        let operation = OperationId::from_uuid(uuid::Uuid::nil());
+        let snapshot = SnapshotRef::Current;
+        let delete = Delete {
+            snapshots: vec![snapshot.clone()],
+            scope: DeleteScope::Named,
+            what: DeleteWhat::Snapshot,
+            merge: MergeWish::Auto,
+            reasons: Vec::new(),
+        };
+        for (command, text) in [
+            (Command::Create(Create::default()), r#"{"command":"create"}"#),
+            (
+                Command::Revert { snapshot: snapshot.clone(), run_state: None },
+                r#"{"command":"revert","snapshot":"current"}"#,
+            ),
+            (Command::Delete(delete), r#"{"command":"delete","snapshots":["current"]}"#),
+            (Command::Release { snapshot }, r#"{"command":"release","snapshot":"current"}"#),
+            (Command::Unregister(UnregisterWish::Flatten), r#"{"command":"unregister","wish":"flatten"}"#),
+            (
+                Command::Retry(operation),
+                r#"{"command":"retry","operation":"00000000-0000-0000-0000-000000000000"}"#,
+            ),
+        ] {
+            assert_eq!(serde_json::from_str::<Command>(text).unwrap(), command);
+            let written = serde_json::to_string(&command).unwrap();
+            assert_eq!(serde_json::from_str::<Command>(&written).unwrap(), command, "{written}");
+        }
+        assert!(serde_json::from_str::<Command>(r#"{"command":"create","nmae":"x"}"#).is_err());
+    }
 }

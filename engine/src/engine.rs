@@ -149,6 +149,13 @@ impl Engine {
         self
     }
 
+    /// How the connection stands that a domain is reached by; none for a domain without a driver.
+    pub fn connection_of(&self, state: &DomainState) -> Option<ConnectionState> {
+        let domain = state.domain.as_ref()?;
+        let driver = self.drivers.get(&domain.driver)?;
+        Some(self.connections.state(driver.connection(domain)))
+    }
+
     /// How the connections that were used stand.
     pub fn connections(&self) -> Vec<ConnectionState> {
         self.connections.states()

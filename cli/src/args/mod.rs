@@ -3,6 +3,7 @@
 pub mod domain;
 pub mod inspect;
 pub mod operation;
+pub mod serve;
 pub mod snapshot;
 pub mod value;
 
@@ -47,7 +48,7 @@ pub struct Global {
     /// Print one JSON document (`log`: one a line)
     #[arg(long, global = true)]
     pub json: bool,
-    /// The state directory [default: $SNAPTREE_STATE, else /var/lib/snaptree for root, else $XDG_STATE_HOME/snaptree]
+    /// The state directory [default: $SNAPTREE_STATE, else that of the daemon at /run/snaptree/snaptree.sock, else /var/lib/snaptree for root and $XDG_STATE_HOME/snaptree for others]
     #[arg(long, global = true, value_name = "DIR")]
     pub state: Option<PathBuf>,
     /// Tell on stderr what is going on; -vv and -vvv tell more
@@ -120,6 +121,9 @@ pub enum Command {
     /// Compare the hypervisors with the log, and write down what differs
     #[command(after_help = inspect::DRIFT_EXAMPLES)]
     Drift(inspect::DriftArgs),
+    /// Be the daemon: work on what is open, and take requests over a socket
+    #[command(after_help = serve::SERVE_EXAMPLES)]
+    Serve(serve::ServeArgs),
     /// Show or check the settings
     #[command(subcommand)]
     Config(inspect::ConfigCommand),

@@ -12,6 +12,7 @@ pub const CREATE_EXAMPLES: &str = "Examples:
   snaptree create web before-upgrade
   snaptree create web                          named by the seconds since the epoch
   snaptree create web nightly --description 'before the batch run' --label made-by=cron
+  snaptree create web nightly --detach         do not wait: `snaptree op show` tells how it went
   snaptree create web --key 2026-11-23         the same key and command again is answered with the first result
   virsh snapshot-dumpxml other s1 | snaptree create web --xml -";
 /// See `snaptree revert --help`.
@@ -46,6 +47,30 @@ pub struct DryRunArg {
     pub dry_run: bool,
 }
 
+/// Whether a request's outcome is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// It is.
+    ToTheEnd,
+    /// It is enough that the request is in the log; the daemon goes on with it.
+    Detached,
+}
+
+/// Asks not to wait.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct WaitArg {
+    /// Return as soon as the request is in the log; the daemon carries it out (needs `snaptree serve`)
+    #[arg(long, conflicts_with = "dry_run")]
+    detach: bool,
+}
+
+impl WaitArg {
+    /// Whether the outcome is waited for.
+    pub const fn wait(self) -> Wait {
+        if self.detach { Wait::Detached } else { Wait::ToTheEnd }
+    }
+}
+
 /// `create`
 #[derive(Debug, Args)]
 pub struct CreateArgs {
@@ -74,6 +99,9 @@ pub struct CreateArgs {
     /// Dry run.
     #[command(flatten)]
     pub dry_run: DryRunArg,
+    /// Waiting for the outcome.
+    #[command(flatten)]
+    pub wait: WaitArg,
     /// Waiting for the state.
     #[command(flatten)]
     pub writer: WriterArgs,
@@ -102,6 +130,9 @@ pub struct RevertArgs {
     /// Dry run.
     #[command(flatten)]
     pub dry_run: DryRunArg,
+    /// Waiting for the outcome.
+    #[command(flatten)]
+    pub wait: WaitArg,
     /// Waiting for the state.
     #[command(flatten)]
     pub writer: WriterArgs,
@@ -139,6 +170,9 @@ pub struct DeleteArgs {
     /// Dry run.
     #[command(flatten)]
     pub dry_run: DryRunArg,
+    /// Waiting for the outcome.
+    #[command(flatten)]
+    pub wait: WaitArg,
     /// Waiting for the state.
     #[command(flatten)]
     pub writer: WriterArgs,

@@ -1,36 +1,25 @@
 //! Submitting a request, driving it to its outcome, and telling what came of it.
 
-use std::future::Future;
-use std::time::Duration;
-
 use anyhow::Result;
 use snaptree_engine::DomainId;
 use snaptree_engine::command::Command;
-use snaptree_engine::engine::{DryRun, Engine, EngineError, Requester, Stop, Submitted};
+use snaptree_engine::engine::{DryRun, Submitted};
 use snaptree_engine::operation::{Outcome, Request};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::merge::Verdict;
 use snaptree_engine::reconcile::worker::{Carried, Driven};
 use snaptree_engine::{OperationId, SnapshotId};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::Instant;
 
 use super::history::{learn_names, names_in};
+use crate::args::snapshot::Wait;
 use crate::context::{Context, Missing, Reader, Writer};
-use crate::exit::{ErrorView, Exit, Told, Trouble, exit_of, in_one, in_words, told};
-use crate::progress::Shown;
+use crate::exit::{ErrorView, Exit, Told, Trouble, exit_of, in_words, told, whole};
 use crate::render;
 use crate::render::operation::{Cost, MergeView, OperationView, done, planned};
 use crate::render::text::{Look, safe, short};
 use crate::render::view::{current_name, domain_name};
 use crate::render::words::{Known, way};
 use crate::story::{StepOutcome, StepView, Story};
-
-/// The process's exit code after a second Ctrl-C: 128 and the signal, as shells have it.
-const INTERRUPTED: i32 = 130;
-
-/// How long the step in hand may go on after a signal. Service managers and people give a program 10 s.
-const PARK_AFTER: Duration = Duration::from_secs(8);
 
 /// A request that becomes an operation.
 pub struct Asked<'a> {
@@ -40,6 +29,8 @@ pub struct Asked<'a> {
     pub command: Command,
     /// The key that makes it idempotent.
     pub key: Option<&'a str>,
+    /// Whether its outcome is waited for.
+    pub wait: Wait,
 }
 
 /// Submits a request, carries it out, and prints its outcome.
@@ -47,14 +38,48 @@ pub struct Asked<'a> {
 /// # Errors
 /// It was rejected, or the state cannot be used.
 pub async fn carry(context: &Context, writer: &Writer, asked: &Asked<'_>) -> Result<Exit> {
-    let Writer { engine, requester } = writer;
-    let domain = engine.find_domain(asked.domain).await?;
-    match engine.submit(requester, domain, &asked.command, asked.key).await? {
-        Submitted::Operation(operation) | Submitted::Repeated(operation) => {
-            finish(context, writer, domain, operation).await
-        }
-        Submitted::Recorded => Ok(Exit::Done),
+    if asked.wait == Wait::Detached && !writer.office.works_on_alone() {
+        return Err(Trouble::new(
+            Exit::Refused,
+            "no-daemon",
+            "--detach needs a daemon, and none has the state",
+        )
+        .hint("start one with `snaptree serve`, or leave --detach out")
+        .into());
     }
+    let domain = writer.engine.find_domain(asked.domain).await?;
+    let operation = match writer.office.submit(domain, &asked.command, asked.key).await? {
+        Submitted::Operation(operation) | Submitted::Repeated(operation) => operation,
+        Submitted::Recorded => return Ok(Exit::Done),
+    };
+    match asked.wait {
+        Wait::ToTheEnd => finish(context, writer, domain, operation).await,
+        Wait::Detached => detached(context, writer, domain, operation).await,
+    }
+}
+
+/// Prints an operation that is not waited for.
+async fn detached(
+    context: &Context,
+    writer: &Writer,
+    domain: DomainId,
+    operation: OperationId,
+) -> Result<Exit> {
+    let driven = Driven { carried: Vec::new(), state: writer.engine.load(domain).await? };
+    let Some((view, story)) = account(writer, domain, operation, &driven).await? else {
+        return Ok(Exit::Failed);
+    };
+    if context.json {
+        render::json(&view)?;
+    } else {
+        render::print(&format!(
+            "{} of {} is under way: `snaptree op show {}`\n",
+            view.kind,
+            safe(&view.domain),
+            short(story.id)
+        ))?;
+    }
+    Ok(Exit::Done)
 }
 
 /// Drives a domain until `operation` is over or rests, and prints what came of it.
@@ -67,7 +92,7 @@ pub async fn finish(
     domain: DomainId,
     operation: OperationId,
 ) -> Result<Exit> {
-    let driven = drive(&writer.engine, &writer.requester, domain).await;
+    let driven = writer.office.finish(domain, operation).await;
     report(context, writer, domain, operation, &driven).await
 }
 
@@ -81,12 +106,7 @@ pub async fn call_off(
     domain: DomainId,
     operation: OperationId,
 ) -> Result<Exit> {
-    let Writer { engine, requester } = writer;
-    let shown = Shown::on_stderr();
-    let work = engine.cancel(requester, domain, operation, &shown);
-    let driven = heeding(engine.stop_handle(), &shown, work).await;
-    shown.end();
-    let driven = Ok(driven?);
+    let driven = Ok(writer.office.cancel(domain, operation).await?);
     let exit = report(context, writer, domain, operation, &driven).await?;
     let carried = driven.iter().flat_map(|driven| &driven.carried);
     match carried.filter(|carried| carried.operation.id == operation).find_map(|carried| carried.outcome) {
@@ -107,28 +127,14 @@ async fn report(
     operation: OperationId,
     driven: &Result<Driven>,
 ) -> Result<Exit> {
-    let engine = &writer.engine;
-    let (carried, problem) = match driven {
-        Ok(driven) => (driven.carried.as_slice(), None),
-        Err(error) => (&[][..], Some(error)),
+    let (driven, problem) = match driven {
+        Ok(driven) => (driven.clone(), None),
+        Err(error) => (Driven { carried: Vec::new(), state: writer.engine.load(domain).await? }, Some(error)),
     };
-    note_recovered(carried, operation);
-    let events = engine.operation_events(operation).await?;
-    let Some(story) = Story::of(&events) else { return Ok(Exit::Failed) };
-    let state = match driven {
-        Ok(driven) => driven.state.clone(),
-        Err(_) => engine.load(domain).await?,
+    note_recovered(&driven.carried, operation);
+    let Some((mut view, story)) = account(writer, domain, operation, &driven).await? else {
+        return Ok(Exit::Failed);
     };
-    let mut known = Known::default();
-    if story
-        .request
-        .snapshots()
-        .iter()
-        .any(|id| names_in(&state, *id).is_none() && !story.names.contains_key(id))
-    {
-        learn_names(engine, &mut known, domain, u64::MAX).await?;
-    }
-    let mut view = view_of(&story, &state, carried, &known);
     let mut told_problem = problem.map(told);
     if story.outcome.is_some() {
         // The request has its outcome; what failed came after it.
@@ -137,6 +143,24 @@ async fn report(
         }
     }
     print(context, &mut view, &story, told_problem)
+}
+
+/// An operation as it is told; none if the log has no request for it.
+async fn account(
+    writer: &Writer,
+    domain: DomainId,
+    operation: OperationId,
+    driven: &Driven,
+) -> Result<Option<(OperationView, Story)>> {
+    let Driven { carried, state } = driven;
+    let events = writer.engine.operation_events(operation).await?;
+    let Some(story) = Story::of(&events) else { return Ok(None) };
+    let mut known = Known::default();
+    let unnamed = |id: &SnapshotId| names_in(state, *id).is_none() && !story.names.contains_key(id);
+    if story.request.snapshots().iter().any(unnamed) {
+        learn_names(&writer.engine, &mut known, domain, u64::MAX).await?;
+    }
+    Ok(Some((view_of(&story, state, carried, &known), story)))
 }
 
 /// Prints the outcome of an operation, and says how the program ends with it.
@@ -151,7 +175,7 @@ fn print(context: &Context, view: &mut OperationView, story: &Story, problem: Op
         (None, _) => Exit::Attention,
     };
     if let Some(problem) = &problem {
-        view.error = Some(in_one(problem));
+        view.error = Some(whole(problem));
     }
     if context.json {
         render::json(view)?;
@@ -200,60 +224,6 @@ fn failed(view: &OperationView, story: &Story) -> String {
         text.push_str(&format!("hint: {}\n", safe(&hint)));
     }
     text
-}
-
-/// Drives a domain with a progress bar and with Ctrl-C in mind.
-///
-/// # Errors
-/// The state cannot be written, or the hypervisor cannot be asked.
-pub async fn drive(engine: &Engine, requester: &Requester, domain: DomainId) -> Result<Driven> {
-    let shown = Shown::on_stderr();
-    let driven = heeding(engine.stop_handle(), &shown, engine.drive(requester, domain, &shown)).await;
-    shown.end();
-    driven
-}
-
-/// Runs `work`; the first Ctrl-C asks it to end, the second ends the process. A step that goes on for too long after
-/// the first is parked: what works for it is left alone, and recovery waits for it.
-///
-/// # Errors
-/// The work's own, or it was parked.
-pub async fn heeding<T>(
-    stop: Stop,
-    shown: &Shown,
-    work: impl Future<Output = Result<T, EngineError>>,
-) -> Result<T> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let park = tokio::time::sleep(Duration::MAX);
-    tokio::pin!(work, park);
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut work => return Ok(done?),
-            () = &mut park => return Err(parked().into()),
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        if stop.asked() {
-            shown.end();
-            render::note("ended at once; `snaptree recover` finishes what is open");
-            std::process::exit(INTERRUPTED);
-        }
-        stop.ask();
-        park.as_mut().reset(Instant::now() + PARK_AFTER);
-        shown.say(
-            "ending after this step: what can be taken back is, the rest is left to `snaptree recover` \
-                   (Ctrl-C again ends at once)",
-        );
-    }
-}
-
-fn parked() -> Trouble {
-    let message =
-        format!("the step in hand did not end within {} s and was left as it is", PARK_AFTER.as_secs());
-    Trouble::new(Exit::Attention, "parked", message)
-        .hint("`snaptree recover` waits for what still works for it, and finishes it")
 }
 
 /// Tells of operations that had been cut short and were carried through first.
@@ -421,6 +391,6 @@ fn dry_view(run: &DryRun) -> OperationView {
 ///
 /// # Errors
 /// It is not there, or cannot be used.
-pub fn open(context: &Context, args: &crate::args::WriterArgs) -> Result<Writer> {
-    context.writer(args, Missing::Refuse)
+pub async fn open(context: &Context, args: &crate::args::WriterArgs) -> Result<Writer> {
+    context.writer(args, Missing::Refuse).await
 }

@@ -1,23 +1,17 @@
 //! `snaptree domain ...`
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
-use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
-use snaptree_drivers::sim::{Profile, SimOptions};
+use serde::Serialize;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
-use snaptree_engine::driver::Registration;
-use snaptree_engine::engine::Engine;
 use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::project::DomainState;
-use snaptree_engine::{DomainId, DomainName};
-use uuid::Uuid;
 
 use super::carry::{Asked, carry, open};
 use crate::args::domain::{AddArgs, DomainCommand, RemoveArgs, SetArgs};
+use crate::args::snapshot::Wait;
 use crate::args::value::labels;
 use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
@@ -25,6 +19,7 @@ use crate::exit::{Exit, Trouble};
 use crate::render;
 use crate::render::text::{Look, safe};
 use crate::render::view::DomainView;
+use crate::wire::{Registered, Registering};
 
 /// The document of `domain add`.
 #[derive(Serialize)]
@@ -56,20 +51,22 @@ pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
 
 async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
     misplaced(&args)?;
-    let Writer { engine, requester } = context.writer(&args.writer, Missing::Make)?;
-    let options = match args.driver {
-        DriverKind::Sim => sim_options(args.profile.as_deref())?,
-        DriverKind::Qemu => qemu_options(&engine, &args).await?,
+    let Writer { engine, office } = context.writer(&args.writer, Missing::Make).await?;
+    let absolute = |path: PathBuf| {
+        if path.as_os_str().is_empty() { Ok(path) } else { std::path::absolute(path) }
     };
-    let registration = Registration {
-        id: DomainId::from_uuid(Uuid::now_v7()),
+    let disks = args.disk.into_iter().map(|disk| Ok((disk.name, absolute(disk.path)?)));
+    let registering = Registering {
         name: args.name,
         driver: args.driver,
-        disks: args.disk.into_iter().map(|disk| (disk.name, disk.path)).collect(),
-        options,
-        taken: files_of_all(&engine, files_of).await?,
+        disks: disks.collect::<Result<_>>()?,
+        labels: labels(&args.label),
+        layers: args.layers.map(absolute).transpose()?,
+        keep_path: args.keep_path,
+        convert: args.convert,
+        profile: args.profile,
     };
-    let (domain, notes) = engine.register(&requester, registration, labels(&args.label)).await?;
+    let Registered { domain, notes } = office.register(registering).await?;
     let state = engine.load(domain.id).await?;
     let view = DomainView::of(&state).ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
     if context.json {
@@ -100,39 +97,6 @@ fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
         DriverKind::Sim if args.convert => wrong("--convert"),
         _ => Ok(()),
     }
-}
-
-fn sim_options(profile: Option<&str>) -> Result<serde_json::Value> {
-    let profile = match profile {
-        Some(word) => Profile::deserialize(serde_json::Value::from(word)).map_err(|_| {
-            Trouble::usage(format!("there is no profile '{word}'"))
-                .hint("there are default, qemu, virtualbox, esx and libvirt-test")
-        })?,
-        None => Profile::default(),
-    };
-    Ok(serde_json::to_value(SimOptions { profile })?)
-}
-
-/// What only the qemu driver understands, and the files that other domains are built upon.
-async fn qemu_options(engine: &Engine, args: &AddArgs) -> Result<serde_json::Value> {
-    let layers_dir = args.layers.as_deref().map(std::path::absolute).transpose()?;
-    let keep_path = if args.keep_path { PathWish::Keep } else { PathWish::Follow };
-    let raw = if args.convert { RawWish::Convert } else { RawWish::Refuse };
-    let bases = files_of_all(engine, bases_of).await?;
-    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases })?)
-}
-
-/// Files of the registered domains, with the owner's name.
-async fn files_of_all(
-    engine: &Engine,
-    files: impl Fn(&DomainState) -> Vec<PathBuf>,
-) -> Result<BTreeMap<PathBuf, DomainName>> {
-    let mut owned = BTreeMap::new();
-    for row in engine.domains().await? {
-        let state = engine.load(row.id).await?;
-        owned.extend(files(&state).into_iter().map(|file| (file, row.name.clone())));
-    }
-    Ok(owned)
 }
 
 async fn list(context: &Context) -> Result<Exit> {
@@ -171,10 +135,10 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     if args.name.is_none() && args.label.is_empty() {
         return Err(Trouble::usage("nothing to change").hint("give --name or --label").into());
     }
-    let Writer { engine, requester } = open(context, &args.writer)?;
+    let Writer { engine, office } = open(context, &args.writer).await?;
     let domain = engine.find_domain(&args.domain).await?;
     let command = Command::Set { name: args.name, labels: labels(&args.label) };
-    engine.submit(&requester, domain, &command, None).await?;
+    office.submit(domain, &command, None).await?;
     tell(context, &engine.load(domain).await?)
 }
 
@@ -189,6 +153,7 @@ async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
             format!("End all snapshots of {} and keep only its current disks?", safe(&args.domain));
         confirm(&question, args.yes)?;
     }
-    let asked = Asked { domain: &args.domain, command: Command::Unregister(wish), key: None };
-    carry(context, &open(context, &args.writer)?, &asked).await
+    let asked =
+        Asked { domain: &args.domain, command: Command::Unregister(wish), key: None, wait: Wait::ToTheEnd };
+    carry(context, &open(context, &args.writer).await?, &asked).await
 }

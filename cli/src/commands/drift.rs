@@ -33,14 +33,14 @@ struct Drift {
 /// # Errors
 /// The state cannot be used, or a hypervisor cannot be asked.
 pub async fn run(context: &Context, args: DriftArgs) -> Result<Exit> {
-    let Writer { engine, requester } = open(context, &args.writer)?;
+    let Writer { engine, office } = open(context, &args.writer).await?;
     let domains = match &args.domain {
         Some(domain) => vec![engine.find_domain(domain).await?],
         None => engine.domains().await?.into_iter().map(|row| row.id).collect(),
     };
     let mut drifts = Vec::new();
     for domain in domains {
-        let drift::Drift { findings, adopted } = engine.drift(&requester, domain).await?;
+        let drift::Drift { findings, adopted } = office.drift(domain).await?;
         drifts.push(Drift { domain: domain_name(&engine.load(domain).await?), findings, adopted });
     }
     let agree = drifts.iter().all(|drift| drift.findings.is_empty());

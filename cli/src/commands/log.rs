@@ -4,11 +4,10 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
 use snaptree_engine::engine::Engine;
-use snaptree_engine::event::{Actor, Envelope, Event, Origin};
+use snaptree_engine::event::{Actor, Envelope, Event};
 use snaptree_engine::log::{EventFilter, EventLog};
-use snaptree_engine::{DomainId, EventId, OperationId, SnapshotId, StreamId};
+use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
 
 use super::history::{ALL, find_operation, learn, learn_names};
 use crate::args::inspect::LogArgs;
@@ -17,53 +16,12 @@ use crate::exit::{Exit, Trouble};
 use crate::render::text::Look;
 use crate::render::words::{Known, line, mentioned};
 use crate::when::{Direction, local_now, time};
+use crate::wire::EventLine;
 
 /// Events that are read at once.
 const PAGE_EVENTS: usize = 1_000;
 /// How often a log that is followed is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-
-/// One line of `log --json`, in the order of the columns.
-#[derive(Serialize)]
-struct Line<'a> {
-    seq: u64,
-    id: EventId,
-    stream: String,
-    version: u64,
-    kind: &'static str,
-    schema: u32,
-    at: jiff::Timestamp,
-    actor: &'a Actor,
-    origin: &'a Origin,
-    epoch: u64,
-    operation: Option<OperationId>,
-    cause: Option<u64>,
-    key: Option<&'a str>,
-    data: Box<serde_json::value::RawValue>,
-    hash: String,
-}
-
-impl<'a> Line<'a> {
-    fn of(envelope: &'a Envelope) -> Result<Self> {
-        Ok(Self {
-            seq: envelope.seq,
-            id: envelope.id,
-            stream: envelope.stream.to_string(),
-            version: envelope.version,
-            kind: envelope.event.kind(),
-            schema: envelope.event.schema(),
-            at: envelope.at,
-            actor: &envelope.actor,
-            origin: &envelope.origin,
-            epoch: envelope.epoch,
-            operation: envelope.operation,
-            cause: envelope.cause,
-            key: envelope.key.as_deref(),
-            data: serde_json::value::RawValue::from_string(envelope.event.encode()?)?,
-            hash: envelope.hash.to_string(),
-        })
-    }
-}
 
 /// What is let through beside the store's own filter.
 struct About {
@@ -135,7 +93,7 @@ impl Printer {
                 continue;
             }
             if self.json {
-                text.push_str(&serde_json::to_string(&Line::of(envelope)?)?);
+                text.push_str(&serde_json::to_string(&EventLine::of(envelope)?)?);
             } else {
                 learn(engine, &mut self.known, envelope).await?;
                 text.push_str(&line(envelope, &self.known, &self.look));

@@ -9,6 +9,7 @@ mod log;
 mod op;
 pub mod query;
 mod recover;
+mod serve;
 mod settings;
 mod snapshot;
 
@@ -20,8 +21,9 @@ use clap::CommandFactory;
 use snaptree_engine::command::{self as request, Create, SnapshotRef};
 
 use crate::args::inspect::{DemoCutArgs, DemoRequest};
+use crate::args::snapshot::Wait;
 use crate::args::{Cli, Command, WriterArgs};
-use crate::context::{Context, Missing};
+use crate::context::Context;
 use crate::demo;
 use crate::exit::Exit;
 use crate::hooks::StopAt;
@@ -30,7 +32,7 @@ use crate::render;
 /// A request that stops for good at a named place, to be killed there: the demo's own.
 async fn cut(context: &Context, args: DemoCutArgs) -> Result<Exit> {
     let lock = WriterArgs { lock_timeout: Duration::from_secs(10) };
-    let writer = context.writer_with(&lock, Missing::Refuse, Arc::new(StopAt(args.stop_at)))?;
+    let writer = context.writer_here(&lock, Arc::new(StopAt(args.stop_at)))?;
     let command = match args.request {
         DemoRequest::Create => {
             request::Command::Create(Create { name: Some(args.name), ..Create::default() })
@@ -39,7 +41,9 @@ async fn cut(context: &Context, args: DemoCutArgs) -> Result<Exit> {
             request::Command::Revert { snapshot: SnapshotRef::Name(args.name), run_state: None }
         }
     };
-    carry::carry(context, &writer, &carry::Asked { domain: &args.domain, command, key: None }).await
+    let wait = Wait::ToTheEnd;
+    let asked = carry::Asked { domain: &args.domain, command, key: None, wait };
+    carry::carry(context, &writer, &asked).await
 }
 
 /// Carries out a command.
@@ -66,6 +70,7 @@ pub async fn run(context: &Context, command: Command) -> Result<Exit> {
         Command::Recover(args) => recover::recover(context, args).await,
         Command::Reconcile(args) => recover::reconcile(context, args).await,
         Command::Drift(args) => drift::run(context, args).await,
+        Command::Serve(args) => serve::run(context, args).await,
         Command::Config(command) => settings::run(context, command),
         Command::Completions(args) => {
             let mut text = Vec::new();

@@ -66,16 +66,16 @@ pub async fn run(context: &Context, command: OpCommand) -> Result<Exit> {
         OpCommand::List { domain, open, limit } => list(context, domain.as_deref(), open, limit).await,
         OpCommand::Show { id } => show(context, &id).await,
         OpCommand::Cancel { id, writer } => {
-            let writer = open(context, &writer)?;
+            let writer = open(context, &writer).await?;
             let row = find_operation(&writer.engine, &id).await?;
             call_off(context, &writer, row.domain, row.id).await
         }
         OpCommand::Resolve(args) => resolve(context, args).await,
         OpCommand::Retry { id, writer } => {
-            let writer = open(context, &writer)?;
+            let writer = open(context, &writer).await?;
             let row = find_operation(&writer.engine, &id).await?;
             let command = Command::Retry(row.id);
-            match writer.engine.submit(&writer.requester, row.domain, &command, None).await? {
+            match writer.office.submit(row.domain, &command, None).await? {
                 Submitted::Operation(operation) => finish(context, &writer, row.domain, operation).await,
                 Submitted::Repeated(_) | Submitted::Recorded => Ok(Exit::Done),
             }
@@ -85,11 +85,11 @@ pub async fn run(context: &Context, command: OpCommand) -> Result<Exit> {
 
 /// Says what became of the step in hand, and goes on from there.
 async fn resolve(context: &Context, args: ResolveArgs) -> Result<Exit> {
-    let writer = open(context, &args.writer)?;
+    let writer = open(context, &args.writer).await?;
     let row = find_operation(&writer.engine, &args.id).await?;
     let verdict = args.verdict.verdict();
     let command = Command::Resolve { operation: row.id, verdict, reason: args.reason };
-    writer.engine.submit(&writer.requester, row.domain, &command, None).await?;
+    writer.office.submit(row.domain, &command, None).await?;
     finish(context, &writer, row.domain, row.id).await
 }
 

@@ -5,35 +5,17 @@ use serde::Serialize;
 use snaptree_engine::OperationId;
 use snaptree_engine::log::{OpenOnly, OperationFilter};
 use snaptree_engine::operation::{Outcome, Request};
-use snaptree_engine::reconcile::recovery::Recovered;
 use snaptree_engine::reconcile::worker::Driven;
 
-use super::carry::{heeding, open};
+use super::carry::open;
 use super::history::ALL;
 use crate::args::inspect::{ReconcileArgs, RecoverArgs};
 use crate::context::{Context, Writer};
 use crate::exit::{ErrorView, Exit};
-use crate::progress::Shown;
 use crate::render;
 use crate::render::text::{Look, count, safe, short};
 use crate::render::view::domain_name;
-
-/// What recovery found of an operation, and did.
-#[derive(Serialize)]
-struct Account {
-    operation: OperationId,
-    kind: &'static str,
-    domain: String,
-    found: String,
-    did: String,
-    outcome: Option<&'static str>,
-}
-
-/// The document of `recover`.
-#[derive(Serialize)]
-struct Accounts {
-    operations: Vec<Account>,
-}
+use crate::wire::{Account, Accounts};
 
 /// The document of `reconcile`.
 #[derive(Serialize)]
@@ -41,30 +23,13 @@ struct AllReconciled {
     domains: Vec<Reconciled>,
 }
 
-impl From<&Recovered> for Account {
-    fn from(recovered: &Recovered) -> Self {
-        let attention = recovered.outcome.is_none() && recovered.failure.is_some();
-        Self {
-            operation: recovered.operation,
-            kind: recovered.kind,
-            domain: recovered.domain.to_string(),
-            found: recovered.found.clone(),
-            did: recovered.did.clone(),
-            outcome: recovered.outcome.map(Outcome::as_str).or(attention.then_some("needs-attention")),
-        }
-    }
-}
-
 /// `snaptree recover`
 ///
 /// # Errors
 /// The state cannot be used, or a hypervisor cannot be asked.
 pub async fn recover(context: &Context, args: RecoverArgs) -> Result<Exit> {
-    let Writer { engine, requester } = open(context, &args.writer)?;
-    let shown = Shown::on_stderr();
-    let recovered = heeding(engine.stop_handle(), &shown, engine.recover(&requester, &shown)).await;
-    shown.end();
-    let accounts: Vec<Account> = recovered?.iter().map(Account::from).collect();
+    let Writer { engine, office } = open(context, &args.writer).await?;
+    let accounts = office.recover().await?;
     let open = OperationFilter { open: Some(OpenOnly), ..OperationFilter::default() };
     let left = engine.log().operations(&open, ALL).await?.len();
     if context.json {
@@ -78,7 +43,7 @@ pub async fn recover(context: &Context, args: RecoverArgs) -> Result<Exit> {
 fn told(accounts: &[Account], left: usize, look: &Look) -> String {
     let mut out = String::new();
     for account in accounts {
-        let outcome = match account.outcome {
+        let outcome = match account.outcome.as_deref() {
             Some("succeeded") => look.paint.good("succeeded"),
             Some(word) => look.paint.warn(word),
             None => look.paint.warn("still open"),
@@ -86,7 +51,7 @@ fn told(accounts: &[Account], left: usize, look: &Look) -> String {
         out.push_str(&format!(
             "{} {} of {}\n  found: {}\n  did:   {}\n  now:   {outcome}\n",
             look.paint.dim(format!("[{}]", short(account.operation))),
-            look.paint.bold(account.kind),
+            look.paint.bold(safe(&account.kind)),
             look.paint.name(safe(&account.domain)),
             safe(&account.found),
             safe(&account.did),
@@ -157,25 +122,21 @@ impl From<Driven> for Reconciled {
 /// # Errors
 /// The state cannot be used, or a hypervisor cannot be asked.
 pub async fn reconcile(context: &Context, args: ReconcileArgs) -> Result<Exit> {
-    let Writer { engine, requester } = open(context, &args.writer)?;
+    let Writer { engine, office } = open(context, &args.writer).await?;
     let domains = match &args.domain {
         Some(domain) => vec![engine.find_domain(domain).await?],
         None => engine.domains().await?.into_iter().map(|row| row.id).collect(),
     };
     let mut all: Vec<Reconciled> = Vec::new();
     let mut open = 0;
-    let shown = Shown::on_stderr();
     for domain in domains {
-        let driven =
-            heeding(engine.stop_handle(), &shown, engine.reconcile(&requester, domain, &shown)).await;
-        let driven = driven.inspect_err(|_| shown.end())?;
+        let driven = office.reconcile(domain).await?;
         open += driven.state.open.len();
         all.push(driven.into());
-        if engine.stop_handle().asked() {
+        if office.is_ending() {
             break;
         }
     }
-    shown.end();
     if context.json {
         render::json(&AllReconciled { domains: all })?;
     } else {

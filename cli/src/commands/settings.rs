@@ -54,6 +54,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                     "delay-min-ms": settings.retry_delay_ms_min,
                     "delay-max-ms": settings.retry_delay_ms_max,
                 },
+                "serve": { "socket": config.socket },
             },
         }))?;
         return Ok(Exit::Done);
@@ -81,6 +82,9 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
         duration_words(settings.retry_delay_ms_min),
         duration_words(settings.retry_delay_ms_max),
     ));
+    if let Some(socket) = &config.socket {
+        text.push_str(&format!("\n[serve]\nsocket = {:?}\n", socket.display().to_string()));
+    }
     render::print(&text)?;
     Ok(Exit::Done)
 }

@@ -26,7 +26,7 @@ use crate::when::{Direction, local_now, time};
 /// It was rejected, or the state cannot be used.
 pub async fn create(context: &Context, args: CreateArgs) -> Result<Exit> {
     let document = args.xml.as_deref().map(read_xml).transpose()?;
-    let writer = if args.dry_run.dry_run { None } else { Some(open(context, &args.writer)?) };
+    let writer = if args.dry_run.dry_run { None } else { Some(open(context, &args.writer).await?) };
     let command = match document {
         Some(document) => {
             let state = match &writer {
@@ -45,7 +45,12 @@ pub async fn create(context: &Context, args: CreateArgs) -> Result<Exit> {
         }
         None => overridden(Create::default(), &args),
     };
-    let asked = Asked { domain: &args.domain, command: Command::Create(command), key: args.key.as_deref() };
+    let asked = Asked {
+        domain: &args.domain,
+        command: Command::Create(command),
+        key: args.key.as_deref(),
+        wait: args.wait.wait(),
+    };
     match writer {
         Some(writer) => carry(context, &writer, &asked).await,
         None => dry_run(context, &asked).await,
@@ -100,12 +105,17 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
         safe(&args.domain),
         ref_words(&snapshot)
     );
-    let asked = Asked { domain: &args.domain, command: Command::Revert { snapshot, run_state }, key: None };
+    let asked = Asked {
+        domain: &args.domain,
+        command: Command::Revert { snapshot, run_state },
+        key: None,
+        wait: args.wait.wait(),
+    };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
     confirm(&question, args.yes)?;
-    carry(context, &open(context, &args.writer)?, &asked).await
+    carry(context, &open(context, &args.writer).await?, &asked).await
 }
 
 /// `snaptree delete`
@@ -128,12 +138,13 @@ pub async fn delete(context: &Context, args: DeleteArgs) -> Result<Exit> {
     };
     let what = if args.metadata { DeleteWhat::Metadata } else { DeleteWhat::Snapshot };
     let delete = Delete { snapshots, scope, what, merge, reasons: Vec::new() };
-    let asked = Asked { domain: &args.domain, command: Command::Delete(delete), key: None };
+    let asked =
+        Asked { domain: &args.domain, command: Command::Delete(delete), key: None, wait: args.wait.wait() };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
     confirm(&question, args.yes)?;
-    carry(context, &open(context, &args.writer)?, &asked).await
+    carry(context, &open(context, &args.writer).await?, &asked).await
 }
 
 fn ref_words(snapshot: &SnapshotRef) -> String {
@@ -155,7 +166,7 @@ pub async fn edit(context: &Context, args: EditArgs) -> Result<Exit> {
         description: args.description,
         labels: labels(&args.label),
     };
-    let writer = open(context, &args.writer)?;
+    let writer = open(context, &args.writer).await?;
     recorded(context, &writer, &args.domain, &args.snapshot, command, "Changed").await
 }
 
@@ -166,7 +177,7 @@ pub async fn edit(context: &Context, args: EditArgs) -> Result<Exit> {
 pub async fn hold(context: &Context, args: HoldArgs) -> Result<Exit> {
     let until = args.until.as_deref().map(|text| time(text, &local_now(), Direction::Future)).transpose()?;
     let command = Command::Hold { snapshot: args.name.clone(), reason: args.reason, until };
-    let writer = open(context, &args.writer)?;
+    let writer = open(context, &args.writer).await?;
     recorded(context, &writer, &args.domain, &args.name, command, "Holding").await
 }
 
@@ -176,7 +187,7 @@ pub async fn hold(context: &Context, args: HoldArgs) -> Result<Exit> {
 /// It was rejected, or the state cannot be used.
 pub async fn release(context: &Context, args: ReleaseArgs) -> Result<Exit> {
     let command = Command::Release { snapshot: args.name.clone() };
-    let writer = open(context, &args.writer)?;
+    let writer = open(context, &args.writer).await?;
     recorded(context, &writer, &args.domain, &args.name, command, "Released").await
 }
 
@@ -189,11 +200,11 @@ async fn recorded(
     command: Command,
     word: &str,
 ) -> Result<Exit> {
-    let Writer { engine, requester } = writer;
+    let Writer { engine, office } = writer;
     let domain = engine.find_domain(domain).await?;
     let before = engine.load(domain).await?;
     let id = one(&before, snapshot).map(|snapshot| snapshot.id);
-    engine.submit(requester, domain, &command, None).await?;
+    office.submit(domain, &command, None).await?;
     let state = engine.load(domain).await?;
     let snapshot = one(&state, &SnapshotRef::Id(id?))?;
     if context.json {

@@ -191,6 +191,20 @@ pub struct ConnectionState {
     pub under_way: usize,
 }
 
+impl fmt::Display for ConnectionState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { connection, failures, .. } = self;
+        write!(f, "the connection {connection} is ")?;
+        match (self.breaker.as_str(), self.suspended_until) {
+            (_, Some(until)) => write!(f, "suspended until {until:.0} ")?,
+            ("closed", None) => f.write_str("in use ")?,
+            (_, None) => f.write_str("being tried ")?,
+        }
+        write!(f, "after {failures} failures in a row")?;
+        self.last_error.iter().try_for_each(|error| write!(f, ": {error}"))
+    }
+}
+
 /// One connection.
 struct Line {
     id: ConnectionId,
@@ -245,17 +259,7 @@ impl Line {
     }
 
     fn suspended(&self) -> DriverError {
-        let health = self.health();
-        let (failures, until) = match health.breaker {
-            Breaker::Open { failures, until, .. } => (failures, format!("until {until:.0}")),
-            Breaker::HalfOpen { failures, .. } => (failures, "while it is tried".to_owned()),
-            Breaker::Closed { failures } => (failures, "no more".to_owned()),
-        };
-        let message = format!(
-            "the connection {} is suspended {until} after {failures} failures in a row: {}",
-            self.id, health.last_error
-        );
-        DriverError::new(ErrorClass::Transient, Code::Io, message)
+        DriverError::new(ErrorClass::Transient, Code::Io, self.state().to_string())
             .hint("see to the hypervisor; it is tried again by itself")
     }
 
@@ -309,6 +313,11 @@ impl Connections {
             })
         };
         Arc::clone(lines.entry(id.clone()).or_insert_with(new))
+    }
+
+    /// How one stands.
+    pub fn state(&self, id: ConnectionId) -> ConnectionState {
+        self.line(id).state()
     }
 
     /// How those that were used stand.

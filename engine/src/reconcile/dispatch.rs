@@ -161,11 +161,12 @@ impl Dispatcher {
         self.ask(domain, Wish::Drive, None);
     }
 
-    /// Lets somebody look at a domain, and returns what that came to; none if the program is ending.
-    pub async fn run(&self, domain: DomainId, wish: Wish) -> Option<Arc<Pass>> {
+    /// Lets somebody look at a domain, at once; what is returned waits for what that comes to. None if the program is
+    /// ending.
+    pub fn run(&self, domain: DomainId, wish: Wish) -> impl Future<Output = Option<Arc<Pass>>> + use<> {
         let (sender, receiver) = oneshot::channel();
         self.ask(domain, wish, Some(sender));
-        receiver.await.ok()
+        async { receiver.await.ok() }
     }
 
     /// Decides a command and writes what follows from it; an operation is then carried out.

@@ -10,7 +10,7 @@ use crate::engine::{Engine, EngineError, Requester};
 use crate::ids::{DomainName, OperationId};
 use crate::operation::{Failure, Operation, Outcome, Phase};
 use crate::project::DomainState;
-use crate::reconcile::worker::{Carried, Worker};
+use crate::reconcile::worker::{Carried, Driven, Worker};
 
 /// What recovery found of an operation, and what it did.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,17 +40,25 @@ pub(crate) async fn recover_domain(
     state: &DomainState,
     watch: &dyn Watch,
 ) -> Result<Vec<Recovered>, EngineError> {
-    let Some(name) = state.domain.as_ref().map(|domain| domain.name.clone()) else { return Ok(Vec::new()) };
+    if state.domain.is_none() {
+        return Ok(Vec::new());
+    }
     let driven = Worker::new(engine, requester, state.clone(), watch)?.drive().await?;
+    Ok(accounts(state, &driven))
+}
+
+/// The account of a domain that was driven from `state`.
+pub fn accounts(state: &DomainState, driven: &Driven) -> Vec<Recovered> {
+    let Some(domain) = &state.domain else { return Vec::new() };
     let account = |operation: &Operation| {
         let carried = driven.carried.iter().find(|carried| carried.operation.id == operation.id);
-        account_of(&name, operation, carried)
+        account_of(&domain.name, operation, carried)
     };
-    Ok(state.open.iter().map(account).collect())
+    state.open.iter().map(account).collect()
 }
 
 /// The account of a domain whose hypervisor cannot be asked: everything stays as it stood.
-pub(crate) fn unrecovered(state: &DomainState, failure: &Failure) -> Vec<Recovered> {
+pub fn unrecovered(state: &DomainState, failure: &Failure) -> Vec<Recovered> {
     let Some(domain) = &state.domain else { return Vec::new() };
     let account = |operation| {
         let did = format!("left it, since the hypervisor cannot be asked: {failure}");

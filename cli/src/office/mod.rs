@@ -1,0 +1,157 @@
+//! Where commands that write are carried out: by this process, or by the daemon that has the state.
+//!
+//! Architecture Invariant: a command does not know which of the two it works with, and prints the same.
+
+mod here;
+pub mod there;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use async_trait::async_trait;
+use serde::Deserialize;
+use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
+use snaptree_drivers::sim::{Profile, SimOptions};
+use snaptree_engine::command::Command;
+use snaptree_engine::domain::DriverKind;
+use snaptree_engine::driver::Registration;
+use snaptree_engine::engine::{Engine, Requester, Submitted};
+use snaptree_engine::operation::Outcome;
+use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::drift::Drift;
+use snaptree_engine::reconcile::recovery::Recovered;
+use snaptree_engine::reconcile::worker::Driven;
+use snaptree_engine::{DomainId, DomainName, OperationId};
+use uuid::Uuid;
+
+pub use here::{Here, PARK_AFTER};
+
+use crate::exit::Trouble;
+use crate::wire::{Account, Registered, Registering};
+
+/// What commands that write ask for.
+#[async_trait]
+pub trait Office: Send + Sync {
+    /// Puts a request into the log.
+    ///
+    /// # Errors
+    /// It was rejected, or the state cannot be used.
+    async fn submit(&self, domain: DomainId, command: &Command, key: Option<&str>) -> Result<Submitted>;
+
+    /// Waits for an operation to end, or to rest, with a progress bar and with Ctrl-C in mind. A delete is waited for
+    /// with the merges that it causes.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be asked, or the state cannot be used. What the operation failed with is no error.
+    async fn finish(&self, domain: DomainId, operation: OperationId) -> Result<Driven>;
+
+    /// Takes an operation back, or sees it carried through where it is too late for that.
+    ///
+    /// # Errors
+    /// It is not open, or as [`Office::finish`].
+    async fn cancel(&self, domain: DomainId, operation: OperationId) -> Result<Driven>;
+
+    /// Looks at all data of deleted snapshots anew, and merges what can be.
+    ///
+    /// # Errors
+    /// As [`Office::finish`].
+    async fn reconcile(&self, domain: DomainId) -> Result<Driven>;
+
+    /// Finishes what was cut short, and says what was found and done.
+    ///
+    /// # Errors
+    /// The state cannot be used.
+    async fn recover(&self) -> Result<Vec<Account>>;
+
+    /// Compares the hypervisor with the log.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be asked, or the state cannot be used.
+    async fn drift(&self, domain: DomainId) -> Result<Drift>;
+
+    /// Registers a machine.
+    ///
+    /// # Errors
+    /// The name is taken, the machine is unfit, or the state cannot be used.
+    async fn register(&self, registering: Registering) -> Result<Registered>;
+
+    /// Whether Ctrl-C was pressed, so that nothing more is to begin.
+    fn is_ending(&self) -> bool;
+
+    /// Whether work goes on when this process ends.
+    fn works_on_alone(&self) -> bool;
+}
+
+/// Registers a machine with the engine of this process.
+///
+/// # Errors
+/// As [`Office::register`].
+pub async fn register(
+    engine: &Engine,
+    requester: &Requester,
+    registering: Registering,
+) -> Result<Registered> {
+    let options = match registering.driver {
+        DriverKind::Sim => sim_options(registering.profile.as_deref())?,
+        DriverKind::Qemu => qemu_options(engine, &registering).await?,
+    };
+    let registration = Registration {
+        id: DomainId::from_uuid(Uuid::now_v7()),
+        name: registering.name,
+        driver: registering.driver,
+        disks: registering.disks,
+        options,
+        taken: files_of_all(engine, files_of).await?,
+    };
+    let (domain, notes) = engine.register(requester, registration, registering.labels).await?;
+    Ok(Registered { domain, notes })
+}
+
+fn sim_options(profile: Option<&str>) -> Result<serde_json::Value> {
+    let profile = match profile {
+        Some(word) => Profile::deserialize(serde_json::Value::from(word)).map_err(|_| {
+            Trouble::usage(format!("there is no profile '{word}'"))
+                .hint("there are default, qemu, virtualbox, esx and libvirt-test")
+        })?,
+        None => Profile::default(),
+    };
+    Ok(serde_json::to_value(SimOptions { profile })?)
+}
+
+/// What only the qemu driver understands, and the files that other domains are built upon.
+async fn qemu_options(engine: &Engine, registering: &Registering) -> Result<serde_json::Value> {
+    let layers_dir = registering.layers.clone();
+    let keep_path = if registering.keep_path { PathWish::Keep } else { PathWish::Follow };
+    let raw = if registering.convert { RawWish::Convert } else { RawWish::Refuse };
+    let bases = files_of_all(engine, bases_of).await?;
+    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases })?)
+}
+
+/// Files of the registered domains, with the owner's name.
+async fn files_of_all(
+    engine: &Engine,
+    files: impl Fn(&DomainState) -> Vec<PathBuf>,
+) -> Result<BTreeMap<PathBuf, DomainName>> {
+    let mut owned = BTreeMap::new();
+    for row in engine.domains().await? {
+        let state = engine.load(row.id).await?;
+        owned.extend(files(&state).into_iter().map(|file| (file, row.name.clone())));
+    }
+    Ok(owned)
+}
+
+impl From<&Recovered> for Account {
+    fn from(recovered: &Recovered) -> Self {
+        let attention = recovered.outcome.is_none() && recovered.failure.is_some();
+        let outcome = recovered.outcome.map(Outcome::as_str).or(attention.then_some("needs-attention"));
+        Self {
+            operation: recovered.operation,
+            kind: recovered.kind.to_owned(),
+            domain: recovered.domain.to_string(),
+            found: recovered.found.clone(),
+            did: recovered.did.clone(),
+            outcome: outcome.map(str::to_owned),
+        }
+    }
+}

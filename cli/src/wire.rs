@@ -1,0 +1,312 @@
+//! What travels between a daemon and those who ask it: HTTP/1.1 over its socket, JSON both ways.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/status` | [`Status`] |
+//! | `POST /v1/domains` with [`Registering`] | [`Registered`] |
+//! | `POST /v1/domains/ID/commands` with [`Ask`] | [`Asked`]: the request is in the log, and is being carried out |
+//! | `POST /v1/domains/ID/reconcile` | lines, the last one `driven` |
+//! | `POST /v1/domains/ID/drift` | [`Drifted`] |
+//! | `GET /v1/operations/ID/follow` | lines, the last one `driven` |
+//! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
+//! | `POST /v1/recover` | [`Accounts`] |
+//!
+//! Lines are [`Line`]s, one a line. A domain is named by its id or its name, an operation by its id. What fails is
+//! answered with [`Failed`], as `--json` prints it, and a fitting status.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use snaptree_engine::command::Command;
+use snaptree_engine::domain::{Domain, DriverKind};
+use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin};
+use snaptree_engine::reconcile::connection::ConnectionState;
+use snaptree_engine::reconcile::drift::Drift;
+use snaptree_engine::reconcile::worker::Driven;
+use snaptree_engine::tree::Labels;
+use snaptree_engine::{DiskName, DomainName, EventId, OperationId};
+
+use crate::exit::{ErrorView, Told, whole};
+
+/// The header in which a client says who called `sudo`: only a claim.
+pub const SUDO_USER_HEADER: &str = "snaptree-sudo-user";
+
+/// A request on a domain.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ask {
+    /// What is asked.
+    pub command: Command,
+    /// The key that makes it idempotent.
+    #[serde(default)]
+    pub key: Option<String>,
+}
+
+/// The answer: it is in the log.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Asked {
+    /// The operation; none for a request that was carried out by being written.
+    pub operation: Option<OperationId>,
+    /// Whether the operation is the answer to an earlier request with the same key.
+    pub repeated: bool,
+}
+
+/// A machine that is to be registered, with absolute paths.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registering {
+    /// Its name.
+    pub name: DomainName,
+    /// The hypervisor.
+    pub driver: DriverKind,
+    /// Its disks and their images; an empty path where there is none.
+    #[serde(default)]
+    pub disks: Vec<(DiskName, PathBuf)>,
+    /// Its labels.
+    #[serde(default)]
+    pub labels: Labels,
+    /// `qemu`: where the layers go.
+    #[serde(default)]
+    pub layers: Option<PathBuf>,
+    /// `qemu`: leave the registered path as it is.
+    #[serde(default)]
+    pub keep_path: bool,
+    /// `qemu`: convert a raw image.
+    #[serde(default)]
+    pub convert: bool,
+    /// `sim`: whose limits it has.
+    #[serde(default)]
+    pub profile: Option<String>,
+}
+
+/// A machine that was registered.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Registered {
+    /// What was found of it.
+    pub domain: Domain,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// Where a hypervisor and the log disagree.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Drifted {
+    /// All that is known.
+    pub findings: Drift,
+}
+
+/// What recovery found of an operation, and did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Account {
+    /// The operation.
+    pub operation: OperationId,
+    /// `create`, `revert`, ...
+    pub kind: String,
+    /// Its domain's name.
+    pub domain: String,
+    /// Where it stood, in words.
+    pub found: String,
+    /// What was done about it, in words.
+    pub did: String,
+    /// How it ended, or `needs-attention`; none while it is open.
+    pub outcome: Option<String>,
+}
+
+/// The document of `recover`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Accounts {
+    /// Operation by operation.
+    pub operations: Vec<Account>,
+}
+
+/// How a daemon stands.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Its process.
+    pub pid: u32,
+    /// Its program's version.
+    pub version: String,
+    /// Its state directory.
+    pub state: PathBuf,
+    /// For how long it has been up, in seconds.
+    pub up_s: u64,
+    /// The domains in work.
+    pub queue: QueueView,
+    /// The connections that were used.
+    pub connections: Vec<ConnectionState>,
+    /// The operations without an outcome.
+    pub open: Vec<OpenView>,
+}
+
+/// How many domains are in work.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct QueueView {
+    /// Being worked on.
+    pub running: usize,
+    /// To be tried again after a failure.
+    pub waiting: usize,
+}
+
+/// An operation without an outcome.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct OpenView {
+    /// Its id.
+    pub operation: OperationId,
+    /// `create`, `revert`, ...
+    pub kind: String,
+    /// Its domain's name.
+    pub domain: String,
+    /// The first snapshot that it is about.
+    pub snapshot: Option<String>,
+    /// Whether someone has to look at it.
+    pub needs_attention: bool,
+    /// When it was asked for.
+    pub requested: Timestamp,
+}
+
+/// The document that takes the place of an answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failed {
+    /// What failed.
+    pub error: WireError,
+}
+
+/// A failure, as `--json` prints it, with the exit code that it stands for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WireError {
+    /// The word for programs.
+    pub code: String,
+    /// What happened, and why.
+    pub message: String,
+    /// What can be done about it.
+    pub hint: Option<String>,
+    /// How the program ends with it.
+    pub exit: u8,
+}
+
+impl From<&Told> for WireError {
+    fn from(told: &Told) -> Self {
+        let ErrorView { code, message, hint } = whole(told);
+        Self { code, message, hint, exit: told.exit.code() }
+    }
+}
+
+/// One line of an answer that comes in pieces.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Line {
+    /// An event was appended.
+    Event(Box<EventLine>),
+    /// The step in hand goes on.
+    Progress {
+        /// How many units are done.
+        done: u64,
+        /// Of how many.
+        total: u64,
+    },
+    /// So many lines were left out, since they were not read in time.
+    Lagged(u64),
+    /// What stands in the way for now; it is gone on when that is gone.
+    Waits(String),
+    /// The last line: what it came to.
+    Driven(Box<Driven>),
+    /// The last line: it failed.
+    Error(WireError),
+}
+
+/// An event, in the order of the log's columns; a line of `log --json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EventLine {
+    seq: u64,
+    id: EventId,
+    stream: String,
+    version: u64,
+    kind: String,
+    schema: u32,
+    at: Timestamp,
+    actor: Actor,
+    origin: Origin,
+    epoch: u64,
+    operation: Option<OperationId>,
+    cause: Option<u64>,
+    key: Option<String>,
+    data: Box<serde_json::value::RawValue>,
+    hash: String,
+}
+
+impl EventLine {
+    /// The line of an event.
+    ///
+    /// # Errors
+    /// Its payload cannot be written as JSON.
+    pub fn of(envelope: &Envelope) -> Result<Self> {
+        Ok(Self {
+            seq: envelope.seq,
+            id: envelope.id,
+            stream: envelope.stream.to_string(),
+            version: envelope.version,
+            kind: envelope.event.kind().to_owned(),
+            schema: envelope.event.schema(),
+            at: envelope.at,
+            actor: envelope.actor.clone(),
+            origin: envelope.origin.clone(),
+            epoch: envelope.epoch,
+            operation: envelope.operation,
+            cause: envelope.cause,
+            key: envelope.key.clone(),
+            data: serde_json::value::RawValue::from_string(envelope.event.encode()?)?,
+            hash: envelope.hash.to_string(),
+        })
+    }
+
+    /// The event of a line.
+    ///
+    /// # Errors
+    /// The line is not one of this program's.
+    pub fn envelope(self) -> Result<Envelope> {
+        Ok(Envelope {
+            seq: self.seq,
+            id: self.id,
+            stream: self.stream.parse().context("a stream")?,
+            version: self.version,
+            at: self.at,
+            actor: self.actor,
+            origin: self.origin,
+            epoch: self.epoch,
+            operation: self.operation,
+            cause: self.cause,
+            key: self.key,
+            event: Event::decode(&self.kind, self.schema, self.data.get())?,
+            hash: hash(&self.hash).context("a hash has 64 hexadecimal digits")?,
+        })
+    }
+}
+
+fn hash(text: &str) -> Option<Hash> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * index..2 * index + 2)?, 16).ok()?;
+    }
+    Some(Hash(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_line_is_read_as_it_was_written() {
+        let text = r#"{"event":{"seq":2,"id":"01924b6e-7b1a-7000-8000-000000000001","stream":"system","version":2,"kind":"Operation.StepStarted","schema":1,"at":"2026-11-23T06:00:00Z","actor":"engine","origin":{"uid":0,"host":"h","pid":1,"via":"engine"},"epoch":1,"operation":null,"cause":null,"key":null,"data":{"step":3},"hash":"0101010101010101010101010101010101010101010101010101010101010101"}}"#;
+        let Ok(Line::Event(line)) = serde_json::from_str::<Line>(text) else { panic!("no event") };
+        let envelope = line.envelope().unwrap();
+        assert_eq!(envelope.hash, Hash([1; 32]));
+        let again = Line::Event(Box::new(EventLine::of(&envelope).unwrap()));
+        assert_eq!(serde_json::to_string(&again).unwrap(), text);
+        assert_eq!(hash("01"), None);
+    }
+}
