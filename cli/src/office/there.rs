@@ -65,12 +65,6 @@ pub async fn find(socket: &Path) -> Result<Option<There>> {
     }
 }
 
-/// What a daemon's answer ended as.
-enum Last {
-    Driven(Driven),
-    Cut,
-}
-
 impl There {
     /// Where it listens.
     pub fn socket(&self) -> &Path {
@@ -118,8 +112,8 @@ impl There {
         serde_json::from_slice(&text).context("the daemon's answer cannot be read: is it of another version?")
     }
 
-    /// Reads lines until the last one.
-    async fn read(&self, mut response: Response<Incoming>, shown: &Shown) -> Result<Last> {
+    /// Reads lines until the last one; none if there is no last one.
+    async fn read(&self, mut response: Response<Incoming>, shown: &Shown) -> Result<Option<Driven>> {
         let mut buffer = Vec::new();
         loop {
             while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
@@ -135,13 +129,13 @@ impl There {
                     Line::Progress { done, total } => shown.step_progress(done, total),
                     Line::Lagged(_) => {}
                     Line::Waits(why) => shown.say(&why),
-                    Line::Driven(driven) => return Ok(Last::Driven(*driven)),
+                    Line::Driven(driven) => return Ok(Some(*driven)),
                     Line::Error(error) => return Err(FromDaemon(error).into()),
                 }
             }
             match response.frame().await {
                 Some(Ok(frame)) => buffer.extend_from_slice(&frame.into_data().unwrap_or_default()),
-                Some(Err(_)) | None => return Ok(Last::Cut),
+                Some(Err(_)) | None => return Ok(None),
             }
             if buffer.len() > ANSWER_BYTES_MAX {
                 bail!("the daemon's answer is larger than {ANSWER_BYTES_MAX} bytes");
@@ -161,10 +155,7 @@ impl There {
                 biased;
                 last = &mut answer => {
                     shown.end();
-                    return match last? {
-                        Last::Driven(driven) => Ok(driven),
-                        Last::Cut => Err(cut().into()),
-                    };
+                    return last?.ok_or_else(|| cut().into());
                 }
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
