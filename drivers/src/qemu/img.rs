@@ -18,6 +18,18 @@ use super::lock::OperationLock;
 
 /// For what reads all tables of an image.
 const CHECKING: Duration = Duration::from_secs(600);
+/// What a shell adds to a signal's number for its exit code.
+const SHELL_SIGNALLED: i32 = 128;
+/// What the C library says of errors that pass: the host was short of something, or a file server was away.
+const PASSING: [&str; 7] = [
+    "Cannot allocate memory",
+    "Resource temporarily unavailable",
+    "Too many open files in system",
+    "Interrupted system call",
+    "Connection timed out",
+    "Connection refused",
+    "Stale file handle",
+];
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
@@ -314,8 +326,9 @@ impl Output {
     fn failure(&self, command: &str, file: &Path) -> DriverError {
         let summary = self.summary();
         let message = format!("qemu-img {command} of {} failed: {summary}", file.display());
-        // No exit code: it was killed, and may have done any part of its work.
-        let (class, code) = if self.status.code().is_none() {
+        // No exit code, or the one that a shell gives for a child without one: it was killed, and may have done any
+        // part of its work.
+        let (class, code) = if self.status.code().is_none_or(|code| code > SHELL_SIGNALLED) {
             (ErrorClass::Unknown, Code::Io)
         } else if self.stderr.contains("No space left on device") {
             (ErrorClass::Permanent, Code::NoSpace)
@@ -324,6 +337,8 @@ impl Output {
             (ErrorClass::Permanent, Code::Permission)
         } else if self.stderr.contains("Failed to get") && self.stderr.contains("lock") {
             (ErrorClass::Busy, Code::InUse)
+        } else if PASSING.iter().any(|words| self.stderr.contains(words)) {
+            (ErrorClass::Transient, Code::Io)
         } else {
             (ErrorClass::Permanent, Code::Io)
         };
