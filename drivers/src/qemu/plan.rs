@@ -373,7 +373,9 @@ impl Planner<'_> {
             self.check_owner(&held.file)?;
             let facts = self.facts(&held.file)?.clone();
             switch.fresh.push(self.fresh(disk, (target, held.file.clone()), held.mode, &facts));
-            switch.guard.push(Guard { file: current.file.clone(), expect: Expect::Anything });
+            // What it wrote until now is given up; what it writes from now on, should this be cut short, is not.
+            let stamp = self.facts(&current.file)?.stamp;
+            switch.guard.push(Guard { file: current.file.clone(), expect: Expect::Untouched { stamp } });
             switch.gone.push((disk.clone(), active));
             self.costs.lost.push(format!("what the machine wrote to {disk} since its last snapshot"));
         }
