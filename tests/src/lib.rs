@@ -13,6 +13,7 @@ pub mod program;
 pub mod random;
 pub mod rewind;
 pub mod scenarios;
+pub mod scene;
 pub mod simulation;
 pub mod small;
 pub mod strace;

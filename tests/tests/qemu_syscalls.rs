@@ -13,9 +13,8 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use snaptree_tests::images::{Leaks, text, tool};
-use snaptree_tests::lab::{Lab, Model};
-use snaptree_tests::rewind::Rewind;
 use snaptree_tests::scenarios::{self, Scenario, Tree, expect_nothing_open};
+use snaptree_tests::scene::Scene;
 use snaptree_tests::strace::{self, Fate, Point, STRUCTURE, Tool, ToolPoint, WRITES};
 
 /// How many points of a way to kill are tried.
@@ -62,81 +61,34 @@ enum Orphan {
     IsStuck,
 }
 
-/// How the machine comes back to where the operation begins.
-enum Start {
-    /// All is made anew: an image that shall be adopted must have one name, so nothing can keep its inode.
-    Anew,
-    /// It is put back.
-    Rewound(Rewind),
-}
-
-/// A tool that cannot be run is tried again at once: the pauses between are nothing that is tried here.
-const SETTINGS: &str = "[retry]\ndelay-min = \"1ms\"\ndelay-max = \"10ms\"\n";
-
-/// A machine in front of the operation, as often as it is wanted.
+/// A machine in front of the operation, and what came of every try.
 struct Stage {
-    scenario: Scenario,
-    lab: Lab,
-    model: Model,
-    start: Start,
+    scene: Scene,
     tool: Tool,
     trace: PathBuf,
-    machine: PathBuf,
     /// Whether the last operation said that it needs attention.
     asked: bool,
     table: BTreeMap<&'static str, Tally>,
-    _folder: tempfile::TempDir,
 }
 
 impl Stage {
     fn new(scenario: Scenario) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let machine = folder.path().join("machine");
-        std::fs::create_dir(&machine).expect("a folder");
-        let mut lab = Lab::with_disks(&machine, scenario.disks);
-        lab.program = lab.program.with_settings(&folder.path().join("settings"), SETTINGS);
-        (scenario.prepare)(&mut lab);
-        lab.check("before it all");
-        let start = if lab.model.snapshots.is_empty() {
-            Start::Anew
-        } else {
-            Start::Rewound(Rewind::of(&machine, &folder.path().join("inodes")))
-        };
-        Self {
-            scenario,
-            model: lab.model.clone(),
-            start,
-            tool: Tool::new(folder.path().join("tool")),
-            trace: folder.path().join("trace"),
-            machine,
-            asked: false,
-            lab,
-            table: BTreeMap::new(),
-            _folder: folder,
-        }
+        let scene = Scene::new(scenario);
+        let tool = Tool::new(scene.folder().join("tool"));
+        let trace = scene.folder().join("trace");
+        Self { scene, tool, trace, asked: false, table: BTreeMap::new() }
     }
 
     fn begin(&mut self, leaks: Leaks) {
-        match &self.start {
-            Start::Anew => {
-                std::fs::remove_dir_all(&self.machine).expect("the folder");
-                std::fs::create_dir(&self.machine).expect("the folder");
-                let environment = std::mem::take(&mut self.lab.program.environment);
-                self.lab = Lab::with_disks(&self.machine, self.scenario.disks);
-                self.lab.program.environment = environment;
-                (self.scenario.prepare)(&mut self.lab);
-            }
-            Start::Rewound(rewind) => rewind.restore(),
-        }
-        self.lab.model = self.model.clone();
-        self.lab.tolerate_leaks(leaks);
+        self.scene.begin();
+        self.scene.lab.tolerate_leaks(leaks);
         self.asked = false;
     }
 
     fn operation(&self) -> Command {
-        let mut args = self.scenario.command.to_vec();
+        let mut args = self.scene.scenario.command.to_vec();
         args.push("--json");
-        self.lab.program.command(&args)
+        self.scene.lab.program.command(&args)
     }
 
     /// The points of a command, found by letting it run undisturbed.
@@ -159,13 +111,14 @@ impl Stage {
     /// A machine could be started before anybody recovers: all its disks are as before the operation, or as after it.
     /// A qemu-img that lives on is waited for: nothing else may read what it writes.
     fn expect_bootable(&mut self, what: &str) {
-        for lock in std::fs::read_dir(self.machine.join("state/run")).into_iter().flatten() {
+        for lock in std::fs::read_dir(self.scene.machine.join("state/run")).into_iter().flatten() {
             let lock = File::open(lock.expect("an entry").path()).expect("an operation's lock");
             lock.lock().expect("qemu-img ends");
         }
-        let mut after = self.model.clone();
-        (self.scenario.apply)(&mut after);
-        let one = self.lab.machine_reads_as(&self.model) || self.lab.machine_reads_as(&after);
+        let mut after = self.scene.model.clone();
+        (self.scene.scenario.apply)(&mut after);
+        let one =
+            self.scene.lab.machine_reads_as(&self.scene.model) || self.scene.lab.machine_reads_as(&after);
         assert!(
             one,
             "{what}: right after the kill the registered paths open neither what they did nor the new"
@@ -174,13 +127,14 @@ impl Stage {
 
     /// Nothing is left beside the images, and no lock of an operation.
     fn expect_no_rubbish(&self, what: &str) {
-        let known: Vec<&str> = self.lab.paths.values().map(|path| text(path)).collect();
-        for entry in std::fs::read_dir(&self.machine).expect("the folder") {
+        let known: Vec<&str> = self.scene.lab.paths.values().map(|path| text(path)).collect();
+        for entry in std::fs::read_dir(&self.scene.machine).expect("the folder") {
             let path = entry.expect("an entry").path();
             let ours = path.ends_with("state") || path.ends_with(".snaptree") || known.contains(&text(&path));
             assert!(ours, "{what}: {} is left", path.display());
         }
-        let locks = std::fs::read_dir(self.machine.join("state/run")).expect("the locks' folder").count();
+        let locks =
+            std::fs::read_dir(self.scene.machine.join("state/run")).expect("the locks' folder").count();
         assert_eq!(locks, 0, "{what}: locks are left");
     }
 
@@ -191,13 +145,13 @@ impl Stage {
         what: String,
         one: impl Fn(&mut Self, &str) -> Result<Tree, Missed>,
     ) {
-        let what = format!("{}, {way}, {what}", self.scenario.name);
+        let what = format!("{}, {way}, {what}", self.scene.scenario.name);
         let result = catch_unwind(AssertUnwindSafe(|| {
             let tree = one(self, &what)?;
             self.expect_no_rubbish(&what);
             Ok(tree)
         }));
-        let (leaking, asked) = (self.lab.leaking(), self.asked);
+        let (leaking, asked) = (self.scene.lab.leaking(), self.asked);
         let tally = self.table.entry(way).or_default();
         match result {
             Ok(Ok(tree)) => {
@@ -228,7 +182,7 @@ impl Stage {
                 if STRUCTURE.contains(&point.calls) {
                     stage.expect_bootable(what);
                 }
-                Ok(stage.scenario.recover(&mut stage.lab, what))
+                Ok(stage.scene.scenario.recover(&mut stage.scene.lab, what))
             });
         }
     }
@@ -242,7 +196,7 @@ impl Stage {
             if self.kill(&self.operation(), first).is_err() {
                 continue;
             }
-            let recovery = self.lab.program.command(&["recover", "--json"]);
+            let recovery = self.scene.lab.program.command(&["recover", "--json"]);
             let points = self.discover(&recovery, &STRUCTURE);
             for second in sample(points, seconds) {
                 self.attempt("recovery", format!("{first:?} then {second:?}"), |stage, what| {
@@ -250,7 +204,7 @@ impl Stage {
                     stage.kill(&stage.operation(), first)?;
                     stage.kill(&recovery, second)?;
                     stage.expect_bootable(what);
-                    Ok(stage.scenario.recover(&mut stage.lab, what))
+                    Ok(stage.scene.scenario.recover(&mut stage.scene.lab, what))
                 });
             }
         }
@@ -297,34 +251,34 @@ impl Stage {
         }
         self.asked = fate == Fate::KilledAgainAndAgain && self.retry_what_asks();
         if self.asked {
-            return Ok(self.scenario.recover(&mut self.lab, what));
+            return Ok(self.scene.scenario.recover(&mut self.scene.lab, what));
         }
         let code = output.status.code();
         assert!(matches!(code, Some(0 | 1)), "{what}: {output:?}");
-        expect_nothing_open(&self.lab, what);
+        expect_nothing_open(&self.scene.lab, what);
         if code == Some(0) {
-            (self.scenario.apply)(&mut self.lab.model);
+            (self.scene.scenario.apply)(&mut self.scene.lab.model);
         }
-        self.lab.check(&format!("{what}, by itself"));
-        self.lab.model = self.model.clone();
-        let tree = self.scenario.recover(&mut self.lab, what);
+        self.scene.lab.check(&format!("{what}, by itself"));
+        self.scene.lab.model = self.scene.model.clone();
+        let tree = self.scene.scenario.recover(&mut self.scene.lab, what);
         assert_eq!(tree == Tree::After, code == Some(0), "{what}: it said {output:?}");
         Ok(tree)
     }
 
     /// Tells every operation that needs attention to go on; says whether there was one.
     fn retry_what_asks(&self) -> bool {
-        let listed = self.lab.program.json(0, &["op", "list"]);
+        let listed = self.scene.lab.program.json(0, &["op", "list"]);
         let operations = listed["operations"].as_array().expect("operations").iter();
         let asking = operations.filter(|operation| operation["outcome"] == "needs-attention");
         let asking: Vec<&str> = asking.filter_map(|operation| operation["operation"].as_str()).collect();
         for operation in &asking {
             // What could not be taken back is taken back now: then it has failed, and says so.
-            let ran = self.lab.program.run(&["op", "retry", operation]);
+            let ran = self.scene.lab.program.run(&["op", "retry", operation]);
             assert!(matches!(ran.code, Some(0 | 1)), "{ran:?}");
         }
         if !asking.is_empty() {
-            expect_nothing_open(&self.lab, "once it was told to go on");
+            expect_nothing_open(&self.scene.lab, "once it was told to go on");
         }
         !asking.is_empty()
     }
@@ -339,7 +293,7 @@ impl Stage {
         }
         assert_eq!(output.status.code(), None, "{what}: killed by a signal: {output:?}");
         self.expect_bootable(what);
-        Ok(self.scenario.recover(&mut self.lab, what))
+        Ok(self.scene.scenario.recover(&mut self.scene.lab, what))
     }
 
     /// Snaptree dies, and qemu-img is stopped in the middle of its work.
@@ -352,18 +306,18 @@ impl Stage {
             command.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("the program starts");
         let Some(stopped) = self.tool.hit() else { return Err(Missed) };
         assert_eq!(status.code(), None, "{what}: killed by a signal");
-        let mut recovery = self.lab.program.command(&["recover", "--json"]);
+        let mut recovery = self.scene.lab.program.command(&["recover", "--json"]);
         let mut recovery = recovery.stdout(Stdio::null()).spawn().expect("the program starts");
         if orphan == Orphan::GoesOn {
             tool("kill", &["-CONT", &stopped.to_string()]);
         }
         let status = recovery.wait().expect("it ends");
         assert_eq!(status.code(), Some(0), "{what}: recovery with an orphan");
-        Ok(self.scenario.recover(&mut self.lab, what))
+        Ok(self.scene.scenario.recover(&mut self.scene.lab, what))
     }
 
     fn report(&self) {
-        println!("{} ({} disks)", self.scenario.name, self.scenario.disks.len());
+        println!("{} ({} disks)", self.scene.scenario.name, self.scene.scenario.disks.len());
         println!(
             "  {:18} {:>6} {:>9} {:>6} {:>6} {:>6} {:>7} {:>6}",
             "killed", "points", "recovered", "before", "leaks", "asked", "not hit", "failed"
