@@ -434,7 +434,7 @@ fn check(field: Field, bounds: Bounds) -> Result<Field, String> {
                 Some(stop) if stop <= item.start => {
                     format!("the {what}s {}..{stop} do not go upward", item.start)
                 }
-                _ => format!("a {what} that repeats every {step} from {} on never does", item.start),
+                _ => format!("a repetition every {step} from {what} {} on never comes", item.start),
             });
         }
     }

@@ -15,7 +15,7 @@ use crate::span::Elapsed;
 const ON_TIME: SignedDuration = SignedDuration::from_secs(60);
 
 /// The most planned instants that are counted one by one when they are skipped.
-const COUNTED_MAX: u32 = 10_000;
+const COUNTED_MAX: u32 = 1_000;
 
 /// What becomes of runs that were missed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,7 +2,6 @@
 
 mod cron;
 mod due;
-mod systemd;
 mod transitions;
 
 use super::*;
