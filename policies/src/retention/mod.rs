@@ -9,6 +9,7 @@
 
 mod depth;
 mod keep;
+mod long_run;
 mod order;
 mod period;
 mod plan;
@@ -19,6 +20,7 @@ mod verdict;
 pub use depth::{Depth, press};
 pub use keep::{Keep, KeepError, Limit, Rule};
 pub(crate) use keep::{count_key, within_key};
+pub use long_run::{LongRun, long_run};
 pub use order::{Delete, File, Node, Shape, order};
 pub use period::{Per, Period};
 pub use plan::{Limits, Plan, plan};

@@ -171,7 +171,7 @@ impl<'a> Ordering<'a> {
     /// Whether `id` is the lowest of its row.
     fn begins_row(&self, id: SnapshotId) -> bool {
         let parent = self.shape.nodes.get(&id).and_then(|node| node.parent);
-        !parent.is_some_and(|parent| self.staying.get(&parent) == Some(&1))
+        parent.is_none_or(|parent| self.staying.get(&parent) != Some(&1))
     }
 
     /// The deletes of the row that begins at `lowest`, outward from its largest file.

@@ -75,11 +75,11 @@ impl Item {
     }
 
     /// The same, counted from the end of a month of `days` days.
-    fn from_end(self, days: i16) -> Self {
-        let turned = |day: i16| days + 1 - day;
+    fn turned(self, days: i16) -> Self {
+        let forward = |day: i16| days + 1 - day;
         let (start, stop) = match self.stop {
-            Some(stop) => (turned(stop), Some(turned(self.start))),
-            None => (turned(self.start), None),
+            Some(stop) => (forward(stop), Some(forward(self.start))),
+            None => (forward(self.start), None),
         };
         Self { start, stop, step: self.step }
     }
@@ -155,7 +155,7 @@ impl OnCalendar {
         let last = i16::from(first.days_in_month());
         let mut days = match (&self.days, self.days_from) {
             (Some(items), DaysFrom::End) => {
-                let items = items.iter().map(|item| item.from_end(last)).filter(|item| item.start > 0);
+                let items = items.iter().map(|item| item.turned(last)).filter(|item| item.start > 0);
                 bits(&Some(items.collect()), last)
             }
             (days, _) => bits(days, last),

@@ -17,7 +17,8 @@ use super::wall::{Rhythm, WallTimes};
 #[derive(Clone, Debug)]
 pub struct Cron {
     text: String,
-    cron: croner::Cron,
+    // Large beside the other kinds of schedule.
+    cron: Box<croner::Cron>,
     rhythm: Rhythm,
 }
 
@@ -41,7 +42,7 @@ impl FromStr for Cron {
         let cron = parser.parse(text).map_err(|error| problem(error.to_string()))?;
         let hours = cron.pattern.hours.values().len();
         let rhythm = if hours == 24 { Rhythm::Elapsed } else { Rhythm::TimesOfDay };
-        Ok(Self { text: text.split_whitespace().collect::<Vec<_>>().join(" "), cron, rhythm })
+        Ok(Self { text: text.split_whitespace().collect::<Vec<_>>().join(" "), cron: Box::new(cron), rhythm })
     }
 }
 

@@ -1,6 +1,7 @@
 //! What retention promises: the rules by example, and properties on random sets.
 
 mod examples;
+mod long_run;
 mod ordering;
 mod properties;
 

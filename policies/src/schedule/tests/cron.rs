@@ -35,7 +35,7 @@ fn matches(fields: &[Field; 5], at: DateTime) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn a_line_of_cron_gives_the_minutes_that_match(
