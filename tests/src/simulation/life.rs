@@ -229,7 +229,7 @@ impl Cast {
     /// The cells in turn, from seed to seed.
     fn next_cell(&self) -> Cell {
         let cells = cells();
-        debug_assert!(cells.len() % STRIDE != 0, "the stride leads to every cell");
+        debug_assert!(!cells.len().is_multiple_of(STRIDE), "the stride leads to every cell");
         let turn = self.seed.wrapping_mul(u64::from(CRASHES_MIN)).wrapping_add(u64::from(self.lives_ended));
         let turn = usize::try_from(turn % cells.len() as u64).unwrap_or(0);
         cells[turn * STRIDE % cells.len()]
