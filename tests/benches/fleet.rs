@@ -106,7 +106,7 @@ async fn busy(folder: &Path, profile: &str) {
             let state = engine.load(*domain).await.expect("a state");
             assert_eq!((state.tree.len(), state.open.len()), (round + 1, 0), "every one has its snapshot");
             let last = state.tree.current().expect("a snapshot").made_in;
-            let events = engine.operation_events(last).await.expect("events");
+            let events = engine.operation_events(last.expect("made by an operation")).await.expect("events");
             steps += events.iter().filter(|event| event.event.kind() == "Operation.StepStarted").count();
         }
         let ideal = STEP.mul_f64(steps as f64 / AT_ONCE as f64);

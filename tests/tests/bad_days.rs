@@ -15,7 +15,7 @@ use snaptree_tests::lab::{DISKS, Lab, Model};
 use snaptree_tests::program::Ran;
 use snaptree_tests::random::Random;
 use snaptree_tests::rewind::Rewind;
-use snaptree_tests::scenarios::{branched, chain, expect_nothing_open, snapshot};
+use snaptree_tests::scenarios::{branched, expect_nothing_open, snapshot};
 use snaptree_tests::small::SmallDisk;
 
 const ONE_DISK: &[&str] = &[DISKS[0]];
@@ -302,37 +302,4 @@ fn a_flipped_byte_or_page_anywhere_in_the_database_is_no_panic_and_changes_no_im
     );
     // What was never damaged is as it was.
     lab.check("after it all");
-}
-
-/// A log that is put back to an earlier moment while the images went on, and the model of the images.
-fn put_back_an_older_log(lab: &mut Lab) {
-    snapshot(lab, "early", 1);
-    let kept = KeptLog::of(&lab.program.state);
-    chain(lab);
-    lab.program.json(0, &["revert", "web", "a"]);
-    lab.model.revert("a");
-    lab.check("before the log is put back");
-    kept.put_back();
-}
-
-#[test]
-fn a_log_that_was_restored_from_an_older_copy_writes_nothing_to_the_images() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
-    put_back_an_older_log(&mut lab);
-    let model = lab.model.clone();
-    let commands: [&[&str]; 5] = [
-        &["create", "web", "new"],
-        &["revert", "web", "early"],
-        &["delete", "web", "early"],
-        &["reconcile", "web"],
-        &["recover"],
-    ];
-    for command in commands {
-        let ran = lab.program.run(&[command, &["--json"][..]].concat());
-        println!("restored, {command:?}: {ran:?}");
-        assert!(ran.code.is_some_and(|code| code != PANICKED), "{command:?}: {ran:?}");
-        assert_eq!(lab.check_images(&format!("{command:?}: {ran:?}"), &[&model]), 0);
-    }
-    assert_eq!(lab.program.json(0, &["audit", "verify"])["ok"], true);
 }

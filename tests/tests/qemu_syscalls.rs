@@ -45,7 +45,7 @@ struct Tally {
     before: usize,
     missed: usize,
     leaking: usize,
-    asked: usize,
+    open: usize,
     failed: Vec<String>,
 }
 
@@ -66,8 +66,8 @@ struct Stage {
     scene: Scene,
     tool: Tool,
     trace: PathBuf,
-    /// Whether the last operation said that it needs attention.
-    asked: bool,
+    /// Whether the last operation was left open.
+    left_open: bool,
     table: BTreeMap<&'static str, Tally>,
 }
 
@@ -76,13 +76,13 @@ impl Stage {
         let scene = Scene::new(scenario);
         let tool = Tool::new(scene.folder().join("tool"));
         let trace = scene.folder().join("trace");
-        Self { scene, tool, trace, asked: false, table: BTreeMap::new() }
+        Self { scene, tool, trace, left_open: false, table: BTreeMap::new() }
     }
 
     fn begin(&mut self, leaks: Leaks) {
         self.scene.begin();
         self.scene.lab.tolerate_leaks(leaks);
-        self.asked = false;
+        self.left_open = false;
     }
 
     fn operation(&self) -> Command {
@@ -151,14 +151,14 @@ impl Stage {
             self.expect_no_rubbish(&what);
             Ok(tree)
         }));
-        let (leaking, asked) = (self.scene.lab.leaking(), self.asked);
+        let (leaking, open) = (self.scene.lab.leaking(), self.left_open);
         let tally = self.table.entry(way).or_default();
         match result {
             Ok(Ok(tree)) => {
                 tally.recovered += 1;
                 tally.before += usize::from(tree == Tree::Before);
                 tally.leaking += usize::from(leaking > 0);
-                tally.asked += usize::from(asked);
+                tally.open += usize::from(open);
             }
             Ok(Err(Missed)) => tally.missed += 1,
             Err(panic) => {
@@ -240,7 +240,7 @@ impl Stage {
     }
 
     /// Snaptree brings it to an end by itself: done, or failed with the tree as it was. Where qemu-img cannot ever be
-    /// run it may also say that it needs attention, and goes on once it is told to and qemu-img can be run.
+    /// run it may also leave the operation open, and a recovery finishes it once qemu-img can be run.
     fn tool_dies(&mut self, fate: Fate, at: ToolPoint, what: &str) -> Result<Tree, Missed> {
         self.begin(Leaks::Tolerated);
         let mut command = self.operation();
@@ -249,8 +249,8 @@ impl Stage {
         if self.tool.hit().is_none() {
             return Err(Missed);
         }
-        self.asked = fate == Fate::KilledAgainAndAgain && self.retry_what_asks();
-        if self.asked {
+        self.left_open = fate == Fate::KilledAgainAndAgain && self.something_is_open();
+        if self.left_open {
             return Ok(self.scene.scenario.recover(&mut self.scene.lab, what));
         }
         let code = output.status.code();
@@ -266,21 +266,12 @@ impl Stage {
         Ok(tree)
     }
 
-    /// Tells every operation that needs attention to go on; says whether there was one.
-    fn retry_what_asks(&self) -> bool {
-        let listed = self.scene.lab.program.json(0, &["op", "list"]);
-        let operations = listed["operations"].as_array().expect("operations").iter();
-        let asking = operations.filter(|operation| operation["outcome"] == "needs-attention");
-        let asking: Vec<&str> = asking.filter_map(|operation| operation["operation"].as_str()).collect();
-        for operation in &asking {
-            // What could not be taken back is taken back now: then it has failed, and says so.
-            let ran = self.scene.lab.program.run(&["op", "retry", operation]);
-            assert!(matches!(ran.code, Some(0 | 1)), "{ran:?}");
-        }
-        if !asking.is_empty() {
-            expect_nothing_open(&self.scene.lab, "once it was told to go on");
-        }
-        !asking.is_empty()
+    /// Whether an operation is open; none needs anyone's verdict.
+    fn something_is_open(&self) -> bool {
+        let listed = self.scene.lab.program.json(0, &["op", "list", "--open"]);
+        let open = listed["operations"].as_array().expect("operations");
+        assert!(open.iter().all(|operation| operation["outcome"] != "needs-attention"), "{listed}");
+        !open.is_empty()
     }
 
     fn both_die(&mut self, at: ToolPoint, what: &str) -> Result<Tree, Missed> {
@@ -320,7 +311,7 @@ impl Stage {
         println!("{} ({} disks)", self.scene.scenario.name, self.scene.scenario.disks.len());
         println!(
             "  {:18} {:>6} {:>9} {:>6} {:>6} {:>6} {:>7} {:>6}",
-            "killed", "points", "recovered", "before", "leaks", "asked", "not hit", "failed"
+            "killed", "points", "recovered", "before", "leaks", "left open", "not hit", "failed"
         );
         for (way, tally) in &self.table {
             let points = tally.recovered + tally.failed.len();
@@ -329,7 +320,7 @@ impl Stage {
                 tally.recovered,
                 tally.before,
                 tally.leaking,
-                tally.asked,
+                tally.open,
                 tally.missed,
                 tally.failed.len()
             );

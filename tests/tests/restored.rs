@@ -6,28 +6,8 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use snaptree_tests::kept::KeptLog;
 use snaptree_tests::lab::Lab;
-
-const DATABASE: &str = "snaptree.db";
-
-/// A copy of the database, as a backup of the closed state directory has it.
-fn copy(lab: &Lab) -> Vec<u8> {
-    // A commit that waits in the write-ahead log belongs to it.
-    let database = lab.program.state.join(DATABASE);
-    let done = std::process::Command::new("sqlite3")
-        .args([database.to_str().expect("a path"), "PRAGMA wal_checkpoint(TRUNCATE)"])
-        .output()
-        .expect("sqlite3 starts");
-    assert!(done.status.success(), "{done:?}");
-    std::fs::read(database).expect("the database")
-}
-
-fn put_back(lab: &Lab, copy: &[u8]) {
-    for file in [format!("{DATABASE}-wal"), format!("{DATABASE}-shm")] {
-        let _ = std::fs::remove_file(lab.program.state.join(file));
-    }
-    std::fs::write(lab.program.state.join(DATABASE), copy).expect("written");
-}
 
 /// What the images are: everything in the layers folder and the registered paths.
 fn images(lab: &Lab) -> Vec<(std::path::PathBuf, u64, std::time::SystemTime)> {
@@ -48,29 +28,29 @@ fn restored(lab: &Lab) -> Vec<Value> {
 }
 
 /// The story of the test; after each act a copy of the database is kept.
-fn acts(lab: &mut Lab, copies: &mut Vec<Vec<u8>>) {
+fn acts(lab: &mut Lab, copies: &mut Vec<KeptLog>) {
     let run = |lab: &Lab, args: &[&str]| {
         lab.program.json(0, args);
     };
-    copies.push(copy(lab));
+    copies.push(KeptLog::of(&lab.program.state));
     for (index, name) in ["one", "two", "three"].into_iter().enumerate() {
         lab.write("vda", index * 3, 4, u8::try_from(index + 1).expect("small"));
         run(lab, &["create", "web", name, "--description", name, "--label", "tier=gold"]);
         lab.model.create(name, &["vda", "vdb"]);
-        copies.push(copy(lab));
+        copies.push(KeptLog::of(&lab.program.state));
     }
     run(lab, &["revert", "web", "one"]);
     lab.model.revert("one");
-    copies.push(copy(lab));
+    copies.push(KeptLog::of(&lab.program.state));
     lab.write("vdb", 7, 9, 9);
     run(lab, &["create", "web", "side"]);
     lab.model.create("side", &["vda", "vdb"]);
-    copies.push(copy(lab));
+    copies.push(KeptLog::of(&lab.program.state));
     run(lab, &["hold", "web", "side", "--reason", "kept"]);
     // Two dependants and no copying: the tombstone stays.
     run(lab, &["delete", "web", "one", "--defer"]);
     lab.model.delete("one");
-    copies.push(copy(lab));
+    copies.push(KeptLog::of(&lab.program.state));
     run(lab, &["delete", "web", "two"]);
     lab.model.delete("two");
     lab.write("vda", 20, 4, 77);
@@ -82,13 +62,13 @@ fn whatever_copy_is_put_back_the_machine_and_every_snapshot_stay_as_they_are() {
     let mut lab = Lab::new(folder.path());
     let mut copies = Vec::new();
     acts(&mut lab, &mut copies);
-    let newest = copy(&lab);
+    let newest = KeptLog::of(&lab.program.state);
     lab.check("before");
     assert!(restored(&lab).is_empty(), "nothing was restored yet");
 
     for (index, older) in copies.iter().enumerate() {
         let what = format!("copy {index}");
-        put_back(&lab, older);
+        older.put_back();
         let before = images(&lab);
         lab.program.run(&["list", "web"]);
         lab.program.run(&["drift", "web"]);
@@ -103,11 +83,11 @@ fn whatever_copy_is_put_back_the_machine_and_every_snapshot_stay_as_they_are() {
         assert_eq!((&three["description"], &three["labels"]["tier"]), (&json!("three"), &json!("gold")));
         assert_eq!(lab.program.json(0, &["audit", "verify"])["ok"], true);
         lab.program.json(0, &["drift", "web"]);
-        put_back(&lab, &newest);
+        newest.put_back();
     }
 
     // And life goes on upon it.
-    put_back(&lab, &copies[1]);
+    copies[1].put_back();
     lab.program.json(0, &["create", "web", "after"]);
     lab.model.create("after", &["vda", "vdb"]);
     lab.check("a create upon a restored log");
@@ -127,7 +107,7 @@ fn an_operation_that_was_open_in_the_copy_ends_and_is_not_carried_out_a_second_t
         lab.model.create("one", &["vda", "vdb"]);
         let ran = lab.program.with_fault(&format!("{place}=kill")).run(&["create", "web", "two"]);
         assert_eq!(ran.code, None, "killed: {ran:?}");
-        let older = copy(&lab);
+        let older = KeptLog::of(&lab.program.state);
         let open = lab.program.json(0, &["op", "list", "--open"])["operations"][0]["operation"].clone();
         lab.program.json(0, &["recover"]);
         lab.model.create("two", &["vda", "vdb"]);
@@ -135,7 +115,7 @@ fn an_operation_that_was_open_in_the_copy_ends_and_is_not_carried_out_a_second_t
         lab.model.create("three", &["vda", "vdb"]);
         lab.check("before");
 
-        put_back(&lab, &older);
+        older.put_back();
         lab.program.json(0, &["recover"]);
         lab.check(place);
         let shown = lab.program.json(0, &["op", "show", open.as_str().expect("an id")]);
@@ -152,10 +132,10 @@ fn a_manifest_that_the_images_contradict_is_refused_and_nothing_is_touched() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut lab = Lab::new(folder.path());
     lab.program.json(0, &["create", "web", "one"]);
-    let older = copy(&lab);
+    let older = KeptLog::of(&lab.program.state);
     lab.program.json(0, &["create", "web", "two"]);
     lab.program.json(0, &["create", "web", "three"]);
-    put_back(&lab, &older);
+    older.put_back();
     let path = lab.layers.join("active/manifest.json");
     let good = std::fs::read_to_string(&path).expect("the manifest");
     let manifest: Value = serde_json::from_str(&good).expect("JSON");

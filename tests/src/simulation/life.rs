@@ -42,6 +42,8 @@ pub(super) const DOMAINS_MIN: usize = 3;
 
 /// Acts toward a cell before the program is killed at the next place, whatever it is.
 const ACTS_TOWARD_A_CELL: u32 = 10;
+/// How often a domain is driven again when its hypervisor refuses.
+const DRIVES_MAX: u32 = 6;
 
 /// Neighbours in the table go to seeds that are far from each other: a number without a common factor with the number
 /// of cells, which is looked at when the table is made.
@@ -285,8 +287,14 @@ impl Cast {
     pub(super) async fn drive(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
         let id = self.watched[number].id;
         if self.watched[number].model.registered {
-            let driven = life.engine.drive(&life.requester, id, &NoWatch).await;
-            driven.must("a domain can be driven")?;
+            // A step that cannot be taken back for long leaves its operation open, and whoever drives next goes on.
+            for _ in 0..DRIVES_MAX {
+                match life.engine.drive(&life.requester, id, &NoWatch).await {
+                    Err(EngineError::Driver(error)) => self.tell(format!("left open at {number}: {error}")),
+                    driven => return driven.must("a domain can be driven").map(|_| ()),
+                }
+            }
+            return broken("a domain can be driven", format!("{DRIVES_MAX} times were not enough"));
         }
         Ok(())
     }

@@ -66,7 +66,7 @@ impl Cast {
         }
         let id = watched.id;
         match life.engine.cancel(&life.requester, id, operation, &NoWatch).await {
-            Ok(_) => self.watched[number].catch_up(&self.world),
+            Ok(_) | Err(EngineError::Driver(_)) => self.watched[number].catch_up(&self.world),
             Err(EngineError::Rejected(rejection)) if rejection.code == Code::NeedsAttention => Ok(()),
             Err(error) => broken("an open operation can be called off", error.to_string()),
         }

@@ -178,11 +178,13 @@ impl Worker<'_> {
             }
             Err(error) => {
                 self.busy += 1;
-                if matches!(error.class, ErrorClass::Permanent)
-                    || self.busy > self.engine.settings.attempts_max
-                {
+                if matches!(error.class, ErrorClass::Permanent) {
                     let message = format!("{failure}; and going back failed: {error}");
                     return self.needs_attention(operation, Failure::new(error.failure.code, message)).await;
+                }
+                // What may work later needs nobody's verdict: it stays open, and whoever drives next goes on.
+                if self.busy > self.engine.settings.attempts_max {
+                    return Err(EngineError::Driver(error));
                 }
                 let retry_at = self.retry_at(self.busy);
                 tokio::select! {
