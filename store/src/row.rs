@@ -17,7 +17,7 @@ use crate::error::Words;
 pub(crate) const SELECT: &str = "seq, id, stream, version, kind, schema, at, actor, origin, epoch, operation, \
                                  cause, key, data, hash";
 
-/// An append, encoded where it was asked for, so that the writer thread only stores it.
+/// An append, encoded where it was asked for, so that the writer only stores it.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) expect: Vec<(StreamId, u64)>,
