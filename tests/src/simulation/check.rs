@@ -91,7 +91,7 @@ impl Watched {
             if served.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
                 check_snapshots(&self.model.listed, served, seen)?;
             } else {
-                check_layers(&self.model, served, seen)?;
+                check_layers(served, seen)?;
             }
         }
         Ok(())
@@ -127,8 +127,6 @@ impl Watched {
                 failure.code == Code::Expired
             } else if asked.outcome == Some(Outcome::Cancelled) {
                 failure.code == Code::Cancelled && asked.called_off
-            } else if failure.code == Code::NeedsAttention {
-                world.was_denied(*id)
             } else if failure.code == Code::Drift && lost {
                 failure.refused
             } else if failure.refused {
@@ -219,7 +217,7 @@ fn check_snapshots(listed: &Listed, served: &DomainState, seen: &Observation) ->
 }
 
 /// The layers are those of the log, and nothing that is deleted is forgotten.
-fn check_layers(model: &Model, served: &DomainState, seen: &Observation) -> Result<(), Violation> {
+fn check_layers(served: &DomainState, seen: &Observation) -> Result<(), Violation> {
     const INVARIANT: &str = "3: the layers are what the log says";
     if seen.generation != served.layers.generation {
         let what = format!("{:?}, not {:?}", seen.generation, served.layers.generation);
@@ -255,10 +253,6 @@ fn check_layers(model: &Model, served: &DomainState, seen: &Observation) -> Resu
             }
             if let Role::Tombstone(dead) = layers.role(id, &served.tree) {
                 let reason = dead.and_then(|dead| served.tombstones.get(&dead));
-                // Whoever gives a merge up keeps what it had emptied and not yet unlinked.
-                if dead.is_none() && model.gave_up() {
-                    continue;
-                }
                 if reason.is_none_or(|stone| stone.deferred.as_deref().is_none_or(str::is_empty)) {
                     return broken("a tombstone is merged, or says why not", format!("{id}: {reason:?}"));
                 }

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use snaptree_drivers::sim::{ByHand, Holding};
 use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::event::{Envelope, Event, MemoryKind};
-use snaptree_engine::operation::{Code, Failure, Outcome, Request};
+use snaptree_engine::operation::{Failure, Outcome, Request};
 use snaptree_engine::tree::Hold;
 use snaptree_engine::{DiskName, OperationId, SnapshotId, SnapshotName};
 
@@ -176,15 +176,6 @@ impl Model {
         for holding in &mut self.machine {
             acts.iter().for_each(|done| act(holding, done));
         }
-    }
-
-    /// Whether someone let an operation end where it stood.
-    pub fn gave_up(&self) -> bool {
-        let abandoned = |asked: &Asked| {
-            asked.failure.as_ref().is_some_and(|failure| failure.code == Code::NeedsAttention)
-                && asked.outcome == Some(Outcome::Failed)
-        };
-        self.operations.values().any(abandoned)
     }
 
     /// Someone used the hypervisor itself, while nothing was open.

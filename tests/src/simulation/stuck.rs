@@ -4,14 +4,14 @@ use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::driver::NoWatch;
 use snaptree_engine::engine::EngineError;
-use snaptree_engine::operation::{Code, Phase, Request, Verdict};
+use snaptree_engine::operation::{Code, Phase, Verdict};
 
 use super::check::{Must, Violation, broken};
 use super::life::{Cast, Life};
 
 impl Cast {
-    /// Someone looks at what needs attention: lets it try again, says that its step is not done (which is so: it was
-    /// refused), or gives up a merge, which the engine takes up anew.
+    /// Someone looks at what needs attention: lets it try again, or says that its step is not done (which is so: it was
+    /// refused). Nobody gives one up: that leaves a half-done step as it is, which nothing can be expected of.
     pub(super) async fn see_to_attention(&mut self, life: &Life, number: usize) -> Result<(), Violation> {
         let id = self.watched[number].id;
         for _ in 0..6 {
@@ -19,17 +19,13 @@ impl Cast {
             let open = &self.watched[number].rebuilt.open;
             let waiting = open.iter().find(|open| matches!(open.phase, Phase::NeedsAttention { .. }));
             let Some(waiting) = waiting else { return Ok(()) };
-            let (operation, is_merge) = (waiting.id, matches!(waiting.request, Request::Merge(_)));
+            let operation = waiting.id;
             self.check(life, number).await?;
             self.cannot_be_called_off(life, number, operation).await?;
-            let verdict = match self.random.below(10) {
-                0..3 => Some(Verdict::NotDone),
-                3..5 if is_merge => Some(Verdict::Abandon),
-                _ => None,
-            };
-            let command = match verdict {
-                Some(verdict) => Command::Resolve { operation, verdict, reason: "seen".to_owned() },
-                None => Command::Retry(operation),
+            let command = if self.random.chance(40) {
+                Command::Resolve { operation, verdict: Verdict::NotDone, reason: "seen".to_owned() }
+            } else {
+                Command::Retry(operation)
             };
             self.tell(format!("see to {operation}: {command:?}"));
             let answer = life.engine.submit(&life.requester, id, &command, None).await;
