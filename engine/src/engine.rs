@@ -613,9 +613,10 @@ impl Engine {
         let findings = drift::findings(&state, &seen);
         let new = findings.difference(&state.drift);
         let gone = state.drift.difference(&findings);
-        let events: Vec<Event> = new
-            .map(|finding| DriftFound { finding: finding.clone() }.into())
-            .chain(gone.map(|finding| DriftCleared { finding: finding.clone() }.into()))
+        // What is gone comes first: a lost snapshot that was renamed is found under its new name, and stays lost.
+        let events: Vec<Event> = gone
+            .map(|finding| DriftCleared { finding: finding.clone() }.into())
+            .chain(new.map(|finding| DriftFound { finding: finding.clone() }.into()))
             .collect();
         if !events.is_empty() {
             self.record(requester, &state, events).await?;
