@@ -11,8 +11,8 @@
 //!  minutely hourly daily weekly monthly quarterly semiannually yearly
 //! ```
 //!
-//! What systemd refuses is refused: a range that does not go upward, a repetition that never repeats. Fractions of a
-//! second and `@seconds` are refused too, since a schedule's instants are whole seconds and come again.
+//! What systemd refuses is refused: a range that goes downward, a repetition that never comes. Fractions of a second and
+//! `@seconds` are refused too, since a schedule's instants are whole seconds and come again.
 
 use std::fmt;
 use std::str::FromStr;
@@ -78,7 +78,11 @@ impl Item {
     fn turned(self, days: i16) -> Self {
         let forward = |day: i16| days + 1 - day;
         let (start, stop) = match self.stop {
-            Some(stop) => (forward(stop), Some(forward(self.start))),
+            // The repetition begins at the start, which is now the end.
+            Some(stop) => {
+                let over = (stop - self.start) % self.step.unwrap_or(1).max(1);
+                (forward(stop - over), Some(forward(self.start)))
+            }
             None => (forward(self.start), None),
         };
         Self { start, stop, step: self.step }
@@ -423,19 +427,20 @@ fn check(field: Field, bounds: Bounds) -> Result<Field, String> {
         if !inside(item.start) || !item.stop.is_none_or(inside) {
             return Err(format!("a {what} is from {first} to {last}"));
         }
-        let step = item.step.unwrap_or(if item.stop.is_some() { 1 } else { 0 });
-        let repeats = match item.stop {
-            Some(stop) => item.start + step <= stop,
-            None if turned => item.start - step >= first,
-            None => item.start + step <= last,
-        };
-        if step > last - first || !repeats {
-            return Err(match item.stop {
-                Some(stop) if stop <= item.start => {
-                    format!("the {what}s {}..{stop} do not go upward", item.start)
+        match (item.stop, item.step) {
+            (Some(stop), _) if stop < item.start => {
+                return Err(format!("the {what}s {}..{stop} do not go upward", item.start));
+            }
+            (None, Some(step)) => {
+                let next = if turned { item.start - step } else { item.start + step };
+                if !inside(next) {
+                    return Err(format!(
+                        "a repetition every {step} from {what} {} on never comes",
+                        item.start
+                    ));
                 }
-                _ => format!("a repetition every {step} from {what} {} on never comes", item.start),
-            });
+            }
+            _ => {}
         }
     }
     Ok(field)
@@ -487,6 +492,7 @@ mod tests {
         assert_eq!(first("*-02~01", "2028-01-01T00:00").as_deref(), Some("2028-02-29T00:00:00"));
         assert_eq!(first("*-*~02..03", "2026-02-01T00:00").as_deref(), Some("2026-02-26T00:00:00"));
         assert_eq!(first("Mon *-05~07/1", "2026-01-01T00:00").as_deref(), Some("2026-05-25T00:00:00"));
+        assert_eq!(first("*-02~10..21/7", "2026-02-01T00:00").as_deref(), Some("2026-02-12T00:00:00"));
         assert_eq!(first("2020-*-*", "2026-01-01T00:00"), None);
     }
 
@@ -502,7 +508,7 @@ mod tests {
                 "12",
                 "12:60",
                 "*/15:00",
-                "10..10:00",
+                "10..9:00",
                 "20/6:00",
                 "12:00:00.5",
                 "*-02~30",
