@@ -2,7 +2,7 @@
 //!
 //! | module | |
 //! |---|---|
-//! | [`file`] | the policy file: what it may say, and a [`Policy`](file::Policy), checked, as `Policy.Defined` records it |
+//! | [`file`](mod@file) | the policy file: what it may say, and a [`Policy`](file::Policy), checked, as `Policy.Defined` records it |
 //! | [`schedule`] | which instants are planned, and which of them are due |
 //! | [`retention`] | which snapshots stay and which go, why, and in which order |
 //!

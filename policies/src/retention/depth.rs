@@ -1,6 +1,5 @@
 //! `max-depth`: how many snapshots the machine's disk may stand upon.
 
-use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 
 use snaptree_engine::SnapshotId;
@@ -25,13 +24,15 @@ pub enum Depth {
 /// what the policy did not make, and what stays because there is no rule are never touched; so the depth can still be
 /// too great afterwards.
 pub fn press(verdicts: &mut [Verdict], shape: &Shape, depth_max: NonZeroU32) -> Depth {
-    let chain: BTreeSet<SnapshotId> = shape.chain().collect();
-    let going = verdicts.iter().filter(|v| !v.keeps() && chain.contains(&v.snapshot)).count();
-    let depth = chain.len() - going;
+    let mut going: Vec<SnapshotId> = verdicts.iter().filter(|v| !v.keeps()).map(|v| v.snapshot).collect();
+    going.sort_unstable();
+    let mut chain: Vec<SnapshotId> = shape.chain().filter(|id| going.binary_search(id).is_err()).collect();
+    chain.sort_unstable();
+    let depth = chain.len();
     let limit = usize::try_from(depth_max.get()).unwrap_or(usize::MAX);
     let mut least: Vec<(Rule, &mut Verdict)> = verdicts
         .iter_mut()
-        .filter(|verdict| verdict.keeps() && chain.contains(&verdict.snapshot))
+        .filter(|verdict| verdict.keeps() && chain.binary_search(&verdict.snapshot).is_ok())
         .filter_map(|verdict| Some((coarsest(&verdict.reasons)?, verdict)))
         .collect();
     least.sort_by_key(|(rule, verdict)| (rule.per, verdict.created, verdict.snapshot));

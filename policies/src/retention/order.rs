@@ -43,9 +43,10 @@ pub struct Shape {
 impl Shape {
     /// `current` and its ancestors, nearest first: what the machine's disk stands upon.
     pub fn chain(&self) -> impl Iterator<Item = SnapshotId> {
-        let known = |id: &SnapshotId| self.nodes.contains_key(id);
-        let parent = move |id: &SnapshotId| self.nodes.get(id)?.parent.filter(known);
-        std::iter::successors(self.current.filter(known), parent).take(self.nodes.len())
+        let known = |id: Option<SnapshotId>| self.nodes.get_key_value(&id?);
+        std::iter::successors(known(self.current), move |(_, node)| known(node.parent))
+            .map(|(id, _)| *id)
+            .take(self.nodes.len())
     }
 }
 
@@ -60,19 +61,26 @@ pub struct Delete {
     pub bytes_freed_min: u64,
 }
 
-/// What stands directly upon a snapshot.
+/// What stands directly upon a snapshot: another one, by its place in [`Ordering::ids`], or what the machine writes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Dependant {
-    Snapshot(SnapshotId),
+enum Upon {
+    Snapshot(usize),
     Active,
 }
 
+/// The tree by places in a list, since a row of deletes may be a hundred thousand long.
 struct Ordering<'a> {
     shape: &'a Shape,
-    going: &'a BTreeSet<SnapshotId>,
-    dependants: BTreeMap<SnapshotId, Vec<Dependant>>,
+    ids: Vec<SnapshotId>,
+    nodes: Vec<Node>,
+    parents: Vec<Option<usize>>,
+    going: Vec<bool>,
     /// How many of what stays will stand upon a snapshot once all is done.
-    staying: BTreeMap<SnapshotId, usize>,
+    staying: Vec<usize>,
+    /// What stands upon it, and stays or has something upon it that does.
+    heirs: Vec<Option<Upon>>,
+    /// What goes, each after all that stands upon it.
+    children_first: Vec<usize>,
 }
 
 /// Every snapshot of `going` that `shape` has, in the order in which deleting them moves the least data.
@@ -85,120 +93,108 @@ pub fn order(shape: &Shape, going: &BTreeSet<SnapshotId>) -> Vec<Delete> {
     let mut free = Vec::new();
     let mut rows = Vec::new();
     let mut copied = Vec::new();
-    for id in ordering.children_first() {
-        match ordering.staying.get(&id).copied().unwrap_or_default() {
-            0 => free.push(ordering.free(id)),
-            1 if ordering.begins_row(id) => rows.push(ordering.row(id)),
+    for at in ordering.children_first.iter().copied() {
+        match ordering.staying[at] {
+            0 => free.push(ordering.free(at)),
+            1 if ordering.begins_row(at) => rows.push(ordering.row(at)),
             1 => {}
-            several => copied.push(ordering.copied(id, several)),
+            several => copied.push(ordering.copied(at, several)),
         }
     }
-    rows.sort_by_key(|row| {
-        (row.iter().map(|delete| delete.bytes_moved_max).sum::<u64>(), row.first().map(|d| d.snapshot))
-    });
+    let cost = |row: &Vec<Delete>| row.iter().map(|delete| delete.bytes_moved_max).sum::<u64>();
+    rows.sort_by_cached_key(|row| (cost(row), row.first().map(|delete| delete.snapshot)));
     free.into_iter().chain(rows.into_iter().flatten()).chain(copied).collect()
 }
 
 impl<'a> Ordering<'a> {
-    fn new(shape: &'a Shape, going: &'a BTreeSet<SnapshotId>) -> Self {
-        let mut dependants: BTreeMap<SnapshotId, Vec<Dependant>> = BTreeMap::new();
-        for (id, node) in &shape.nodes {
-            if let Some(parent) = node.parent {
-                dependants.entry(parent).or_default().push(Dependant::Snapshot(*id));
-            }
+    fn new(shape: &'a Shape, going: &BTreeSet<SnapshotId>) -> Self {
+        let ids: Vec<SnapshotId> = shape.nodes.keys().copied().collect();
+        let nodes: Vec<Node> = shape.nodes.values().copied().collect();
+        let place = |id: SnapshotId| ids.binary_search(&id).ok();
+        let parents = nodes.iter().map(|node| node.parent.and_then(place)).collect();
+        let going = ids.iter().map(|id| going.contains(id)).collect();
+        let current = shape.current.and_then(place);
+        let (staying, heirs) = (vec![0; ids.len()], vec![None; ids.len()]);
+        let mut ordering =
+            Self { shape, ids, nodes, parents, going, staying, heirs, children_first: Vec::new() };
+        if let Some(current) = current {
+            ordering.inherit(current, Upon::Active, 1);
         }
-        if let Some(current) = shape.current {
-            dependants.entry(current).or_default().push(Dependant::Active);
-        }
-        let mut ordering = Self { shape, going, dependants, staying: BTreeMap::new() };
-        for id in ordering.children_first() {
-            let staying = ordering.upon(id).iter().map(|upon| ordering.staying_in(*upon)).sum();
-            ordering.staying.insert(id, staying);
-        }
+        ordering.count();
         ordering
     }
 
-    fn upon(&self, id: SnapshotId) -> &[Dependant] {
-        self.dependants.get(&id).map(Vec::as_slice).unwrap_or_default()
-    }
-
-    fn staying_in(&self, dependant: Dependant) -> usize {
-        match dependant {
-            Dependant::Snapshot(id) if self.going.contains(&id) => {
-                self.staying.get(&id).copied().unwrap_or_default()
+    /// Counts what stays upon each snapshot, from the leaves down.
+    fn count(&mut self) {
+        let mut children_going = vec![0_usize; self.ids.len()];
+        for at in 0..self.ids.len() {
+            match self.parents[at] {
+                Some(parent) if self.going[at] => children_going[parent] += 1,
+                Some(parent) => self.inherit(parent, Upon::Snapshot(at), 1),
+                None => {}
             }
-            Dependant::Snapshot(_) | Dependant::Active => 1,
+        }
+        let mut open: Vec<usize> =
+            (0..self.ids.len()).filter(|at| self.going[*at] && children_going[*at] == 0).collect();
+        while let Some(at) = open.pop() {
+            self.children_first.push(at);
+            let Some(parent) = self.parents[at] else { continue };
+            self.inherit(parent, Upon::Snapshot(at), self.staying[at]);
+            children_going[parent] -= 1;
+            if self.going[parent] && children_going[parent] == 0 {
+                open.push(parent);
+            }
         }
     }
 
-    /// What goes, each after all that stands upon it.
-    fn children_first(&self) -> Vec<SnapshotId> {
-        let root = |id: &&SnapshotId| {
-            self.shape.nodes.get(id).is_some_and(|node| node.parent.is_none_or(|p| !self.going.contains(&p)))
-        };
-        let mut open: Vec<SnapshotId> = self.going.iter().filter(root).copied().collect();
-        let mut found = Vec::new();
-        while let Some(id) = open.pop() {
-            found.push(id);
-            open.extend(self.upon(id).iter().filter_map(|upon| match upon {
-                Dependant::Snapshot(id) => self.going.contains(id).then_some(*id),
-                Dependant::Active => None,
-            }));
+    fn inherit(&mut self, at: usize, upon: Upon, staying: usize) {
+        self.staying[at] += staying;
+        if staying > 0 {
+            self.heirs[at] = Some(upon);
         }
-        found.reverse();
-        found
     }
 
-    fn bytes(&self, id: SnapshotId) -> u64 {
-        self.shape.nodes.get(&id).map_or(0, |node| node.bytes)
+    fn free(&self, at: usize) -> Delete {
+        Delete { snapshot: self.ids[at], bytes_moved_max: 0, bytes_freed_min: self.nodes[at].bytes }
     }
 
-    fn file(&self, id: SnapshotId) -> File {
-        self.shape.nodes.get(&id).map_or(File::Layer, |node| node.file)
-    }
-
-    fn free(&self, id: SnapshotId) -> Delete {
-        Delete { snapshot: id, bytes_moved_max: 0, bytes_freed_min: self.bytes(id) }
-    }
-
-    fn copied(&self, id: SnapshotId, dependants: usize) -> Delete {
+    fn copied(&self, at: usize, dependants: usize) -> Delete {
         let times = u64::try_from(dependants).unwrap_or(u64::MAX);
         // In the registered image it stays until one dependant is left.
-        let bytes = if self.file(id) == File::Registered { 0 } else { self.bytes(id) };
-        Delete { snapshot: id, bytes_moved_max: bytes.saturating_mul(times), bytes_freed_min: 0 }
+        let bytes = if self.nodes[at].file == File::Registered { 0 } else { self.nodes[at].bytes };
+        Delete { snapshot: self.ids[at], bytes_moved_max: bytes.saturating_mul(times), bytes_freed_min: 0 }
     }
 
-    /// Whether `id` is the lowest of its row.
-    fn begins_row(&self, id: SnapshotId) -> bool {
-        let parent = self.shape.nodes.get(&id).and_then(|node| node.parent);
-        parent.is_none_or(|parent| self.staying.get(&parent) != Some(&1))
+    /// Whether it is the lowest of its row.
+    fn begins_row(&self, at: usize) -> bool {
+        self.parents[at].is_none_or(|parent| !self.going[parent] || self.staying[parent] != 1)
     }
 
     /// The deletes of the row that begins at `lowest`, outward from its largest file.
-    fn row(&self, lowest: SnapshotId) -> Vec<Delete> {
+    fn row(&self, lowest: usize) -> Vec<Delete> {
         let mut row = Vec::new();
         let mut sizes = Vec::new();
-        let mut next = Some(Dependant::Snapshot(lowest));
-        while let Some(dependant) = next {
+        let mut next = Some(Upon::Snapshot(lowest));
+        while let Some(upon) = next {
             next = None;
-            match dependant {
-                Dependant::Active => sizes.push(self.shape.active_bytes),
-                Dependant::Snapshot(id) => {
-                    sizes.push(self.bytes(id));
-                    if self.going.contains(&id) {
-                        row.push(id);
-                        next = self.upon(id).iter().copied().find(|upon| self.staying_in(*upon) > 0);
+            match upon {
+                Upon::Active => sizes.push(self.shape.active_bytes),
+                Upon::Snapshot(at) => {
+                    sizes.push(self.nodes[at].bytes);
+                    if self.going[at] {
+                        row.push(self.ids[at]);
+                        next = self.heirs[at];
                     }
                 }
             }
         }
-        let largest = match self.file(lowest) {
+        let largest = match self.nodes[lowest].file {
             File::Registered => 0,
-            File::Layer => (0..sizes.len()).max_by_key(|at| sizes.get(*at)).unwrap_or(0),
+            File::Layer => (0..sizes.len()).max_by_key(|at| sizes[*at]).unwrap_or(0),
         };
         let moves = |at: usize, moved: usize| Delete {
-            snapshot: row.get(at).copied().unwrap_or(lowest),
-            bytes_moved_max: sizes.get(moved).copied().unwrap_or(0),
+            snapshot: row[at],
+            bytes_moved_max: sizes[moved],
             bytes_freed_min: 0,
         };
         let upward = (largest..row.len()).map(|at| moves(at, at + 1));

@@ -130,6 +130,8 @@ pub enum Reason {
         /// The rule.
         rule: Rule,
     },
+    /// Goes: every rule had as many as it keeps, all of them newer.
+    AllFull,
     /// Goes: the rule has a newer one of the same period.
     Superseded {
         /// The rule.
@@ -185,6 +187,7 @@ impl fmt::Display for Reason {
             Self::Uncounted(Uncounted::Failed) => f.write_str("not counted: failed"),
             Self::Uncounted(Uncounted::Lost) => f.write_str("not counted: the hypervisor no longer has it"),
             Self::Full { rule } => write!(f, "{rule}: full with newer ones"),
+            Self::AllFull => f.write_str("every rule is full with newer ones"),
             Self::Superseded { rule, period } => write!(f, "{}: {period} has a newer one", rule.key()),
             Self::Outside { rule } => write!(f, "{rule}: further back than that"),
             Self::TooOld { max_age } => write!(f, "max-age: older than {max_age}"),
@@ -323,12 +326,15 @@ impl<'a> Judge<'a> {
             return (vec![Reason::NoRule], Vec::new());
         }
         let place = if self.oldest == Some(candidate.snapshot) { Place::Oldest } else { Place::Among };
-        let (mut kept, mut missed) = (Vec::new(), Vec::new());
         // Asking the time zone is most of the work, and no rule that is full needs it.
         if self.tallies.iter().all(Tally::full) {
-            missed.extend(self.tallies.iter().map(|tally| Reason::Full { rule: tally.rule }));
-            return (kept, missed);
+            let missed = match self.tallies.as_slice() {
+                [only] => Reason::Full { rule: only.rule },
+                _ => Reason::AllFull,
+            };
+            return (Vec::new(), vec![missed]);
         }
+        let (mut kept, mut missed) = (Vec::new(), Vec::new());
         let wall = Wall::at(candidate.created, self.zone);
         for tally in &mut self.tallies {
             match tally.judge(candidate.created, wall, place) {

@@ -35,8 +35,11 @@ fn field(random: &mut Rng, first: i64, last: i64, step: impl Fn(&mut Rng) -> i64
             let stop = random.i64(first..=last);
             let beyond = i64::from(random.u8(..60) == 0);
             let start = random.i64(first..=last + beyond);
-            let (start, stop) =
-                if stop < start && random.u8(..12) > 0 { (stop, start) } else { (start, stop) };
+            let (start, stop) = if stop < start && beyond == 0 && random.u8(..12) > 0 {
+                (stop, start)
+            } else {
+                (start, stop)
+            };
             match random.u8(..6) {
                 // systemd refuses a range of one second, and takes one of anything else; ours takes both.
                 0 if start != stop => format!("{start}..{stop}"),
@@ -67,7 +70,7 @@ fn expression(random: &mut Rng) -> String {
     if random.u8(..3) == 0 {
         let days = ["Mon", "tuesday", "Wed", "Thu", "FRI", "Sat", "Sunday"];
         let one = |random: &mut Rng| days[random.usize(..7)];
-        let two = |random: &mut Rng| format!("{}..{}", days[random.usize(..5)], days[random.usize(3..)]);
+        let two = |random: &mut Rng| format!("{}..{}", days[random.usize(..5)], days[random.usize(3..7)]);
         words.push(match random.u8(..4) {
             0 => two(random),
             1 => format!("{},{}", one(random), one(random)),

@@ -140,6 +140,15 @@ fn rules_read_back_from_json() {
 }
 
 #[test]
+fn what_is_beyond_every_rule_says_so_once() {
+    let times = ["2026-11-20T10:00:00Z", "2026-11-21T10:00:00Z"];
+    let reasons = |rules: &[Rule]| told(&judged(&taken(&times), &keep(rules), "UTC"));
+    assert!(reasons(&[count(Per::Snapshot, 1)]).ends_with("delete last 1: full with newer ones"));
+    let both = [count(Per::Snapshot, 1), count(Per::Day, 1)];
+    assert!(reasons(&both).ends_with("delete every rule is full with newer ones"));
+}
+
+#[test]
 fn every_verdict_says_why() {
     let times = [
         "2026-01-01T00:00:00Z",
