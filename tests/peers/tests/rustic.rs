@@ -48,11 +48,8 @@ fn options(counts: &[Rule], withins: &[(Rule, u32)]) -> KeepOptions {
 
 /// What stays, with the keys of the rules that keep it, as rustic says.
 fn theirs(instants: &BTreeSet<Timestamp>, options: &KeepOptions, zone: &TimeZone) -> Kept {
-    let snapshot = |at: &Timestamp| {
-        let mut snapshot = SnapshotFile::default();
-        snapshot.time = at.to_zoned(zone.clone());
-        snapshot
-    };
+    let snapshot =
+        |at: &Timestamp| SnapshotFile { time: at.to_zoned(zone.clone()), ..SnapshotFile::default() };
     let now = Timestamp::from_second(NOW_S).unwrap().to_zoned(zone.clone());
     let judged = options.apply(instants.iter().map(snapshot).collect(), &now).unwrap();
     let key = |reason: &String| reason.replace("quarter-yearly", "quarterly").replace(' ', "-");
