@@ -12,16 +12,16 @@ use snaptree_engine::DomainId;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::Hooks;
 use snaptree_engine::engine::Engine;
-use snaptree_engine::log::{ClockOrder, EventFilter, EventLog};
+use snaptree_engine::log::{ClockOrder, EventFilter};
 use snaptree_engine::project::DomainState;
 use snaptree_store::{DATABASE_FILE, LockWait, Store, StoreError};
 
 use crate::args::{Global, WriterArgs};
 use crate::config::Config;
-use crate::exit::{NO_STATE_HINT, Trouble};
+use crate::exit::{Exit, NO_STATE_HINT, Trouble};
 use crate::hooks;
 use crate::office::there::{self, There};
-use crate::office::{Here, Office};
+use crate::office::{Here, Office, ReadOut};
 use crate::render::note;
 use crate::render::text::safe;
 use crate::requester::this_user;
@@ -49,8 +49,8 @@ pub struct Context {
 pub struct Reader {
     /// The engine over it.
     pub engine: Engine,
-    /// The log itself.
-    pub store: Arc<Store>,
+    /// Its files; none where the daemon reads them out.
+    files: Option<Arc<Store>>,
 }
 
 /// The state, opened for requests: by this process, or by the daemon that has it.
@@ -117,27 +117,38 @@ impl Context {
         Trouble::not_found(format!("no state at {}", self.dir.display())).hint(NO_STATE_HINT)
     }
 
-    /// Opens the state for reading: no lock, no waiting.
+    /// Opens the state for reading: no lock, no waiting. Where this user may not read its files and may ask the
+    /// daemon, that reads them out.
     ///
     /// # Errors
     /// There is none, or it cannot be read.
-    pub fn reader(&self) -> Result<Reader> {
-        let store = Store::open_reader(&self.dir).map_err(|error| match error {
+    pub async fn reader(&self) -> Result<Reader> {
+        let error = match Store::open_reader(&self.dir) {
+            Ok(store) => {
+                let store = Arc::new(store);
+                return Ok(Reader { engine: Engine::new(store.clone()), files: Some(store) });
+            }
+            Err(error) => error,
+        };
+        let unreadable =
+            matches!(error, StoreError::Missing { .. } | StoreError::Io { .. } | StoreError::Database { .. });
+        if unreadable && let Ok(Some(daemon)) = self.daemon().await {
+            return Ok(Reader { engine: Engine::new(Arc::new(ReadOut(daemon))), files: None });
+        }
+        Err(match error {
             StoreError::Missing { .. } => self.no_state().into(),
             other => anyhow::Error::from(other),
-        })?;
-        let store = Arc::new(store);
-        Ok(Reader { engine: Engine::new(store.clone()), store })
+        })
     }
 
     /// Opens the state for looking at hypervisors, too: for dry runs.
     ///
     /// # Errors
     /// There is none, or it or the settings cannot be read.
-    pub fn planner(&self) -> Result<Reader> {
-        let Reader { engine, store } = self.reader()?;
+    pub async fn planner(&self) -> Result<Reader> {
+        let Reader { engine, files } = self.reader().await?;
         let engine = self.with_config(engine, Config::load()?);
-        Ok(Reader { engine, store })
+        Ok(Reader { engine, files })
     }
 
     /// The daemon that has the state; none if there is none.
@@ -153,14 +164,14 @@ impl Context {
     /// # Errors
     /// Another process has it for longer than we wait, or it or the settings cannot be used.
     pub async fn writer(&self, args: &WriterArgs, missing: Missing) -> Result<Writer> {
-        if missing == Missing::Refuse && !self.exists() {
-            return Err(self.no_state().into());
-        }
         let deadline = Instant::now() + args.lock_timeout;
         let mut told = false;
         loop {
             if let Some(daemon) = self.daemon().await? {
-                return Ok(Writer { engine: self.reader()?.engine, office: Box::new(daemon) });
+                return Ok(Writer { engine: self.reader().await?.engine, office: Box::new(daemon) });
+            }
+            if missing == Missing::Refuse && !self.exists() {
+                return Err(self.no_state().into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let wait = LockWait { timeout: left.min(QUIET) };
@@ -221,6 +232,33 @@ impl Context {
 }
 
 impl Reader {
+    /// The files of the log.
+    ///
+    /// # Errors
+    /// This user may not read them.
+    pub fn files(&self) -> Result<&Store> {
+        let refused = || {
+            Trouble::new(
+                Exit::Failed,
+                "permission",
+                "this needs the files of the state, and they are not for you",
+            )
+            .hint("ask somebody who may read the state directory")
+        };
+        Ok(self.files.as_deref().ok_or_else(refused)?)
+    }
+
+    /// A number that changes when the log has grown.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub async fn version(&self) -> Result<u64> {
+        match &self.files {
+            Some(files) => Ok(files.data_version()?),
+            None => Ok(self.engine.log().head().await?.seq),
+        }
+    }
+
     /// The prefix of the log that `--at` asks for.
     ///
     /// # Errors
@@ -235,13 +273,13 @@ impl Reader {
                 Ok(Prefix { seq: found.seq, at, clock: Some(found.clock) })
             }
             Moment::Seq(seq) => {
-                let head = self.store.head().await?.seq;
+                let head = self.engine.log().head().await?.seq;
                 if seq > head {
                     let message = format!("the log has no event {seq}; its last is {head}");
                     return Err(Trouble::not_found(message).into());
                 }
                 let event = match seq.checked_sub(1) {
-                    Some(before) => self.store.read(before, &EventFilter::default(), 1).await?,
+                    Some(before) => self.engine.log().read(before, &EventFilter::default(), 1).await?,
                     None => Vec::new(),
                 };
                 let at = event.first().map_or(Timestamp::UNIX_EPOCH, |event| event.at);

@@ -10,6 +10,7 @@
 //! | `GET /v1/operations/ID/follow` | lines, the last one `driven` |
 //! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
 //! | `POST /v1/recover` | [`Accounts`] |
+//! | `POST /v1/log` with [`Question`] | what the log says, as the question has it |
 //!
 //! Lines are [`Line`]s, one a line. A domain is named by its id or its name, an operation by its id. What fails is
 //! answered with [`Failed`], as `--json` prints it, and a fitting status.
@@ -21,12 +22,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::{Domain, DriverKind};
+use snaptree_engine::driver::Head;
 use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin};
+use snaptree_engine::log::{EventFilter, OperationFilter};
 use snaptree_engine::reconcile::connection::ConnectionState;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
-use snaptree_engine::{DiskName, DomainName, EventId, OperationId};
+use snaptree_engine::{DiskName, DomainName, EventId, OperationId, StreamId};
 
 use crate::exit::{ErrorView, Told, whole};
 
@@ -190,6 +193,96 @@ impl From<&Told> for WireError {
     fn from(told: &Told) -> Self {
         let ErrorView { code, message, hint } = whole(told);
         Self { code, message, hint, exit: told.exit.code() }
+    }
+}
+
+/// A question to the log: the methods of [`snaptree_engine::log::EventLog`] that read.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Question {
+    /// `[EventLine]`
+    Stream {
+        /// Whose events.
+        stream: StreamId,
+        /// After this version.
+        version: u64,
+        /// Up to this event.
+        seq_max: u64,
+        /// At most so many.
+        count: usize,
+    },
+    /// `[EventLine]`
+    Events {
+        /// After this one.
+        seq: u64,
+        /// At most so many.
+        count: usize,
+        /// Which ones.
+        filter: EventFilter,
+    },
+    /// [`HeadView`]
+    Head,
+    /// `EventLine` or null
+    ByKey {
+        /// Whose request.
+        stream: StreamId,
+        /// Its key.
+        key: String,
+    },
+    /// `Checkpoint` or null
+    Checkpoint {
+        /// Whose.
+        stream: StreamId,
+        /// The projector's version.
+        projector: u32,
+        /// Up to this event.
+        seq_max: u64,
+    },
+    /// `[DomainRow]`
+    Domains {
+        /// Up to this event.
+        seq_max: u64,
+    },
+    /// `DomainRow` or null
+    DomainByName {
+        /// Its name.
+        name: DomainName,
+    },
+    /// `[OperationRow]`
+    Operations {
+        /// Which ones.
+        filter: OperationFilter,
+        /// At most so many.
+        count: usize,
+    },
+    /// `SeqAt`
+    SeqAt {
+        /// Which moment.
+        at: Timestamp,
+    },
+}
+
+/// The last event's place and hash.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HeadView {
+    seq: u64,
+    hash: String,
+}
+
+impl From<Head> for HeadView {
+    fn from(head: Head) -> Self {
+        Self { seq: head.seq, hash: head.hash.to_string() }
+    }
+}
+
+impl HeadView {
+    /// The head itself.
+    ///
+    /// # Errors
+    /// It has no hash.
+    pub fn head(&self) -> Result<Head> {
+        let hash = hash(&self.hash).context("a hash has 64 hexadecimal digits")?;
+        Ok(Head { seq: self.seq, hash })
     }
 }
 

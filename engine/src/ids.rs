@@ -294,7 +294,8 @@ impl fmt::Display for LayerId {
 }
 
 /// The stream that an event belongs to: `domain/<uuid>`, `policy/<name>` or `system`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum StreamId {
     /// All that happens to one domain.
     Domain(DomainId),
@@ -329,6 +330,19 @@ impl FromStr for StreamId {
             Some(("policy", name)) => name.parse().map(Self::Policy).map_err(|_| error()),
             _ => Err(error()),
         }
+    }
+}
+
+impl TryFrom<String> for StreamId {
+    type Error = StreamIdError;
+    fn try_from(text: String) -> Result<Self, StreamIdError> {
+        text.parse()
+    }
+}
+
+impl From<StreamId> for String {
+    fn from(stream: StreamId) -> String {
+        stream.to_string()
     }
 }
 

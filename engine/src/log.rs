@@ -8,6 +8,7 @@
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::driver::Head;
 use crate::event::{Actor, Envelope, Event, Origin};
@@ -97,7 +98,7 @@ pub struct Append {
 }
 
 /// A stored projection of a stream, which saves reading the stream from its start.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// The stream.
     pub stream: StreamId,
@@ -114,7 +115,7 @@ pub struct Checkpoint {
 }
 
 /// A row of the list of domains.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainRow {
     /// Its id.
     pub id: DomainId,
@@ -123,7 +124,7 @@ pub struct DomainRow {
 }
 
 /// A row of the list of operations.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationRow {
     /// Its id.
     pub id: OperationId,
@@ -146,7 +147,7 @@ pub struct OperationRow {
 }
 
 /// Which operations to list.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationFilter {
     /// Of this domain alone.
     pub domain: Option<DomainId>,
@@ -157,11 +158,11 @@ pub struct OperationFilter {
 }
 
 /// Says that only operations without an outcome are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenOnly;
 
 /// Which events to read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventFilter {
     /// Of this stream alone.
     pub stream: Option<StreamId>,
@@ -261,7 +262,7 @@ pub trait EventLog: Send + Sync {
 }
 
 /// Which prefix of the log a time stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeqAt {
     /// The greatest seq with `at` not later than the time asked about; 0 for none.
     pub seq: u64,
@@ -270,7 +271,7 @@ pub struct SeqAt {
 }
 
 /// Whether the clock went back within a prefix of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClockOrder {
     /// No event before it has a later time.
     Monotone,

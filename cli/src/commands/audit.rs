@@ -4,7 +4,6 @@ use anyhow::Result;
 use serde::Serialize;
 use snaptree_engine::driver::Head;
 use snaptree_engine::event::Hash;
-use snaptree_engine::log::EventLog;
 use snaptree_store::Verification;
 
 use crate::args::inspect::AuditCommand;
@@ -41,13 +40,13 @@ struct VerifyView {
 /// The log cannot be read.
 pub async fn run(context: &Context, command: AuditCommand) -> Result<Exit> {
     match command {
-        AuditCommand::Verify { head } => verify(context, head.as_deref()),
+        AuditCommand::Verify { head } => verify(context, head.as_deref()).await,
         AuditCommand::Head => head(context).await,
     }
 }
 
 async fn head(context: &Context) -> Result<Exit> {
-    let head = context.reader()?.store.head().await?;
+    let head = context.reader().await?.engine.log().head().await?;
     if context.json {
         render::json(&HeadView::from(head))?;
     } else {
@@ -56,10 +55,10 @@ async fn head(context: &Context) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn verify(context: &Context, expected: Option<&str>) -> Result<Exit> {
+async fn verify(context: &Context, expected: Option<&str>) -> Result<Exit> {
     let expected = expected.map(head_of).transpose()?;
-    let reader = context.reader()?;
-    let view = match reader.store.verify(expected)? {
+    let reader = context.reader().await?;
+    let view = match reader.files()?.verify(expected)? {
         Verification::Sound(sound) => {
             VerifyView { ok: true, events: sound.events, head: Some(sound.head.into()), problem: None }
         }

@@ -315,7 +315,7 @@ fn merges(
 /// # Errors
 /// It would be rejected, or the hypervisor cannot be asked.
 pub async fn dry_run(context: &Context, asked: &Asked<'_>) -> Result<Exit> {
-    let Reader { engine, .. } = context.planner()?;
+    let Reader { engine, .. } = context.planner().await?;
     let domain = engine.find_domain(asked.domain).await?;
     let run = engine.dry_run(&crate::requester::this_user(), domain, &asked.command).await?;
     let view = dry_view(&run);

@@ -100,7 +100,7 @@ fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
 }
 
 async fn list(context: &Context) -> Result<Exit> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let mut views = Vec::new();
     for row in reader.engine.domains().await? {
         views.extend(DomainView::of(&reader.engine.load(row.id).await?));
@@ -116,7 +116,7 @@ async fn list(context: &Context) -> Result<Exit> {
 }
 
 async fn show(context: &Context, domain: &str) -> Result<Exit> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let prefix = reader.prefix(None).await?;
     tell(context, &reader.domain(domain, prefix).await?)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use snaptree_engine::engine::Engine;
 use snaptree_engine::event::{Actor, Envelope, Event};
-use snaptree_engine::log::{EventFilter, EventLog};
+use snaptree_engine::log::EventFilter;
 use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
 
 use super::history::{ALL, find_operation, learn, learn_names};
@@ -46,14 +46,14 @@ impl About {
 /// # Errors
 /// An argument names nothing, or the log cannot be read.
 pub async fn run(context: &Context, args: LogArgs) -> Result<Exit> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let filter = filter(&reader.engine, &args).await?;
     let mut about = about(&reader, &args, &filter).await?;
     let mut printer = Printer { json: context.json, look: Look::of_stdout(), known: Known::default() };
     let mut seq = 0;
-    let mut version = reader.store.data_version()?;
+    let mut version = reader.version().await?;
     loop {
-        let page = reader.store.read(seq, &filter, PAGE_EVENTS).await?;
+        let page = reader.engine.log().read(seq, &filter, PAGE_EVENTS).await?;
         seq = page.last().map_or(seq, |last| last.seq);
         let whole = page.len() < PAGE_EVENTS;
         printer.print(&reader.engine, page, about.as_mut()).await?;
@@ -65,7 +65,7 @@ pub async fn run(context: &Context, args: LogArgs) -> Result<Exit> {
         }
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let now = reader.store.data_version()?;
+            let now = reader.version().await?;
             if now != version {
                 version = now;
                 break;
@@ -186,7 +186,7 @@ async fn about(reader: &Reader, args: &LogArgs, filter: &EventFilter) -> Result<
         kind: Some("Snapshot.".to_owned()),
         ..EventFilter::default()
     };
-    let events = reader.store.read(0, &names, ALL).await?;
+    let events = reader.engine.log().read(0, &names, ALL).await?;
     let mut snapshots: Vec<SnapshotId> = Vec::new();
     for envelope in &events {
         let mut named = |id: SnapshotId, name: &str| {

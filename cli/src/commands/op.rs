@@ -6,7 +6,7 @@ use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::engine::Submitted;
 use snaptree_engine::event::{Course, Envelope, Event, StepFound};
-use snaptree_engine::log::{EventLog, OpenOnly, OperationFilter, OperationRow};
+use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::operation::Outcome;
 
 use super::carry::{call_off, finish, open};
@@ -94,13 +94,14 @@ async fn resolve(context: &Context, args: ResolveArgs) -> Result<Exit> {
 }
 
 async fn list(context: &Context, domain: Option<&str>, open: bool, limit: usize) -> Result<Exit> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let domain = match domain {
         Some(domain) => Some(reader.find(domain).await?),
         None => None,
     };
     let filter = OperationFilter { domain, open: open.then_some(OpenOnly), operation: None };
-    let rows: Vec<Row> = reader.store.operations(&filter, limit).await?.into_iter().map(Row::from).collect();
+    let rows: Vec<Row> =
+        reader.engine.log().operations(&filter, limit).await?.into_iter().map(Row::from).collect();
     if context.json {
         render::json(&Rows { operations: rows })?;
         return Ok(Exit::Done);
@@ -181,7 +182,7 @@ impl CutDocument {
 }
 
 async fn show(context: &Context, id: &str) -> Result<Exit> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let row = find_operation(&reader.engine, id).await?;
     let events = reader.engine.operation_events(row.id).await?;
     let story = Story::of(&events).ok_or_else(|| Trouble::not_found("the log has no request for it"))?;

@@ -24,7 +24,7 @@ use crate::render::view::{
 
 /// Opens the domain as it is, or was.
 async fn domain_at(context: &Context, domain: &str, at: Option<&str>) -> Result<(DomainState, Prefix)> {
-    let reader = context.reader()?;
+    let reader = context.reader().await?;
     let prefix = reader.prefix(at).await?;
     let state = reader.domain(domain, prefix).await?;
     if let (Some(clock), false) = (prefix.clock, context.json) {

@@ -32,7 +32,7 @@ pub async fn create(context: &Context, args: CreateArgs) -> Result<Exit> {
             let state = match &writer {
                 Some(writer) => writer.engine.load(writer.engine.find_domain(&args.domain).await?).await?,
                 None => {
-                    let reader = context.reader()?;
+                    let reader = context.reader().await?;
                     let prefix = reader.prefix(None).await?;
                     reader.domain(&args.domain, prefix).await?
                 }

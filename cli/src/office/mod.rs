@@ -3,6 +3,7 @@
 //! Architecture Invariant: a command does not know which of the two it works with, and prints the same.
 
 mod here;
+mod log;
 pub mod there;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ use snaptree_engine::{DomainId, DomainName, OperationId};
 use uuid::Uuid;
 
 pub use here::{Here, PARK_AFTER};
+pub use log::ReadOut;
 
 use crate::exit::Trouble;
 use crate::wire::{Account, Registered, Registering};

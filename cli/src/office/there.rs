@@ -106,7 +106,16 @@ impl There {
         }
     }
 
-    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: &impl Serialize) -> Result<T> {
+    /// Asks once, and reads the whole answer.
+    ///
+    /// # Errors
+    /// It does not answer, or with a failure.
+    pub async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T> {
         let body = if method == Method::GET { Bytes::new() } else { serde_json::to_vec(body)?.into() };
         let text = whole(self.send(method, path, body).await?).await?;
         serde_json::from_slice(&text).context("the daemon's answer cannot be read: is it of another version?")

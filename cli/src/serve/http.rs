@@ -28,7 +28,7 @@ use tokio::task::JoinHandle;
 
 use super::follow::{PassFailed, Until, follow, reconcile as follow_reconcile};
 use super::peer::Peer;
-use super::{Daemon, open};
+use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
@@ -168,6 +168,7 @@ fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/operations/{operation}/follow", get(follow_operation))
         .route("/v1/operations/{operation}/cancel", post(cancel))
         .route("/v1/recover", post(recover))
+        .route("/v1/log", post(questions::answer))
         .fallback(|| async { Failure::from(Trouble::not_found("there is no such route; see the README")) })
         .method_not_allowed_fallback(|| async {
             let told = told(&Trouble::usage("this route has another method; see the README").into());
@@ -221,7 +222,7 @@ impl IntoResponse for Failure {
 }
 
 /// A request's body, read within limits of bytes and time.
-struct Read<T>(T);
+pub struct Read<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Read<T> {
     type Rejection = Failure;

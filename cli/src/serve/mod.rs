@@ -1,12 +1,14 @@
 //! `snaptree serve`: the daemon. It has the state, keeps the dispatcher at work, and listens on a socket.
 //!
-//! `socket` is where it listens, `http` what it answers, `follow` how it tells about an operation, `peer` who asks.
+//! `socket` is where it listens, `http` what it answers, `follow` how it tells about an operation,
+//! `questions` how it reads the log out, `peer` who asks.
 //!
 //! Architecture Invariant: who asks is what the kernel says of the socket's peer, never what the peer says of itself.
 
 mod follow;
 mod http;
 mod peer;
+mod questions;
 pub mod socket;
 
 use std::path::PathBuf;
