@@ -80,7 +80,7 @@ impl There {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>> {
-        let gone = || format!("the daemon at {} does not answer", self.socket.display());
+        let gone = || cut(format!("the daemon at {} does not answer", self.socket.display()));
         let stream = UnixStream::connect(&self.socket).await.with_context(gone)?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(gone)?;
@@ -164,7 +164,7 @@ impl There {
                 biased;
                 last = &mut answer => {
                     shown.end();
-                    return last?.ok_or_else(|| cut().into());
+                    return last?.ok_or_else(|| cut("the daemon ended before this did").into());
                 }
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
@@ -190,15 +190,16 @@ impl There {
     }
 }
 
-fn cut() -> Trouble {
-    Trouble::new(Exit::Attention, "cut", "the daemon ended before this did")
+/// Nobody can say yet what became of what was asked.
+fn cut(message: impl Into<String>) -> Trouble {
+    Trouble::new(Exit::Attention, "cut", message)
         .hint("`snaptree op list --open` lists what is open, `snaptree recover` or a new daemon finishes it")
 }
 
 async fn whole(response: Response<Incoming>) -> Result<Bytes> {
     let body = http_body_util::Limited::new(response.into_body(), ANSWER_BYTES_MAX);
     let collected = body.collect().await.map_err(|error| anyhow::anyhow!(error));
-    Ok(collected.context("the daemon's answer was cut short")?.to_bytes())
+    Ok(collected.with_context(|| cut("the daemon's answer was cut short"))?.to_bytes())
 }
 
 #[async_trait]
