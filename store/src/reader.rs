@@ -21,8 +21,9 @@ use crate::schema::{ReadAccess, open_reader};
 use crate::writer::stored_head;
 use crate::{CHECKPOINT_BYTES_MAX, DATABASE_FILE};
 
-/// Connections that are kept open while nobody reads.
-const IDLE_MAX: usize = 4;
+/// Connections that are kept open while nobody reads: opening one reads the whole schema, which costs more than most
+/// queries.
+const IDLE_MAX: usize = 16;
 
 /// Idle connections; more are opened when all are in use.
 #[derive(Debug)]

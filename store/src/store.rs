@@ -18,7 +18,7 @@ use snaptree_engine::log::{
     SeqAt,
 };
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::DATABASE_FILE;
 use crate::error::{StoreError, Tried, Words};
@@ -30,6 +30,11 @@ use crate::schema::{self, Found, ReadAccess, WAL_BYTES_KEPT, shorten_wal};
 use crate::verify::{Verification, verify};
 use crate::writer::{CHECKPOINTS, Commits, Core, Done, Identity, Work, Writer, stored_head};
 
+/// How many reads that may be long go on at once.
+const LONG_READS_MAX: usize = 8;
+/// A read of one stream that brings no more events than this (some milliseconds) is not handed over to another thread.
+const SHORT_EVENTS_MAX: usize = 4_096;
+
 /// The event log in a state directory.
 ///
 /// # Guarantees
@@ -39,13 +44,15 @@ use crate::writer::{CHECKPOINTS, Commits, Core, Done, Identity, Work, Writer, st
 ///
 /// * An append whose future is dropped was made or was not; if it was, it was made whole.
 ///
-/// Reads that return many rows run on tokio's blocking threads where the runtime has several threads, and in place
+/// Reads that may return many rows run on tokio's blocking threads where the runtime has several threads, and in place
 /// where it has one: there, handing over costs more than most reads.
 #[derive(Debug)]
 pub struct Store {
     // Dropped in this order: the thread ends, then the connections are closed, then the lock is released.
     writer: Option<Writer>,
     readers: Arc<Pool>,
+    /// Who may read on a blocking thread; more at once than this would only open more connections.
+    long_reads: Semaphore,
     follower: Mutex<Option<Connection>>,
     head: watch::Receiver<u64>,
     // Of a store that only reads: kept, so that whoever watches waits instead of being told that all is over.
@@ -96,6 +103,7 @@ impl Store {
         Ok(Self {
             writer: Some(writer),
             readers: Arc::new(Pool::new(dir.to_owned(), ReadAccess::Shared, None)),
+            long_reads: Semaphore::new(LONG_READS_MAX),
             follower: Mutex::new(None),
             head,
             _unmoved: None,
@@ -113,6 +121,7 @@ impl Store {
         Ok(Self {
             writer: None,
             readers: Arc::new(Pool::new(dir.to_owned(), access, Some(connection))),
+            long_reads: Semaphore::new(LONG_READS_MAX),
             follower: Mutex::new(None),
             head,
             _unmoved: Some(sender),
@@ -186,6 +195,8 @@ impl Store {
         if !several {
             return query(&self.readers);
         }
+        // It is never closed; without a slot the read would only be slower.
+        let _slot = self.long_reads.acquire().await;
         let readers = Arc::clone(&self.readers);
         tokio::task::spawn_blocking(move || query(&readers)).await.map_err(|error| LogError::Backend {
             message: "a read was cut short".to_owned(),
@@ -210,6 +221,9 @@ impl EventLog for Store {
         seq_max: u64,
         count: usize,
     ) -> Result<Vec<Envelope>, LogError> {
+        if count <= SHORT_EVENTS_MAX {
+            return self.readers.with(|c| reader::stream(c, stream, version, seq_max, count));
+        }
         let stream = stream.clone();
         self.read_many(move |pool| pool.with(|c| reader::stream(c, &stream, version, seq_max, count))).await
     }

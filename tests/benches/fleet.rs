@@ -75,9 +75,10 @@ async fn register(engine: &Engine, count: usize, profile: &str) -> Vec<DomainId>
     tasks.join_all().await
 }
 
-/// One snapshot of each domain; says how long that took.
-async fn snapshot_all(dispatcher: &Dispatcher, domains: &[DomainId]) -> Duration {
+/// One snapshot of each domain; says how long that took, and how much CPU time.
+async fn snapshot_all(dispatcher: &Dispatcher, domains: &[DomainId]) -> (Duration, Duration) {
     let begun = Instant::now();
+    let ticks = cpu_ticks(std::process::id());
     let mut tasks = JoinSet::new();
     for domain in domains {
         let (dispatcher, domain) = (dispatcher.clone(), *domain);
@@ -91,7 +92,7 @@ async fn snapshot_all(dispatcher: &Dispatcher, domains: &[DomainId]) -> Duration
     while let Some(done) = tasks.join_next().await {
         done.expect("a task");
     }
-    begun.elapsed()
+    (begun.elapsed(), TICK * u32::try_from(cpu_ticks(std::process::id()) - ticks).expect("a short time"))
 }
 
 async fn busy(folder: &Path, profile: &str) {
@@ -100,7 +101,7 @@ async fn busy(folder: &Path, profile: &str) {
     let dispatcher = Dispatcher::new(&engine, requester());
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
-        let took = snapshot_all(&dispatcher, &domains).await;
+        let (took, cpu) = snapshot_all(&dispatcher, &domains).await;
         let mut steps = 0;
         for domain in &domains {
             let state = engine.load(*domain).await.expect("a state");
@@ -113,9 +114,10 @@ async fn busy(folder: &Path, profile: &str) {
         let ratio = took.as_secs_f64() / ideal.as_secs_f64();
         println!(
             "{DOMAINS} creates, profile {profile}, {AT_ONCE} at once: {steps} steps of {STEP:?}  \
-             {:>7.0} ms, ideal {:>6.0} ms  x{ratio:.3}",
+             {:>7.0} ms, ideal {:>6.0} ms  x{ratio:.3}  ({:.2} ms of CPU an operation)",
             took.as_secs_f64() * 1e3,
-            ideal.as_secs_f64() * 1e3
+            ideal.as_secs_f64() * 1e3,
+            cpu.as_secs_f64() * 1e3 / DOMAINS as f64,
         );
         ratios.push(ratio);
     }
@@ -123,7 +125,10 @@ async fn busy(folder: &Path, profile: &str) {
     println!("  median x{:.3} of the ideal (to be within x1.3)", ratios[ROUNDS / 2]);
 }
 
-/// User and system time of a process, in clock ticks of 10 ms.
+/// What Linux counts CPU time in.
+const TICK: Duration = Duration::from_millis(10);
+
+/// User and system time of a process, in clock ticks.
 fn cpu_ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
     let rest = stat.rsplit_once(") ").expect("its fields").1;
@@ -136,13 +141,10 @@ fn idle(folder: &Path) {
     let state = folder.join("idle");
     runtime.block_on(async { register(&engine(&state), IDLE_DOMAINS, "qemu").await });
     drop(runtime);
+    let program = Program::release(&state);
     let begun = Instant::now();
-    let mut daemon = Program::release(&state)
-        .command(&["serve"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("it starts");
+    let mut daemon =
+        program.command(&["serve"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it starts");
     let mut line = String::new();
     BufReader::new(daemon.stderr.take().expect("a pipe")).read_line(&mut line).expect("its log");
     println!("{IDLE_DOMAINS} domains: listening after {:.0} ms", begun.elapsed().as_secs_f64() * 1e3);
