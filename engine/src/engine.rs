@@ -14,18 +14,14 @@ use crate::domain::{Domain, DriverKind};
 use crate::driver::{
     Driver, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext, Watch,
 };
-use crate::event::{
-    Actor, DomainRegistered, DriftCleared, DriftFound, Envelope, Event, Origin, RequestTerms,
-};
-use crate::ids::{DomainId, DomainName, IdSource, OperationId, SnapshotId, SnapshotName, StreamId, UuidV7};
+use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
+use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::loaded::Loaded;
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
 use crate::operation::{Code, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
-use crate::reconcile::adopt;
 use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
-use crate::reconcile::drift::{self, Drift};
 use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
@@ -586,74 +582,6 @@ impl Engine {
                 .collect();
         }
         Ok(DryRun { request, plan, merges, state, after })
-    }
-
-    /// Compares the hypervisor with the log, takes over what somebody else did there if the settings say so, writes
-    /// down what is new and what is gone, and returns what there is.
-    ///
-    /// # Errors
-    /// The hypervisor could not be asked, or the store failed.
-    pub async fn drift(&self, requester: &Requester, domain: DomainId) -> Result<Drift, EngineError> {
-        let mut state = self.load_for_work(requester, domain).await?;
-        if !state.open.is_empty() {
-            return Ok(Drift { findings: state.drift, adopted: Vec::new() });
-        }
-        let mut seen = self.observe(&state).await?;
-        let taken_over = self.adoption(&state, &seen);
-        let adopted = taken_over.iter().filter_map(|event| match event {
-            Event::SnapshotAdopted(adopted) => Some(adopted.snapshot.name.clone()),
-            _ => None,
-        });
-        let adopted: Vec<SnapshotName> = adopted.collect();
-        if !taken_over.is_empty() {
-            self.record(requester, &state, taken_over).await?;
-            state = self.load(domain).await?;
-            seen = self.observe(&state).await?;
-        }
-        let findings = drift::findings(&state, &seen);
-        let new = findings.difference(&state.drift);
-        let gone = state.drift.difference(&findings);
-        // What is gone comes first: a lost snapshot that was renamed is found under its new name, and stays lost.
-        let events: Vec<Event> = gone
-            .map(|finding| DriftCleared { finding: finding.clone() }.into())
-            .chain(new.map(|finding| DriftFound { finding: finding.clone() }.into()))
-            .collect();
-        if !events.is_empty() {
-            self.record(requester, &state, events).await?;
-        }
-        Ok(Drift { findings, adopted })
-    }
-
-    /// What is to be taken over of what somebody else did at the hypervisor.
-    pub(crate) fn adoption(&self, state: &DomainState, seen: &Observation) -> Vec<Event> {
-        match self.settings.foreign {
-            Foreign::Report => Vec::new(),
-            Foreign::Adopt => {
-                adopt::adoption(state, seen, self.clock.now(), &|| SnapshotId::from_uuid(self.ids.next()))
-            }
-        }
-    }
-
-    /// Appends what was seen of a domain, as the engine's own finding.
-    async fn record(
-        &self,
-        requester: &Requester,
-        state: &DomainState,
-        events: Vec<Event>,
-    ) -> Result<(), EngineError> {
-        let Some(domain) = &state.domain else { return Ok(()) };
-        let stream = StreamId::Domain(domain.id);
-        let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
-        let new = |event: Event| NewEvent {
-            stream: stream.clone(),
-            event,
-            operation: None,
-            cause: None,
-            key: None,
-        };
-        let events = events.into_iter().map(new).collect();
-        self.append(&requester, vec![(stream.clone(), state.version)], events).await?;
-        Ok(())
     }
 
     /// What the hypervisor says is there.

@@ -5,6 +5,7 @@ pub mod beside;
 pub mod connection;
 pub mod dispatch;
 pub mod drift;
+mod lookout;
 pub mod merge;
 pub mod recovery;
 mod restore;
