@@ -389,7 +389,10 @@ impl Model {
         }
         (asked.outcome, asked.failure) = (Some(ended.0), ended.1);
         asked.in_flight = false;
-        self.window.clear();
+        // One that only waited may end while another one's step is in flight.
+        if !self.operations.values().any(|asked| asked.in_flight) {
+            self.window.clear();
+        }
         Ok(())
     }
 }
