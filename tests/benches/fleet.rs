@@ -95,19 +95,21 @@ async fn snapshot_all(dispatcher: &Dispatcher, domains: &[DomainId]) -> (Duratio
     (begun.elapsed(), TICK * u32::try_from(cpu_ticks(std::process::id()) - ticks).expect("a short time"))
 }
 
+/// A fresh fleet each time: one operation each.
 async fn busy(folder: &Path, profile: &str) {
-    let engine = engine(&folder.join(profile));
-    let domains = register(&engine, DOMAINS, profile).await;
-    let dispatcher = Dispatcher::new(&engine, requester());
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
+        let engine = engine(&folder.join(format!("{profile}-{round}")));
+        let domains = register(&engine, DOMAINS, profile).await;
+        let dispatcher = Dispatcher::new(&engine, requester());
         let (took, cpu) = snapshot_all(&dispatcher, &domains).await;
         let mut steps = 0;
         for domain in &domains {
             let state = engine.load(*domain).await.expect("a state");
-            assert_eq!((state.tree.len(), state.open.len()), (round + 1, 0), "every one has its snapshot");
-            let last = state.tree.current().expect("a snapshot").made_in;
-            let events = engine.operation_events(last.expect("made by an operation")).await.expect("events");
+            assert_eq!((state.tree.len(), state.open.len()), (1, 0), "every one has its snapshot");
+            let made_in = state.tree.current().expect("a snapshot").made_in;
+            let events =
+                engine.operation_events(made_in.expect("made by an operation")).await.expect("events");
             steps += events.iter().filter(|event| event.event.kind() == "Operation.StepStarted").count();
         }
         let ideal = STEP.mul_f64(steps as f64 / AT_ONCE as f64);
@@ -122,7 +124,11 @@ async fn busy(folder: &Path, profile: &str) {
         ratios.push(ratio);
     }
     ratios.sort_by(f64::total_cmp);
-    println!("  median x{:.3} of the ideal (to be within x1.3)", ratios[ROUNDS / 2]);
+    println!(
+        "  x{:.3} of the ideal at best, x{:.3} in the median (to be within x1.3)",
+        ratios[0],
+        ratios[ROUNDS / 2]
+    );
 }
 
 /// What Linux counts CPU time in.
