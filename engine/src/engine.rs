@@ -1,6 +1,7 @@
 //! The facade: everything that a program does with Snaptree goes through [`Engine`].
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
@@ -15,7 +16,8 @@ use crate::driver::{
     Driver, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext, Watch,
 };
 use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
-use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
+use crate::ids::{DomainId, DomainName, IdSource, LayerId, OperationId, StreamId, UuidV7};
+use crate::layer::{LayerChange, Role};
 use crate::loaded::Loaded;
 use crate::log::{Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, SeqAt};
 use crate::operation::{Code, Request, Verdict as Said};
@@ -377,7 +379,7 @@ impl Engine {
             let state = self.load_for_work(requester, domain).await?;
             let ctx = self.ctx(requester, &state, digest.clone());
             let mut events = decide(&state, command, &ctx)?;
-            if let Command::Resolve { operation, verdict: Said::Done, .. } = command {
+            if let Command::Resolve { operation, verdict: Said::Done | Said::Abandon, .. } = command {
                 self.fill_in_changes(&state, *operation, &mut events).await;
             }
             let operation = OperationId::from_uuid(self.ids.next());
@@ -392,7 +394,8 @@ impl Engine {
         }
     }
 
-    /// What of the layer graph changed with a step that someone says is done, as far as an observation tells.
+    /// What of the layer graph changed with a step that someone says is done, or with an operation that is abandoned, as
+    /// far as an observation tells.
     async fn fill_in_changes(&self, state: &DomainState, id: OperationId, events: &mut [Event]) {
         let Some((operation, step)) =
             state.operation(id).and_then(|found| Some((found, found.step_in_hand()?)))
@@ -412,12 +415,15 @@ impl Engine {
             progress: &NoWatch,
         };
         let Some(step) = operation.steps.get(step) else { return };
-        if let Resolution::Done(report) = driver.resolve(&context, step, &seen) {
-            for event in events {
-                if let Event::OperationResolved(resolved) = event {
-                    resolved.changes.clone_from(&report.changes);
-                }
-            }
+        for event in events {
+            let Event::OperationResolved(resolved) = event else { continue };
+            resolved.changes = match resolved.verdict {
+                Said::Abandon => vanished(state, &seen),
+                Said::Done | Said::NotDone => match driver.resolve(&context, step, &seen) {
+                    Resolution::Done(report) => report.changes,
+                    _ => Vec::new(),
+                },
+            };
         }
     }
 
@@ -619,6 +625,26 @@ impl Engine {
     pub async fn operation_events(&self, operation: OperationId) -> Result<Vec<Envelope>, EngineError> {
         let filter = EventFilter { operation: Some(operation), ..EventFilter::default() };
         Ok(self.log.read(0, &filter, usize::MAX >> 1).await?)
+    }
+}
+
+/// What an abandoned operation may have unlinked: layers that nobody needs, and whose files are gone; upper ones first.
+fn vanished(state: &DomainState, seen: &Observation) -> Vec<LayerChange> {
+    let mut left = state.layers.clone();
+    let mut changes = Vec::new();
+    let there = |file: &Path| seen.files.contains_key(file) || seen.unreadable.contains_key(file);
+    loop {
+        let gone = left.disks.iter().find_map(|(disk, layers)| {
+            let needless = |id: &LayerId| {
+                matches!(layers.role(id, &state.tree), Role::Tombstone(_))
+                    && layers.dependants(id).next().is_none()
+            };
+            let gone = layers.layers.iter().find(|(id, layer)| needless(id) && !there(&layer.file));
+            gone.map(|(layer, _)| LayerChange::Dropped { disk: disk.clone(), layer: layer.clone() })
+        });
+        let Some(gone) = gone else { return changes };
+        left.apply(&gone);
+        changes.push(gone);
     }
 }
 

@@ -99,3 +99,54 @@ fn what_touches_other_layers_goes_on_beside_a_merge_that_needs_attention() {
     let shown = lab.program.json(0, &["list", "web", "--all"]);
     assert!(!shown.to_string().contains("tombstone\":true"), "nothing is left to merge: {shown}");
 }
+
+#[test]
+fn what_an_abandoned_merge_left_half_unlinked_is_known_and_the_rest_is_removed_later() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut lab = Lab::new(folder.path());
+    for (index, name) in ["base", "one", "two"].into_iter().enumerate() {
+        lab.write("vda", index * 4, 6, u8::try_from(index + 1).expect("small"));
+        lab.write("vdb", index * 4, 6, u8::try_from(index + 1).expect("small"));
+        lab.program.json(0, &["create", "web", name]);
+        lab.model.create(name, &["vda", "vdb"]);
+    }
+    let images = |lab: &Lab| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&lab.layers).expect("the layers folder");
+        let paths = entries.map(|entry| entry.expect("an entry").path());
+        paths.filter(|path| path.extension().is_some_and(|end| end == "qcow2")).collect()
+    };
+    let ran = lab.program.with_fault("qemu.drop.checked=kill").run(&["delete", "web", "one"]);
+    assert_eq!(ran.code, None, "killed before the first is unlinked: {ran:?}");
+    lab.model.delete("one");
+    let open = lab.program.json(0, &["op", "list", "--open"])["operations"][0]["operation"].clone();
+    let merge = open.as_str().expect("an open merge").to_owned();
+    // The two that are to go are the ones that no header and no link names any more.
+    let mut named: Vec<PathBuf> =
+        lab.paths.values().map(|path| std::fs::canonicalize(path).expect("a disk")).collect();
+    for image in images(&lab) {
+        let facts = snaptree_tests::images::tool(
+            "qemu-img",
+            &["info", "--output=json", image.to_str().expect("a path")],
+        );
+        let facts: Value = serde_json::from_slice(&facts.stdout).expect("JSON");
+        named.extend(facts["full-backing-filename"].as_str().map(PathBuf::from));
+    }
+    let going: Vec<PathBuf> = images(&lab).into_iter().filter(|image| !named.contains(image)).collect();
+    assert_eq!(going.len(), 2, "{going:?}");
+    // One is gone, and another file stands in the place of the other.
+    std::fs::remove_file(&going[0]).expect("removed");
+    let aside = folder.path().join("aside");
+    std::fs::rename(&going[1], &aside).expect("moved");
+    std::fs::copy(&aside, &going[1]).expect("a copy");
+    assert_eq!(lab.program.json(5, &["recover"])["operations"][0]["outcome"], "needs-attention");
+
+    let ended = lab.program.run(&["op", "resolve", &merge, "--abandon", "--reason", "seen to", "--json"]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    std::fs::rename(&aside, &going[1]).expect("moved back");
+    lab.program.json(0, &["reconcile", "web"]);
+    lab.check("after the rest was removed");
+    assert!(!going[1].exists(), "nothing is left behind");
+    lab.program.json(0, &["create", "web", "three"]);
+    lab.model.create("three", &["vda", "vdb"]);
+    lab.check("and life goes on");
+}

@@ -132,7 +132,15 @@ pub fn verdicts(state: &DomainState, observation: &Observation, policy: MergePol
             found.push(verdict);
         }
     }
+    found.extend(planner.leftovers());
     found
+}
+
+/// Whether there may be anything to fold away: a tombstone, or a layer that nobody holds.
+pub(crate) fn is_called_for(state: &DomainState) -> bool {
+    let leftover =
+        |disk: &DiskLayers| disk.layers.keys().any(|id| disk.role(id, &state.tree) == Role::Tombstone(None));
+    !state.tombstones.is_empty() || state.layers.disks.values().any(leftover)
 }
 
 struct Planner<'a> {
@@ -148,6 +156,21 @@ struct Run {
 }
 
 impl Planner<'_> {
+    /// Layers that hold nothing and that nothing stands upon: an operation that was abandoned left them.
+    fn leftovers(&self) -> Option<Verdict> {
+        let mut actions = Vec::new();
+        for (name, disk) in &self.state.layers.disks {
+            let held_by_none = |id: &&LayerId| disk.role(id, &self.state.tree) == Role::Tombstone(None);
+            let alone =
+                disk.layers.keys().filter(held_by_none).filter(|id| disk.dependants(id).next().is_none());
+            let droppable = alone.filter(|id| self.may_unlink(disk, id).is_ok());
+            actions.extend(
+                droppable.map(|layer| MergeAction::Drop { disk: name.clone(), layer: layer.clone() }),
+            );
+        }
+        (!actions.is_empty()).then(|| Verdict::Merge(self.plan(actions)))
+    }
+
     fn verdict(&self, snapshot: SnapshotId) -> Verdict {
         let tombstone = self.state.tombstones.get(&snapshot);
         let wish = tombstone.map_or(MergeWish::Auto, |tombstone| tombstone.wish);

@@ -16,7 +16,7 @@ impl Worker<'_> {
         tried: &mut Vec<Vec<MergeAction>>,
     ) -> Result<bool, EngineError> {
         let blocked = !self.state.open.is_empty() || !self.state.registered;
-        if self.state.tombstones.is_empty() || blocked {
+        if blocked || !merge::is_called_for(&self.state) {
             return Ok(false);
         }
         let seen = self.driver.observe(&self.state).await.map_err(EngineError::Driver)?;
