@@ -80,10 +80,13 @@ impl There {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>> {
-        let gone = || cut(format!("the daemon at {} does not answer", self.socket.display()));
-        let stream = UnixStream::connect(&self.socket).await.with_context(gone)?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(gone)?;
+        let gone = |error: &dyn std::error::Error| {
+            cut(format!("the daemon at {} does not answer: {error}", self.socket.display()))
+        };
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| gone(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| gone(&error))?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header("host", "snaptree");
         if !body.is_empty() {
@@ -94,7 +97,8 @@ impl There {
             request =
                 value.into_iter().fold(request, |request, value| request.header(SUDO_USER_HEADER, value));
         }
-        let response = sender.send_request(request.body(Full::new(body))?).await.with_context(gone)?;
+        let response =
+            sender.send_request(request.body(Full::new(body))?).await.map_err(|error| gone(&error))?;
         if response.status() == StatusCode::OK {
             return Ok(response);
         }
@@ -198,8 +202,8 @@ fn cut(message: impl Into<String>) -> Trouble {
 
 async fn whole(response: Response<Incoming>) -> Result<Bytes> {
     let body = http_body_util::Limited::new(response.into_body(), ANSWER_BYTES_MAX);
-    let collected = body.collect().await.map_err(|error| anyhow::anyhow!(error));
-    Ok(collected.with_context(|| cut("the daemon's answer was cut short"))?.to_bytes())
+    let collected = body.collect().await;
+    Ok(collected.map_err(|error| cut(format!("the daemon's answer was cut short: {error}")))?.to_bytes())
 }
 
 #[async_trait]
