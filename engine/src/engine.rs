@@ -34,7 +34,7 @@ pub use crate::settings::{Clock, Foreign, Settings, Stop, SystemClock};
 /// How many events are read from a stream at once.
 const PAGE_EVENTS: usize = 4_096;
 /// How often a request is decided anew because somebody else appended first.
-const CONFLICTS_MAX: u32 = 16;
+pub(crate) const CONFLICTS_MAX: u32 = 16;
 
 /// Who asks, and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -162,6 +162,16 @@ impl Engine {
     /// The handle that asks the work in hand to end.
     pub fn stop_handle(&self) -> Stop {
         self.stop.clone()
+    }
+
+    /// Now, by the engine's clock.
+    pub fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Returns at `until` by the engine's clock, or at once if that has passed.
+    pub async fn sleep_until(&self, until: Timestamp) {
+        self.clock.sleep_until(until).await;
     }
 
     /// The log.
@@ -427,7 +437,7 @@ impl Engine {
         }
     }
 
-    fn ctx(&self, requester: &Requester, state: &DomainState, digest: Option<String>) -> Ctx {
+    pub(crate) fn ctx(&self, requester: &Requester, state: &DomainState, digest: Option<String>) -> Ctx {
         let now = self.clock.now();
         let wait = self.settings.first_step_s_max.and_then(|seconds| i64::try_from(seconds).ok());
         let deadline = wait.and_then(|seconds| now.checked_add(SignedDuration::from_secs(seconds)).ok());
@@ -441,7 +451,7 @@ impl Engine {
     }
 
     /// Puts decided events on their stream: a request begins an operation, the rest is only recorded.
-    fn addressed(
+    pub(crate) fn addressed(
         &self,
         stream: &StreamId,
         command: &Command,
@@ -649,7 +659,7 @@ fn vanished(state: &DomainState, seen: &Observation) -> Vec<LayerChange> {
 }
 
 /// The SHA-256 of a command's JSON, in hex.
-fn command_digest<T: Serialize>(command: &T) -> Result<String, serde_json::Error> {
+pub(crate) fn command_digest<T: Serialize>(command: &T) -> Result<String, serde_json::Error> {
     let digest = Sha256::digest(serde_json::to_vec(command)?);
     Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
 }

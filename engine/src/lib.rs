@@ -22,6 +22,7 @@ pub mod operation;
 pub mod project;
 pub mod reconcile;
 pub mod settings;
+pub mod together;
 pub mod tree;
 pub mod xml;
 
