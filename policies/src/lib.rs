@@ -22,6 +22,7 @@
 pub mod file;
 mod near;
 pub mod retention;
+pub mod runner;
 pub mod schedule;
 mod span;
 

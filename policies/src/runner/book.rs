@@ -1,0 +1,147 @@
+//! All policies, as the log tells them.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use snaptree_engine::engine::{Engine, EngineError};
+use snaptree_engine::event::{Actor, Event, RunPart};
+use snaptree_engine::log::EventFilter;
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
+use snaptree_engine::{DomainId, DomainName, PolicyName, StreamId};
+
+use super::project::PolicyState;
+use crate::file::Policy;
+use crate::near::nearest;
+
+/// How many events are read at once.
+const PAGE_EVENTS: usize = 4_096;
+
+/// All policies, as the log tells them.
+#[derive(Clone, Debug, Default)]
+pub struct Book {
+    policies: BTreeMap<PolicyName, PolicyState>,
+    /// The last event that was read.
+    seq: u64,
+}
+
+impl Book {
+    /// Reads the log.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn read(engine: &Engine) -> Result<Self, EngineError> {
+        let mut book = Self::default();
+        book.refresh(engine).await?;
+        Ok(book)
+    }
+
+    /// Reads what was appended since. Returns the domains of the runs in it, with their policies.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn refresh(&mut self, engine: &Engine) -> Result<Vec<(PolicyName, DomainId)>, EngineError> {
+        let mut fired = Vec::new();
+        let filter = EventFilter { kind: Some("Policy.".to_owned()), ..EventFilter::default() };
+        let head = engine.log().head().await?.seq;
+        while self.seq < head {
+            let page = engine.log().read(self.seq, &filter, PAGE_EVENTS).await?;
+            for envelope in &page {
+                self.seq = envelope.seq;
+                if let StreamId::Policy(name) = &envelope.stream {
+                    if let Event::PolicyFired(e) = &envelope.event
+                        && e.part == RunPart::Snapshots
+                    {
+                        fired.extend(e.domains.iter().map(|run| (name.clone(), run.domain)));
+                    }
+                    let new = || PolicyState::new(name.clone());
+                    self.policies.entry(name.clone()).or_insert_with(new).apply(envelope);
+                }
+            }
+            if page.len() < PAGE_EVENTS {
+                self.seq = self.seq.max(head);
+            }
+        }
+        Ok(fired)
+    }
+
+    /// The policies that are defined, by name.
+    pub fn defined(&self) -> impl Iterator<Item = &PolicyState> {
+        self.policies.values().filter(|state| state.definition.is_some())
+    }
+
+    /// All that ever were, by name.
+    pub fn all(&self) -> impl Iterator<Item = &PolicyState> {
+        self.policies.values()
+    }
+
+    /// What the log says of that name; none if it never was a policy's.
+    pub fn get(&self, name: &PolicyName) -> Option<&PolicyState> {
+        self.policies.get(name)
+    }
+
+    /// The policy of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, name: &str) -> Result<&PolicyState, Failure> {
+        let found = PolicyName::new(name).ok().and_then(|name| self.policies.get(&name));
+        found.filter(|state| state.definition.is_some()).ok_or_else(|| {
+            let shown: String = name.chars().filter(|c| !c.is_control()).take(60).collect();
+            let near = nearest(name, self.defined().map(|state| state.name.as_str()));
+            let hint = match near {
+                Some(near) => format!("did you mean '{near}'?"),
+                None => {
+                    "`snaptree policy list` lists them, `snaptree policy set FILE` defines one".to_owned()
+                }
+            };
+            Failure::new(Code::NotFound, format!("there is no policy '{shown}'")).hint(hint).refused()
+        })
+    }
+}
+
+/// A domain that a policy is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The domain.
+    pub id: DomainId,
+    /// Its name.
+    pub name: DomainName,
+}
+
+/// The registered domains that `policy` is for, by name.
+///
+/// # Errors
+/// The store failed. A domain whose log cannot be followed is left out.
+pub async fn chosen(engine: &Engine, policy: &Policy) -> Result<Vec<Chosen>, EngineError> {
+    let mut chosen = Vec::new();
+    for row in engine.domains().await? {
+        let labels = if policy.select.labels.is_empty() {
+            Default::default()
+        } else {
+            match engine.load(row.id).await {
+                Ok(DomainState { domain: Some(domain), .. }) => domain.labels,
+                Ok(_) | Err(EngineError::Illegal { .. }) => continue,
+                Err(error) => return Err(error),
+            }
+        };
+        if policy.select.matches(&row.name, &labels) {
+            chosen.push(Chosen { id: row.id, name: row.name });
+        }
+    }
+    Ok(chosen)
+}
+
+/// Who a policy's requests come from.
+pub(super) fn actor(name: &PolicyName) -> Actor {
+    Actor::Policy(name.clone())
+}
+
+/// When the domain was registered: no run before that was ever its.
+///
+/// # Errors
+/// The store failed.
+pub(super) async fn registered_at(engine: &Engine, domain: DomainId) -> Result<Timestamp, EngineError> {
+    let first = engine.log().read_stream(&StreamId::Domain(domain), 0, u64::MAX, 1).await?;
+    Ok(first.first().map_or(Timestamp::MIN, |envelope| envelope.at))
+}

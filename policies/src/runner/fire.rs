@@ -1,0 +1,181 @@
+//! A run's requests for snapshots.
+
+use jiff::Timestamp;
+use snaptree_engine::command::{Command, Content, Create};
+use snaptree_engine::engine::{Engine, EngineError, Requester};
+use snaptree_engine::event::{
+    Actor, Event, Origin, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
+};
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::together::{Beside, Decided, Wanted};
+use snaptree_engine::{DomainId, OperationId, StreamId};
+
+use super::book::{Chosen, actor};
+use super::look::plan_of;
+use super::project::PolicyState;
+use crate::file::Policy;
+use crate::retention::Depth;
+
+/// What a run asked of one domain.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ran {
+    /// The domain.
+    pub domain: Chosen,
+    /// The request.
+    pub request: PolicyRequest,
+}
+
+impl Ran {
+    /// The operation that the request became.
+    pub fn operation(&self) -> Option<OperationId> {
+        self.request.operation
+    }
+}
+
+/// Who a policy's requests come from.
+pub(super) fn requester(state: &PolicyState, origin: &Origin) -> Requester {
+    Requester { actor: actor(&state.name), origin: origin.clone() }
+}
+
+pub(super) fn beside(state: &PolicyState) -> Beside {
+    Beside { stream: StreamId::Policy(state.name.clone()), version: state.version }
+}
+
+/// The key of a run's request on a domain.
+pub(super) fn key(policy: &Policy, planned: Timestamp, domain: DomainId) -> String {
+    format!("{}/{planned}/{domain}", policy.name)
+}
+
+/// What is asked of a domain; or why nothing can be.
+enum Wish {
+    Asked(String, Box<Wanted>),
+    Refused(String, Failure),
+}
+
+/// A run to be asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Firing<'a> {
+    /// The planned instant, or when it was asked for.
+    pub planned: Timestamp,
+    /// Who asked for it; none if it is due.
+    pub asked_by: Option<&'a Actor>,
+    /// The domains that it is for; none if there is only something to skip.
+    pub domains: &'a [Chosen],
+    /// What is recorded as skipped with it.
+    pub skipped: &'a [PolicySkipped],
+}
+
+/// Asks for a snapshot of each domain, and records the run and what is skipped: one append. A domain that refuses keeps
+/// none of the others back.
+///
+/// # Errors
+/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+pub async fn fire(
+    engine: &Engine,
+    origin: &Origin,
+    state: &PolicyState,
+    policy: &Policy,
+    firing: Firing<'_>,
+) -> Result<Vec<Ran>, EngineError> {
+    let Firing { planned, asked_by, domains, skipped } = firing;
+    let mut wishes = Vec::with_capacity(domains.len());
+    for domain in domains {
+        wishes.push(wish(engine, policy, planned, domain).await?);
+    }
+    let wanted: Vec<Wanted> = wishes
+        .iter()
+        .filter_map(|wish| match wish {
+            Wish::Asked(_, wanted) => Some((**wanted).clone()),
+            Wish::Refused(..) => None,
+        })
+        .collect();
+    let tell =
+        |decided: &[Decided]| {
+            let mut events: Vec<Event> = skipped.iter().cloned().map(Event::from).collect();
+            if !domains.is_empty() {
+                let runs = domains.iter().zip(requests(&wishes, decided)).map(|(domain, request)| {
+                    PolicyRun { domain: domain.id, name: domain.name.clone(), requests: vec![request] }
+                });
+                let asked_by = asked_by.cloned();
+                let domains = runs.collect();
+                events.push(PolicyFired { planned, part: RunPart::Snapshots, asked_by, domains }.into());
+            }
+            events
+        };
+    let decided = engine.submit_together(&requester(state, origin), &beside(state), &wanted, &tell).await?;
+    let requests = requests(&wishes, &decided);
+    Ok(domains.iter().cloned().zip(requests).map(|(domain, request)| Ran { domain, request }).collect())
+}
+
+/// The wishes with what was decided on those that were asked.
+fn requests(wishes: &[Wish], decided: &[Decided]) -> Vec<PolicyRequest> {
+    let mut decided = decided.iter();
+    let request = |wish: &Wish| {
+        let (snapshot, outcome) = match wish {
+            Wish::Refused(name, failure) => (name, Some(Decided::Refused(failure.clone()))),
+            Wish::Asked(name, _) => (name, decided.next().cloned()),
+        };
+        let (operation, refused) = match outcome {
+            Some(Decided::Operation(operation)) => (Some(operation), None),
+            Some(Decided::Refused(failure)) => (None, Some(failure)),
+            None => (None, None),
+        };
+        PolicyRequest { snapshot: snapshot.clone(), operation, refused, reasons: Vec::new() }
+    };
+    wishes.iter().map(request).collect()
+}
+
+async fn wish(
+    engine: &Engine,
+    policy: &Policy,
+    planned: Timestamp,
+    domain: &Chosen,
+) -> Result<Wish, EngineError> {
+    let name = match policy.snapshot.name.name(&policy.name, &domain.name, planned) {
+        Ok(name) => name,
+        Err(error) => {
+            let failure = Failure::new(Code::Invalid, error.to_string()).refused();
+            return Ok(Wish::Refused(policy.snapshot.name.to_string(), failure));
+        }
+    };
+    let spec = &policy.snapshot;
+    let content = if spec.memory { Content::WithMemory } else { Content::DisksOnly };
+    let create = Create {
+        name: Some(name.clone()),
+        description: spec.description.clone(),
+        labels: spec.labels.clone(),
+        content,
+        disks: None,
+    };
+    if let Some(failure) = too_deep(engine, policy, domain).await? {
+        return Ok(Wish::Refused(name.to_string(), failure));
+    }
+    let wanted =
+        Wanted { domain: domain.id, command: Command::Create(create), key: key(policy, planned, domain.id) };
+    Ok(Wish::Asked(name.to_string(), Box::new(wanted)))
+}
+
+/// The refusal of a snapshot that the machine's disk would stand upon beside more than it may.
+async fn too_deep(engine: &Engine, policy: &Policy, domain: &Chosen) -> Result<Option<Failure>, EngineError> {
+    let state = match engine.load(domain.id).await {
+        Ok(state) => state,
+        // The request is refused with the reason.
+        Err(EngineError::Illegal { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let plan = plan_of(policy, &state, engine.now());
+    Ok(match plan.depth {
+        Depth::Fits(_) => None,
+        Depth::Exceeds(depth) => {
+            let message = format!(
+                "the disk stands upon {depth} snapshots, max-depth is {}, and none of them may go",
+                policy.max_depth
+            );
+            Some(
+                Failure::new(Code::Invalid, message)
+                    .hint("delete or release some, or raise max-depth")
+                    .refused(),
+            )
+        }
+    })
+}

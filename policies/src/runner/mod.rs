@@ -1,0 +1,34 @@
+//! From policies to requests: what is due is asked for, and what retention lets go is deleted.
+//!
+//! ```text
+//!   log ──▶ Book ──▶ due? ──▶ Policy.Fired + one create per domain   (one append)
+//!                              │ the create succeeded
+//!                              ▼
+//!                             plan ──▶ Policy.Fired + deletes        (one append per domain)
+//! ```
+//!
+//! It is level-triggered: what is due follows from the log and the clock alone. A run is in the log with its requests
+//! or not at all, so it happens exactly once per domain however often the engine dies.
+//!
+//! Architecture Invariant: nothing is deleted because a snapshot failed, and no delete waits for one that did. Deletes
+//! follow a run of their domain that succeeded.
+
+mod agenda;
+mod book;
+mod define;
+mod fire;
+mod look;
+mod outcome;
+mod project;
+mod retain;
+mod scheduler;
+
+pub use agenda::{Appointment, agenda};
+pub use book::{Book, Chosen, chosen};
+pub use define::{PolicyRequestError, define, read, remove, resume, suspend};
+pub use fire::{Firing, Ran, fire};
+pub use look::{candidates, plan_of, shape};
+pub use outcome::{RunOutcome, outcome_of};
+pub use project::{Definition, Entry, PolicyState, RUNS_KEPT_MAX, Run, Skip, Suspension};
+pub use retain::retain;
+pub use scheduler::{Notable, Scheduler, Tick};

@@ -1,0 +1,92 @@
+//! A run's requests for deletes.
+
+use jiff::Timestamp;
+use snaptree_engine::command::{Command, Delete, SnapshotRef};
+use snaptree_engine::engine::{Engine, EngineError};
+use snaptree_engine::event::{
+    DeleteScope, DeleteWhat, Event, MergeWish, Origin, PolicyFired, PolicyRequest, PolicyRun, RunPart,
+};
+use snaptree_engine::project::DomainState;
+use snaptree_engine::together::{Decided, Wanted};
+
+use super::book::Chosen;
+use super::fire::{beside, key, requester};
+use super::look::plan_of;
+use super::project::PolicyState;
+use crate::file::Policy;
+use crate::retention::Plan;
+
+/// Asks for the deletes of `policy` on `domain` that follow the run of `planned`, in the plan's order, and records
+/// them: one append, and none if nothing goes.
+///
+/// The caller knows that the run's snapshot was taken.
+///
+/// # Errors
+/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+pub async fn retain(
+    engine: &Engine,
+    origin: &Origin,
+    state: &PolicyState,
+    policy: &Policy,
+    planned: Timestamp,
+    domain: &Chosen,
+) -> Result<Vec<PolicyRequest>, EngineError> {
+    let there = engine.load(domain.id).await?;
+    let plan = plan_of(policy, &there, engine.now());
+    let mut requests = wishes(&there, &plan);
+    if requests.is_empty() {
+        return Ok(Vec::new());
+    }
+    let run = key(policy, planned, domain.id);
+    let wanted: Vec<Wanted> = plan
+        .deletes
+        .iter()
+        .zip(&requests)
+        .map(|(delete, request)| Wanted {
+            domain: domain.id,
+            command: Command::Delete(Delete {
+                snapshots: vec![SnapshotRef::Id(delete.snapshot)],
+                scope: DeleteScope::Named,
+                what: DeleteWhat::Snapshot,
+                merge: MergeWish::Auto,
+                reasons: request.reasons.clone(),
+            }),
+            key: format!("{run}/delete/{}", delete.snapshot),
+        })
+        .collect();
+    let tell = |decided: &[Decided]| {
+        let mut requests = requests.clone();
+        settle(&mut requests, decided);
+        let run = PolicyRun { domain: domain.id, name: domain.name.clone(), requests };
+        let fired = PolicyFired { planned, part: RunPart::Retention, asked_by: None, domains: vec![run] };
+        vec![Event::from(fired)]
+    };
+    let decided = engine.submit_together(&requester(state, origin), &beside(state), &wanted, &tell).await?;
+    settle(&mut requests, &decided);
+    Ok(requests)
+}
+
+/// The deletes of a plan, before anything was decided on them.
+fn wishes(state: &DomainState, plan: &Plan) -> Vec<PolicyRequest> {
+    let request = |delete: &crate::retention::Delete| {
+        let verdict = plan.verdicts.iter().find(|verdict| verdict.snapshot == delete.snapshot);
+        let reasons = verdict.map(|verdict| verdict.reasons.iter().map(ToString::to_string).collect());
+        let name = state.tree.get(delete.snapshot).map(|snapshot| snapshot.name.to_string());
+        PolicyRequest {
+            snapshot: name.unwrap_or_else(|| delete.snapshot.to_string()),
+            operation: None,
+            refused: None,
+            reasons: reasons.unwrap_or_default(),
+        }
+    };
+    plan.deletes.iter().map(request).collect()
+}
+
+fn settle(requests: &mut [PolicyRequest], decided: &[Decided]) {
+    for (request, decided) in requests.iter_mut().zip(decided) {
+        match decided {
+            Decided::Operation(operation) => request.operation = Some(*operation),
+            Decided::Refused(failure) => request.refused = Some(failure.clone()),
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! What a daemon does with policies, again and again: looks what is due, and what ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use snaptree_engine::engine::{Engine, EngineError};
+use snaptree_engine::event::{Origin, PolicySkipped, PolicySuspended};
+use snaptree_engine::log::LogError;
+use snaptree_engine::{DomainId, DomainName, PolicyName};
+
+use super::book::{Book, Chosen, chosen, registered_at};
+use super::define::write;
+use super::fire::{Firing, fire, requester};
+use super::outcome::{RunOutcome, outcome_of};
+use super::project::{PolicyState, Run};
+use super::retain::retain;
+use crate::file::Policy;
+use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
+
+/// Something that someone may want to hear of.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notable {
+    /// A run of one domain took no snapshot.
+    Failed {
+        /// The policy.
+        policy: PolicyName,
+        /// The domain.
+        domain: DomainName,
+        /// How it ended, and why if it was refused.
+        why: String,
+    },
+    /// The policy does not run any more.
+    Suspended {
+        /// The policy.
+        policy: PolicyName,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a look came to.
+#[derive(Clone, Debug, Default)]
+pub struct Tick {
+    /// Domains with new requests, to be driven.
+    pub woken: BTreeSet<DomainId>,
+    /// When to look again at the latest; none if nothing will ever be due.
+    pub next_at: Option<Timestamp>,
+    /// What happened.
+    pub notable: Vec<Notable>,
+}
+
+impl Tick {
+    fn look_again(&mut self, at: Timestamp) {
+        self.next_at = Some(self.next_at.map_or(at, |next| next.min(at)));
+    }
+}
+
+/// How a run that is watched came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watched {
+    /// It was there when this scheduler began; how it ended may have been told before.
+    Before,
+    /// It was seen while it was open.
+    Fresh,
+}
+
+/// Runs policies. All that it remembers can be read from the log again.
+pub struct Scheduler {
+    engine: Engine,
+    origin: Origin,
+    book: Book,
+    watched: BTreeMap<(PolicyName, DomainId), Watched>,
+    registered: BTreeMap<DomainId, Timestamp>,
+}
+
+impl Scheduler {
+    /// A scheduler over the engine's log.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn new(engine: Engine, origin: Origin) -> Result<Self, EngineError> {
+        let book = Book::read(&engine).await?;
+        let mut watched = BTreeMap::new();
+        for state in book.defined() {
+            let domains = state.runs().map(|run| run.domain);
+            watched.extend(domains.map(|domain| ((state.name.clone(), domain), Watched::Before)));
+        }
+        Ok(Self { engine, origin, book, watched, registered: BTreeMap::new() })
+    }
+
+    /// Lets what ended have its consequences, and asks for what is due by the engine's clock.
+    ///
+    /// # Errors
+    /// The store failed. What was asked for until then stands.
+    pub async fn tick(&mut self) -> Result<Tick, EngineError> {
+        let mut tick = Tick::default();
+        self.learn().await?;
+        self.settle(&mut tick).await?;
+        let names: Vec<PolicyName> = self.book.defined().map(|state| state.name.clone()).collect();
+        for name in names {
+            match self.run_due(&name, &mut tick).await {
+                // Somebody wrote about the policy in between: it is looked at again, at once.
+                Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
+                other => other?,
+            }
+        }
+        self.learn().await?;
+        Ok(tick)
+    }
+
+    /// Reads what is new, and watches the runs in it.
+    async fn learn(&mut self) -> Result<(), EngineError> {
+        for run in self.book.refresh(&self.engine).await? {
+            self.watched.insert(run, Watched::Fresh);
+        }
+        Ok(())
+    }
+
+    /// Looks how the watched runs ended. Retention follows those that took their snapshot.
+    async fn settle(&mut self, tick: &mut Tick) -> Result<(), EngineError> {
+        let watched: Vec<_> = self.watched.iter().map(|(key, how)| (key.clone(), *how)).collect();
+        let mut failed = BTreeSet::new();
+        for ((name, domain), how) in watched {
+            let key = (name.clone(), domain);
+            let Some(state) = self.book.get(&name).cloned() else { continue };
+            let (Some(policy), Some(run)) = (state.policy(), state.last_run(domain)) else {
+                self.watched.remove(&key);
+                continue;
+            };
+            match outcome_of(&self.engine, &run.create).await? {
+                RunOutcome::Open => {
+                    self.watched.insert(key, Watched::Fresh);
+                    continue;
+                }
+                outcome if outcome.is_success() => {
+                    let explicit = run.asked_by.is_some();
+                    if run.deletes.is_none() && (state.suspended.is_none() || explicit) {
+                        match self.retention(&state, policy, run).await {
+                            Ok(true) => tick.woken.insert(domain),
+                            Ok(false) => false,
+                            Err(EngineError::Log(LogError::Conflict { .. })) => {
+                                tick.look_again(self.engine.now());
+                                continue;
+                            }
+                            Err(error) => return Err(error),
+                        };
+                    }
+                }
+                outcome => {
+                    failed.insert(name.clone());
+                    if how == Watched::Fresh {
+                        tick.notable.push(failure(&name, run, outcome));
+                    }
+                }
+            }
+            self.watched.remove(&key);
+        }
+        for name in failed {
+            self.suspend_if_hopeless(&name, tick).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether anything was asked for.
+    async fn retention(
+        &mut self,
+        state: &PolicyState,
+        policy: &Policy,
+        run: &Run,
+    ) -> Result<bool, EngineError> {
+        let domain = Chosen { id: run.domain, name: run.name.clone() };
+        let asked = retain(&self.engine, &self.origin, state, policy, run.planned, &domain).await?;
+        self.learn().await?;
+        Ok(asked.iter().any(|request| request.operation.is_some()))
+    }
+
+    /// Suspends a policy whose last runs took no snapshot of any domain.
+    async fn suspend_if_hopeless(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
+        let Some(state) = self.book.get(name).cloned() else { return Ok(()) };
+        let Some(policy) = state.running() else { return Ok(()) };
+        let limit = policy.suspend_after.get();
+        if failures_in_a_row(&self.engine, &state, limit).await? < limit {
+            return Ok(());
+        }
+        let reason = format!("{limit} runs in a row took no snapshot");
+        let event = PolicySuspended { reason: reason.clone() };
+        match write(&self.engine, &requester(&state, &self.origin), &state, event.into()).await {
+            Ok(()) => tick.notable.push(Notable::Suspended { policy: name.clone(), reason }),
+            Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
+            Err(error) => return Err(error),
+        }
+        self.learn().await
+    }
+
+    /// Asks for what is due of one policy.
+    async fn run_due(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
+        let Some(state) = self.book.get(name).cloned() else { return Ok(()) };
+        let Some(policy) = state.running() else { return Ok(()) };
+        let now = self.engine.now();
+        let mut runs: BTreeMap<Timestamp, Vec<Chosen>> = BTreeMap::new();
+        let mut skips = Vec::new();
+        for domain in chosen(&self.engine, policy).await? {
+            let Due { run, skipped, next_at } = self.due(&state, policy, &domain, now).await?;
+            if let Some(next_at) = next_at {
+                tick.look_again(next_at);
+            }
+            if run.is_some() && self.is_at_work(&state, domain.id).await? {
+                // The run before this one is not over; when it is, what is due then is asked for.
+                continue;
+            }
+            skips.extend(skipped.map(|skipped| passed_over(&domain, &skipped)));
+            if let Some(planned) = run {
+                runs.entry(planned).or_default().push(domain);
+            }
+        }
+        if runs.is_empty() && !skips.is_empty() {
+            runs.insert(now, Vec::new());
+        }
+        let mut state = state.clone();
+        for (planned, domains) in runs {
+            let skipped = std::mem::take(&mut skips);
+            let firing = Firing { planned, asked_by: None, domains: &domains, skipped: &skipped };
+            let asked = fire(&self.engine, &self.origin, &state, policy, firing).await?;
+            tick.woken.extend(asked.iter().filter(|ran| ran.operation().is_some()).map(|ran| ran.domain.id));
+            if asked.iter().any(|ran| ran.operation().is_none()) {
+                // What was refused is told of with the next look.
+                tick.look_again(now);
+            }
+            self.learn().await?;
+            state = self.book.get(name).cloned().unwrap_or(state);
+        }
+        Ok(())
+    }
+
+    async fn due(
+        &mut self,
+        state: &PolicyState,
+        policy: &Policy,
+        domain: &Chosen,
+        now: Timestamp,
+    ) -> Result<Due, EngineError> {
+        let registered = match self.registered.get(&domain.id) {
+            Some(at) => *at,
+            None => {
+                let at = registered_at(&self.engine, domain.id).await?;
+                self.registered.insert(domain.id, at);
+                at
+            }
+        };
+        let nothing = History::default();
+        let history = state.histories.get(&domain.id).unwrap_or(&nothing);
+        Ok(due(&policy.asked(domain.id, state.since.max(registered), history), now))
+    }
+
+    async fn is_at_work(&self, state: &PolicyState, domain: DomainId) -> Result<bool, EngineError> {
+        let Some(run) = state.last_run(domain) else { return Ok(false) };
+        Ok(outcome_of(&self.engine, &run.create).await? == RunOutcome::Open)
+    }
+}
+
+fn failure(policy: &PolicyName, run: &Run, outcome: RunOutcome) -> Notable {
+    let word = outcome.as_str().unwrap_or("open");
+    let why = match &run.create.refused {
+        Some(failure) => format!("{word}: {failure}"),
+        None => word.to_owned(),
+    };
+    Notable::Failed { policy: policy.clone(), domain: run.name.clone(), why }
+}
+
+/// The event of a skip.
+fn passed_over(domain: &Chosen, skipped: &Skipped) -> PolicySkipped {
+    let (count, more) = match skipped.count {
+        Count::Exactly(count) => (count, false),
+        Count::AtLeast(count) => (count, true),
+    };
+    let why = match skipped.why {
+        SkipReason::NoCatchUp => "no-catch-up",
+        SkipReason::CaughtUp => "caught-up",
+        SkipReason::TooLate => "too-late",
+    };
+    PolicySkipped {
+        domain: domain.id,
+        name: domain.name.clone(),
+        first: skipped.first,
+        last: skipped.last,
+        count,
+        more,
+        why: why.to_owned(),
+    }
+}
+
+/// How many of the last planned instants took no snapshot of any domain, up to `most`. One that is not over does not
+/// count. Only runs since the policy was defined or resumed do.
+async fn failures_in_a_row(engine: &Engine, state: &PolicyState, most: u32) -> Result<u32, EngineError> {
+    let since = state.definition.as_ref().map_or(state.since, |defined| defined.at.max(state.since));
+    let mut instants: BTreeMap<Timestamp, Vec<&Run>> = BTreeMap::new();
+    for run in state.runs().take_while(|run| run.at >= since) {
+        instants.entry(run.planned).or_default().push(run);
+        if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
+            break;
+        }
+    }
+    let mut failures = 0;
+    for runs in instants.values().rev() {
+        let mut open = false;
+        for run in runs {
+            match outcome_of(engine, &run.create).await? {
+                outcome if outcome.is_success() => return Ok(failures),
+                outcome => open |= outcome == RunOutcome::Open,
+            }
+        }
+        failures += u32::from(!open);
+        if failures == most {
+            break;
+        }
+    }
+    Ok(failures)
+}
