@@ -15,10 +15,14 @@ use crate::exit::{Exit, Trouble};
 /// Largest settings file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
+/// How often the daemon looks for drift if nothing is set.
+const DRIFT_EVERY_DEFAULT: Duration = Duration::from_secs(15 * 60);
+
 /// Every setting: table, key, and what is written there.
 const KNOWN: &[(&str, &str, &str)] = &[
     ("concurrency", "overall", "a number from 1"),
     ("concurrency", "per-connection", "a number from 1"),
+    ("drift", "every", "a duration, such as \"15m\"; \"0s\" for never"),
     ("drift", "foreign", "\"adopt\" or \"report\""),
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
@@ -31,7 +35,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
 ];
 
 /// The settings in force, and the files that they come from.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// The settings.
     pub settings: Settings,
@@ -39,8 +43,22 @@ pub struct Config {
     pub qemu: ToolTimes,
     /// Where the daemon listens, if it is said.
     pub socket: Option<PathBuf>,
+    /// How often the daemon looks for drift, domain by domain; none for never.
+    pub drift_every: Option<Duration>,
     /// The files that were there, in the order in which they were read.
     pub files: Vec<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            settings: Settings::default(),
+            qemu: ToolTimes::default(),
+            socket: None,
+            drift_every: Some(DRIFT_EVERY_DEFAULT),
+            files: Vec::new(),
+        }
+    }
 }
 
 impl Config {
@@ -113,6 +131,10 @@ impl Config {
                     "report" => Foreign::Report,
                     _ => return None,
                 }
+            }
+            ("drift", "every") => {
+                let every = duration(value.as_str()?).ok()?;
+                self.drift_every = Some(every).filter(|every| !every.is_zero());
             }
             ("concurrency", "overall") => settings.concurrency_max = count_of(value)?,
             ("concurrency", "per-connection") => settings.concurrency_per_connection_max = count_of(value)?,

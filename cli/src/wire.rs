@@ -11,6 +11,7 @@
 //! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
 //! | `POST /v1/recover` | [`Accounts`] |
 //! | `POST /v1/log` with [`Question`] | what the log says, as the question has it |
+//! | `POST /v1/policies` with [`PolicyAsk`] | [`PolicyAnswer`] |
 //!
 //! Lines are [`Line`]s, one a line. A domain is named by its id or its name, an operation by its id. What fails is
 //! answered with [`Failed`], as `--json` prints it, and a fitting status.
@@ -23,13 +24,13 @@ use serde::{Deserialize, Serialize};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::Head;
-use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin};
+use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin, PolicyRun};
 use snaptree_engine::log::{EventFilter, OperationFilter};
 use snaptree_engine::reconcile::connection::ConnectionState;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
-use snaptree_engine::{DiskName, DomainName, EventId, OperationId, StreamId};
+use snaptree_engine::{DiskName, DomainId, DomainName, EventId, OperationId, StreamId};
 
 use crate::exit::{ErrorView, Told, whole};
 
@@ -122,6 +123,62 @@ pub struct Account {
 pub struct Accounts {
     /// Operation by operation.
     pub operations: Vec<Account>,
+}
+
+/// A request about a policy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum PolicyAsk {
+    /// Define it, or change it.
+    Set {
+        /// The text of the policy file.
+        source: String,
+    },
+    /// End it.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Keep it from running.
+    Suspend {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// Let it run again.
+    Resume {
+        /// Its name.
+        name: String,
+    },
+    /// Run it now.
+    Run {
+        /// Its name.
+        name: String,
+        /// The name or id of one of its domains; none for all.
+        #[serde(default)]
+        domain: Option<String>,
+    },
+    /// Delete what it does not keep, after a run of a domain that took its snapshot.
+    Retain {
+        /// Its name.
+        name: String,
+        /// The run.
+        planned: Timestamp,
+        /// The domain.
+        domain: DomainId,
+    },
+}
+
+/// What a request about a policy came to.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PolicyAnswer {
+    /// The run's instant, for `Run`.
+    #[serde(default)]
+    pub planned: Option<Timestamp>,
+    /// What was asked of each domain.
+    #[serde(default)]
+    pub runs: Vec<PolicyRun>,
 }
 
 /// How a daemon stands.

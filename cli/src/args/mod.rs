@@ -3,6 +3,7 @@
 pub mod domain;
 pub mod inspect;
 pub mod operation;
+pub mod policy;
 pub mod serve;
 pub mod snapshot;
 pub mod value;
@@ -121,6 +122,9 @@ pub enum Command {
     /// Compare the hypervisors with the log, and write down what differs
     #[command(after_help = inspect::DRIFT_EXAMPLES)]
     Drift(inspect::DriftArgs),
+    /// Take snapshots on a schedule, and keep what the rules say
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// Be the daemon: work on what is open, and take requests over a socket
     #[command(after_help = serve::SERVE_EXAMPLES)]
     Serve(serve::ServeArgs),

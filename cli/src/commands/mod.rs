@@ -7,6 +7,7 @@ mod drift;
 mod history;
 mod log;
 mod op;
+mod policy;
 pub mod query;
 mod recover;
 mod serve;
@@ -70,6 +71,7 @@ pub async fn run(context: &Context, command: Command) -> Result<Exit> {
         Command::Recover(args) => recover::recover(context, args).await,
         Command::Reconcile(args) => recover::reconcile(context, args).await,
         Command::Drift(args) => drift::run(context, args).await,
+        Command::Policy(command) => policy::run(context, command).await,
         Command::Serve(args) => serve::run(context, args).await,
         Command::Config(command) => settings::run(context, command),
         Command::Completions(args) => {

@@ -29,7 +29,8 @@ pub async fn run(context: &Context, args: ServeArgs) -> Result<Exit> {
     }
     let store = Store::open_writer(&context.dir, LockWait { timeout: args.writer.lock_timeout })?;
     let engine = context.engine_on(store, hooks::of_process()?)?;
-    let socket = args.socket.or(Config::load()?.socket).unwrap_or_else(|| default_path(&context.dir));
+    let config = Config::load()?;
+    let socket = args.socket.or(config.socket).unwrap_or_else(|| default_path(&context.dir));
     let socket = Bound::new(&std::path::absolute(socket)?, &context.dir)?;
-    serve::run(engine, context.dir.clone(), socket, context.json).await
+    serve::run(engine, context.dir.clone(), socket, config.drift_every, context.json).await
 }

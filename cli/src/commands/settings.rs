@@ -42,7 +42,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                     "overall": settings.concurrency_max,
                     "per-connection": settings.concurrency_per_connection_max,
                 },
-                "drift": { "foreign": settings.foreign },
+                "drift": { "every-ms": config.drift_every.map(millis), "foreign": settings.foreign },
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
                 "qemu": {
                     "tool-timeout-ms": millis(config.qemu.header),
@@ -66,9 +66,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
         settings.concurrency_max,
         settings.concurrency_per_connection_max,
+        duration_words(config.drift_every.map_or(0, millis)),
         match settings.foreign {
             Foreign::Adopt => "adopt",
             Foreign::Report => "report",

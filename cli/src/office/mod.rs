@@ -4,6 +4,7 @@
 
 mod here;
 mod log;
+mod policy;
 pub mod there;
 
 use std::collections::BTreeMap;
@@ -28,9 +29,10 @@ use uuid::Uuid;
 
 pub use here::{Here, PARK_AFTER};
 pub use log::ReadOut;
+pub use policy::{domains_of, in_engine, policy, readable};
 
 use crate::exit::Trouble;
-use crate::wire::{Account, Registered, Registering};
+use crate::wire::{Account, PolicyAnswer, PolicyAsk, Registered, Registering};
 
 /// What commands that write ask for.
 #[async_trait]
@@ -77,6 +79,13 @@ pub trait Office: Send + Sync {
     /// # Errors
     /// The name is taken, the machine is unfit, or the state cannot be used.
     async fn register(&self, registering: Registering) -> Result<Registered>;
+
+    /// Carries out a request about a policy. What a run asked for is in the log then, and is to be waited for with
+    /// [`Office::finish`].
+    ///
+    /// # Errors
+    /// It was rejected, or the state cannot be used.
+    async fn policy(&self, ask: PolicyAsk) -> Result<PolicyAnswer>;
 
     /// Whether Ctrl-C was pressed, so that nothing more is to begin.
     fn is_ending(&self) -> bool;

@@ -28,7 +28,8 @@ use crate::exit::{Exit, FromDaemon, Trouble};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, Registered, Registering, SUDO_USER_HEADER, Status,
+    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Registered, Registering,
+    SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.
@@ -243,6 +244,10 @@ impl Office for There {
 
     async fn register(&self, registering: Registering) -> Result<Registered> {
         self.ask(Method::POST, "/v1/domains", &registering).await
+    }
+
+    async fn policy(&self, ask: PolicyAsk) -> Result<PolicyAnswer> {
+        self.ask(Method::POST, "/v1/policies", &ask).await
     }
 
     fn is_ending(&self) -> bool {

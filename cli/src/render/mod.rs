@@ -2,6 +2,7 @@
 
 pub mod list;
 pub mod operation;
+pub mod policy;
 pub mod table;
 #[cfg(test)]
 mod tests;

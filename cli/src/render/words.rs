@@ -210,6 +210,7 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::MergeDeferred(e) => {
             format!("the data of {} stays for now: {}", known.snapshot(e.snapshot), e.reason)
         }
+        event if event.kind().starts_with("Policy.") => super::policy::words(event, look),
         _ => operation_words(envelope, known, look),
     }
 }

@@ -32,8 +32,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, QueueView, Registered, Registering, Status,
-    WireError,
+    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, QueueView, Registered,
+    Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.
@@ -169,6 +169,7 @@ fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/operations/{operation}/cancel", post(cancel))
         .route("/v1/recover", post(recover))
         .route("/v1/log", post(questions::answer))
+        .route("/v1/policies", post(policy))
         .fallback(|| async { Failure::from(Trouble::not_found("there is no such route; see the README")) })
         .method_not_allowed_fallback(|| async {
             let told = told(&Trouble::usage("this route has another method; see the README").into());
@@ -286,6 +287,18 @@ async fn command(
         Submitted::Repeated(operation) => Asked { operation: Some(operation), repeated: true },
         Submitted::Recorded => Asked { operation: None, repeated: false },
     }))
+}
+
+async fn policy(
+    State(daemon): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    Read(ask): Read<PolicyAsk>,
+) -> Answer<PolicyAnswer> {
+    let answer = office::policy(&daemon.engine, &peer.requester(&headers), &ask).await?;
+    answer.runs.iter().for_each(|run| daemon.dispatcher.wake(run.domain));
+    daemon.policies.look_now();
+    Ok(Json(answer))
 }
 
 async fn drift(

@@ -1,7 +1,7 @@
 //! `snaptree serve`: the daemon. It has the state, keeps the dispatcher at work, and listens on a socket.
 //!
 //! `socket` is where it listens, `http` what it answers, `follow` how it tells about an operation,
-//! `questions` how it reads the log out, `peer` who asks.
+//! `questions` how it reads the log out, `peer` who asks, `schedule` what it does by the clock.
 //!
 //! Architecture Invariant: who asks is what the kernel says of the socket's peer, never what the peer says of itself.
 
@@ -9,6 +9,7 @@ mod follow;
 mod http;
 mod peer;
 mod questions;
+mod schedule;
 pub mod socket;
 
 use std::path::PathBuf;
@@ -38,6 +39,8 @@ pub struct Daemon {
     pub dir: PathBuf,
     /// Keeps the workers at work.
     pub dispatcher: Dispatcher,
+    /// Wakes whoever runs policies.
+    pub policies: schedule::Policies,
     /// Since when it is up.
     pub since: Instant,
 }
@@ -49,11 +52,18 @@ pub fn own_requester() -> Requester {
     requester
 }
 
-/// Listens, works, and ends in an orderly way when it is told to.
+/// Listens, works, and ends in an orderly way when it is told to. Each domain is looked at for drift once in
+/// `drift_every`, if that is given.
 ///
 /// # Errors
 /// It cannot listen, the log cannot be read, or another process has taken the state over.
-pub async fn run(engine: Engine, dir: PathBuf, socket: socket::Bound, json: bool) -> Result<Exit> {
+pub async fn run(
+    engine: Engine,
+    dir: PathBuf,
+    socket: socket::Bound,
+    drift_every: Option<Duration>,
+    json: bool,
+) -> Result<Exit> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let dispatcher = Dispatcher::new(&engine, own_requester());
@@ -61,12 +71,15 @@ pub async fn run(engine: Engine, dir: PathBuf, socket: socket::Bound, json: bool
         engine: engine.clone(),
         dir,
         dispatcher: dispatcher.clone(),
+        policies: schedule::Policies::default(),
         since: Instant::now(),
     });
     let server = http::Server::start(Arc::clone(&daemon), socket.listener()?);
     tracing::info!(socket = %socket.path().display(), pid = std::process::id(), "listening");
     let recovering = dispatcher.clone();
     let recovery = tokio::spawn(async move { recovering.start().await });
+    let by_the_clock = tokio::spawn(by_the_clock(Arc::clone(&daemon), drift_every));
+    schedule::notify(sd_notify::NotifyState::Ready);
     let came_to = tokio::select! {
         _ = interrupt.recv() => Ok(()),
         _ = terminate.recv() => Ok(()),
@@ -76,6 +89,8 @@ pub async fn run(engine: Engine, dir: PathBuf, socket: socket::Bound, json: bool
         }
         failed = failure_of(recovery) => Err(failed),
     };
+    schedule::notify(sd_notify::NotifyState::Stopping);
+    by_the_clock.abort();
     tracing::info!("ending: steps in hand are finished, no other begins");
     tokio::select! {
         _ = tokio::time::timeout(PARK_AFTER, dispatcher.stop()) => {}
@@ -88,6 +103,26 @@ pub async fn run(engine: Engine, dir: PathBuf, socket: socket::Bound, json: bool
     came_to?;
     tell(&left, json)?;
     Ok(Exit::Done)
+}
+
+/// What is done by the clock, until that cannot go on.
+async fn by_the_clock(daemon: Arc<Daemon>, drift_every: Option<Duration>) {
+    let drift = async {
+        match drift_every {
+            Some(every) => schedule::drift(Arc::clone(&daemon), every).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::join!(
+        async {
+            if let Err(error) = schedule::policies(Arc::clone(&daemon)).await {
+                // Whoever works on a domain finds the same, and ends the daemon.
+                tracing::error!(error = &error as &dyn std::error::Error, "policies do not run any more");
+            }
+        },
+        drift,
+        schedule::watchdog(Arc::clone(&daemon)),
+    );
 }
 
 /// Returns if the dispatcher could not begin.

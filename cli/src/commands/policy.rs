@@ -1,0 +1,415 @@
+//! `snaptree policy ...`
+
+use std::io::Read as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use serde::Serialize;
+use snaptree_engine::engine::Engine;
+use snaptree_engine::event::PolicyRequest;
+use snaptree_policies::file::{FILE_BYTES_MAX, Policy};
+use snaptree_policies::retention::long_run;
+use snaptree_policies::runner::{
+    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of, read,
+};
+
+use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
+use crate::confirm::confirm;
+use crate::context::{Context, Missing, Writer};
+use crate::exit::{ErrorView, Exit, Trouble};
+use crate::office::{domains_of, in_engine, readable};
+use crate::render;
+use crate::render::policy::{
+    DeleteView, DomainPlanView, EntryView, NextView, PlanView, PolicyView, RanView, RunView, SetView, What,
+    changes,
+};
+use crate::render::text::{Look, count, safe};
+use crate::wire::PolicyAsk;
+
+use super::carry::open;
+
+/// Carries out a command on policies.
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn run(context: &Context, command: PolicyCommand) -> Result<Exit> {
+    match command {
+        PolicyCommand::Set(args) => set(context, args).await,
+        PolicyCommand::List => list(context).await,
+        PolicyCommand::Show { name } => show(context, &name).await,
+        PolicyCommand::Plan { name, domain } => plan(context, &name, domain.as_deref()).await,
+        PolicyCommand::Run(args) => run_now(context, args).await,
+        PolicyCommand::Runs { name, count } => runs(context, name.as_deref(), count).await,
+        PolicyCommand::Next { count } => next(context, usize::from(count)).await,
+        PolicyCommand::Suspend(args) => {
+            let writer = open(context, &args.writer).await?;
+            let ask = PolicyAsk::Suspend { name: args.name.clone(), reason: args.reason };
+            recorded(context, &writer, ask, &args.name, "suspended").await
+        }
+        PolicyCommand::Resume(args) => {
+            let writer = open(context, &args.writer).await?;
+            let ask = PolicyAsk::Resume { name: args.name.clone() };
+            recorded(context, &writer, ask, &args.name, "running").await
+        }
+        PolicyCommand::Remove(args) => remove(context, args).await,
+    }
+}
+
+/// The document of `policy suspend`, `resume` and `remove`.
+#[derive(Serialize)]
+struct Standing<'a> {
+    name: &'a str,
+    state: &'a str,
+}
+
+async fn recorded(
+    context: &Context,
+    writer: &Writer,
+    ask: PolicyAsk,
+    name: &str,
+    state: &str,
+) -> Result<Exit> {
+    writer.office.policy(ask).await?;
+    if context.json {
+        render::json(&Standing { name, state })?;
+    } else {
+        render::print(&format!("Policy '{}' is {state}.\n", safe(name)))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
+    confirm(&format!("End policy '{}'? Its snapshots stay.", args.name), args.yes)?;
+    let writer = open(context, &args.writer).await?;
+    let ask = PolicyAsk::Remove { name: args.name.clone() };
+    recorded(context, &writer, ask, &args.name, "removed").await
+}
+
+fn source_of(file: &Path) -> Result<String> {
+    let limit = u64::try_from(FILE_BYTES_MAX)?.saturating_add(1);
+    let mut bytes = Vec::new();
+    if file == Path::new("-") {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes).context("cannot read standard input")?;
+    } else {
+        let opened = std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+        opened
+            .take(limit)
+            .read_to_end(&mut bytes)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+    }
+    String::from_utf8(bytes)
+        .map_err(|_| Trouble::new(Exit::Refused, "invalid", "the policy file is not UTF-8").into())
+}
+
+async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
+    let source = source_of(&args.file)?;
+    let policy = read(&source).map_err(in_engine)?;
+    let writer = if args.dry_run { None } else { Some(context.writer(&args.writer, Missing::Make).await?) };
+    let engine = match &writer {
+        Some(writer) => writer.engine.clone(),
+        None => context.reader().await?.engine,
+    };
+    let book = Book::read(&engine).await?;
+    let known = book.get(&policy.name).and_then(PolicyState::policy);
+    let defined = book.get(&policy.name).is_some_and(|state| state.definition.is_some());
+    let view = SetView {
+        name: policy.name.clone(),
+        change: match known {
+            Some(known) if *known == policy => "same",
+            _ if defined => "changed",
+            _ => "new",
+        },
+        changes: known.map(|known| changes(known, &policy)).unwrap_or_default(),
+        dry_run: args.dry_run,
+        plan: plan_view(&engine, &policy, &chosen(&engine, &policy).await?).await?,
+    };
+    let text = render::policy::set(&view, &Look::of_stdout());
+    if let Some(writer) = writer {
+        let going = view.plan.deletes();
+        if going > 0 {
+            if !context.json {
+                render::note(&text);
+            }
+            let question = format!(
+                "With this policy {} would be deleted after its next runs. Go on?",
+                count(going, "snapshot")
+            );
+            confirm(&question, args.yes)?;
+        }
+        writer.office.policy(PolicyAsk::Set { source }).await?;
+    }
+    if context.json {
+        render::json(&view)?;
+    } else {
+        render::print(&text)?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Result<PlanView> {
+    let now = Timestamp::now();
+    let mut views = Vec::with_capacity(domains.len());
+    for domain in domains {
+        let state = engine.load(domain.id).await?;
+        views.push(DomainPlanView::of(domain.name.clone(), &state, &plan_of(policy, &state, now)));
+    }
+    Ok(PlanView {
+        policy: policy.name.clone(),
+        max_depth: policy.max_depth.get(),
+        long_run: long_run(&policy.schedule, &policy.keep, now, policy.zone()).into(),
+        domains: views,
+    })
+}
+
+async fn list(context: &Context) -> Result<Exit> {
+    let engine = context.reader().await?.engine;
+    let book = Book::read(&engine).await?;
+    let mut views = Vec::new();
+    for state in book.defined() {
+        views.push(policy_view(&engine, state).await?);
+    }
+    if context.json {
+        render::json(&serde_json::json!({ "policies": views }))?;
+    } else if views.is_empty() {
+        render::note("no policy is defined; `snaptree policy set FILE` defines one");
+    } else {
+        render::print(&render::policy::list(&views, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn policy_view(engine: &Engine, state: &PolicyState) -> Result<PolicyView> {
+    let policy = state.policy();
+    let domains = match policy {
+        Some(policy) => chosen(engine, policy).await?,
+        None => Vec::new(),
+    };
+    let next = agenda(engine, [state], Timestamp::now(), 1).await?;
+    let error = state.definition.as_ref().and_then(|defined| defined.policy.as_ref().err().cloned());
+    Ok(PolicyView {
+        name: state.name.clone(),
+        schedule: policy.map(|policy| policy.schedule.to_string()),
+        timezone: policy.map(|policy| policy.timezone.to_string()),
+        domains: domains.into_iter().map(|domain| domain.name).collect(),
+        suspended: state.suspended.as_ref().map(|suspended| suspended.reason.clone()),
+        last: state.runs().next().map(|run| run.planned),
+        next: next.first().map(|appointment| appointment.at),
+        error,
+    })
+}
+
+async fn show(context: &Context, name: &str) -> Result<Exit> {
+    let engine = context.reader().await?.engine;
+    let book = Book::read(&engine).await?;
+    let state = book.find(name)?;
+    let policy = readable(state)?;
+    let domains = chosen(&engine, policy).await?;
+    let definition = state.definition.as_ref();
+    let names: Vec<&str> = domains.iter().map(|domain| domain.name.as_str()).collect();
+    let lasting = long_run(&policy.schedule, &policy.keep, Timestamp::now(), policy.zone());
+    if context.json {
+        let suspended = state.suspended.as_ref().map(|suspended| {
+            serde_json::json!({ "reason": suspended.reason, "by": suspended.by, "at": suspended.at })
+        });
+        render::json(&serde_json::json!({
+            "name": state.name,
+            "defined": definition.map(|definition| definition.at),
+            "suspended": suspended,
+            "domains": names,
+            "policy": policy,
+            "source": definition.map(|definition| &definition.source),
+            "long_run": render::policy::LongRunView::from(lasting),
+        }))?;
+        return Ok(Exit::Done);
+    }
+    let look = Look::of_stdout();
+    let mut text = format!("# Policy '{}'", state.name);
+    if let Some(definition) = definition {
+        text.push_str(&format!(", defined {}", look.time(definition.at)));
+    }
+    text.push('\n');
+    if let Some(suspended) = &state.suspended {
+        let (at, reason) = (look.time(suspended.at), safe(&suspended.reason));
+        text.push_str(&format!("# suspended by {} {at}: {reason}\n", suspended.by));
+    }
+    text.push_str(&format!("# for {}: {}\n\n", count(names.len(), "domain"), safe(&names.join(", "))));
+    for line in definition.map(|definition| definition.source.lines()).into_iter().flatten() {
+        text.push_str(&safe(line));
+        text.push('\n');
+    }
+    render::print(&text)?;
+    Ok(Exit::Done)
+}
+
+async fn plan(context: &Context, name: &str, domain: Option<&str>) -> Result<Exit> {
+    let engine = context.reader().await?.engine;
+    let book = Book::read(&engine).await?;
+    let policy = readable(book.find(name)?)?;
+    let view = plan_view(&engine, policy, &domains_of(&engine, policy, domain).await?).await?;
+    if context.json {
+        render::json(&view)?;
+    } else {
+        render::print(&render::policy::plan(&view, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
+    let writer = open(context, &args.writer).await?;
+    let ask = PolicyAsk::Run { name: args.name.clone(), domain: args.domain };
+    let answer = writer.office.policy(ask).await?;
+    let mut runs = Vec::new();
+    for run in &answer.runs {
+        let Some(create) = run.requests.first() else { continue };
+        let outcome = awaited(&writer, run.domain, create).await?;
+        let mut deletes = Vec::new();
+        if let Some(planned) = answer.planned.filter(|_| outcome.is_success() && !writer.office.is_ending()) {
+            let ask = PolicyAsk::Retain { name: args.name.clone(), planned, domain: run.domain };
+            for request in writer.office.policy(ask).await?.runs.iter().flat_map(|run| &run.requests) {
+                deletes.push(DeleteView::of(request, awaited(&writer, run.domain, request).await?));
+            }
+        }
+        runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
+    }
+    let exit = exit_of(&runs);
+    let view = RunView { policy: args.name, planned: answer.planned, runs };
+    if context.json {
+        render::json(&view)?;
+    } else {
+        render::print(&render::policy::run(&view, &Look::of_stdout()))?;
+    }
+    Ok(exit)
+}
+
+/// Waits for a request to end; what it failed with is told with its outcome.
+async fn awaited(
+    writer: &Writer,
+    domain: snaptree_engine::DomainId,
+    request: &PolicyRequest,
+) -> Result<RunOutcome> {
+    if let Some(operation) = request.operation
+        && let Err(error) = writer.office.finish(domain, operation).await
+    {
+        render::note(&crate::exit::in_words(&crate::exit::told(&error)));
+    }
+    Ok(outcome_of(&writer.engine, request).await?)
+}
+
+/// The worst of what the runs and their deletes came to.
+fn exit_of(runs: &[RanView]) -> Exit {
+    let deletes = runs.iter().flat_map(|run| run.deletes.iter().map(|delete| delete.outcome));
+    let all: Vec<_> = runs.iter().map(|run| run.outcome).chain(deletes).collect();
+    let any = |words: &[Option<&str>]| all.iter().any(|outcome| words.contains(outcome));
+    if any(&[None, Some("needs-attention")]) {
+        Exit::Attention
+    } else if any(&[Some("failed"), Some("cancelled"), Some("expired")]) {
+        Exit::Failed
+    } else if any(&[Some("refused")]) {
+        Exit::Refused
+    } else {
+        Exit::Done
+    }
+}
+
+async fn ran_view(
+    engine: &Engine,
+    domain: snaptree_engine::DomainName,
+    create: &PolicyRequest,
+    outcome: RunOutcome,
+    deletes: Vec<DeleteView>,
+) -> Result<RanView> {
+    let error = match (&create.refused, create.operation) {
+        (Some(refused), _) => Some(ErrorView::from(refused)),
+        (None, Some(operation)) if !outcome.is_success() && outcome != RunOutcome::Open => {
+            let events = engine.operation_events(operation).await?;
+            let story = crate::story::Story::of(&events);
+            story.and_then(|story| story.failure.as_ref().map(ErrorView::from))
+        }
+        (None, _) => None,
+    };
+    Ok(RanView {
+        domain,
+        snapshot: create.snapshot.clone(),
+        operation: create.operation,
+        outcome: outcome.as_str(),
+        error,
+        deletes,
+    })
+}
+
+async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exit> {
+    let engine = context.reader().await?.engine;
+    let book = Book::read(&engine).await?;
+    if let Some(name) = name
+        && !book.all().any(|state| state.name.as_str() == name)
+    {
+        book.find(name)?;
+    }
+    let states = book.all().filter(|state| name.is_none_or(|name| state.name.as_str() == name));
+    let mut entries: Vec<(&PolicyState, &Entry)> = states
+        .flat_map(|state| state.entries.iter().rev().take(count).map(move |entry| (state, entry)))
+        .collect();
+    let at = |entry: &Entry| match entry {
+        Entry::Ran(run) => run.at,
+        Entry::Skipped(skip) => skip.at,
+    };
+    entries.sort_by_key(|(_, entry)| std::cmp::Reverse(at(entry)));
+    let mut views = Vec::new();
+    for (state, entry) in entries.into_iter().take(count) {
+        let what = match entry {
+            Entry::Ran(run) => ran(&engine, run).await?,
+            Entry::Skipped(skip) => What::Skipped {
+                domain: skip.skipped.name.clone(),
+                first: skip.skipped.first,
+                last: skip.skipped.last,
+                count: skip.skipped.count,
+                more: skip.skipped.more,
+                why: skip.skipped.why.clone(),
+            },
+        };
+        views.push(EntryView { policy: state.name.clone(), at: at(entry), what });
+    }
+    if context.json {
+        render::json(&serde_json::json!({ "runs": views }))?;
+    } else if views.is_empty() {
+        render::note("nothing has run");
+    } else {
+        render::print(&render::policy::runs(&views, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn ran(engine: &Engine, run: &Run) -> Result<What> {
+    let mut deletes = Vec::new();
+    for request in run.deletes.iter().flatten() {
+        deletes.push(DeleteView::of(request, outcome_of(engine, request).await?));
+    }
+    let outcome = outcome_of(engine, &run.create).await?;
+    Ok(What::Ran {
+        planned: run.planned,
+        asked_by: run.asked_by.as_ref().map(ToString::to_string),
+        ran: ran_view(engine, run.name.clone(), &run.create, outcome, deletes).await?,
+    })
+}
+
+async fn next(context: &Context, count: usize) -> Result<Exit> {
+    let engine = context.reader().await?.engine;
+    let book = Book::read(&engine).await?;
+    let coming = agenda(&engine, book.defined(), Timestamp::now(), count).await?;
+    let view = |appointment: snaptree_policies::runner::Appointment| NextView {
+        at: appointment.at,
+        planned: appointment.planned,
+        policy: appointment.policy,
+        domain: appointment.domain.name,
+    };
+    let views: Vec<NextView> = coming.into_iter().map(view).collect();
+    if context.json {
+        render::json(&serde_json::json!({ "runs": views }))?;
+    } else if views.is_empty() {
+        render::note("nothing will run; `snaptree policy list` lists the policies");
+    } else {
+        render::print(&render::policy::next(&views, &Look::of_stdout()))?;
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,161 @@
+//! Requests about policies, carried out with the engine of this process.
+
+use anyhow::Result;
+use jiff::Timestamp;
+use snaptree_engine::DomainId;
+use snaptree_engine::engine::{Engine, EngineError, Requester};
+use snaptree_engine::event::PolicyRun;
+use snaptree_engine::log::LogError;
+use snaptree_policies::file::Policy;
+use snaptree_policies::runner::{
+    Book, Chosen, Firing, PolicyRequestError, PolicyState, chosen, define, fire, outcome_of, remove, resume,
+    retain, suspend,
+};
+
+use crate::exit::{Exit, Trouble};
+use crate::wire::{PolicyAnswer, PolicyAsk};
+
+/// How often a request is thought over because somebody else wrote about the policy first.
+const CONFLICTS_MAX: u32 = 16;
+
+/// Carries out a request about a policy.
+///
+/// # Errors
+/// It was rejected, or the state cannot be used.
+pub async fn policy(engine: &Engine, requester: &Requester, ask: &PolicyAsk) -> Result<PolicyAnswer> {
+    let mut conflicts = 0;
+    loop {
+        match once(engine, requester, ask).await {
+            Err(error) if conflicts < CONFLICTS_MAX && is_conflict(&error) => conflicts += 1,
+            other => return other,
+        }
+    }
+}
+
+fn is_conflict(error: &anyhow::Error) -> bool {
+    let of_engine = |error: &EngineError| matches!(error, EngineError::Log(LogError::Conflict { .. }));
+    error.chain().any(|cause| {
+        cause.downcast_ref::<EngineError>().is_some_and(of_engine)
+            || cause.downcast_ref::<LogError>().is_some_and(|e| matches!(e, LogError::Conflict { .. }))
+    })
+}
+
+async fn once(engine: &Engine, requester: &Requester, ask: &PolicyAsk) -> Result<PolicyAnswer> {
+    let mut book = Book::default();
+    let done = match ask {
+        PolicyAsk::Set { source } => define(engine, requester, &mut book, source).await.map(|_| ()),
+        PolicyAsk::Remove { name } => remove(engine, requester, &mut book, name).await,
+        PolicyAsk::Suspend { name, reason } => suspend(engine, requester, &mut book, name, reason).await,
+        PolicyAsk::Resume { name } => resume(engine, requester, &mut book, name).await,
+        PolicyAsk::Run { name, domain } => {
+            book.refresh(engine).await?;
+            return run(engine, requester, &book, name, domain.as_deref()).await;
+        }
+        PolicyAsk::Retain { name, planned, domain } => {
+            book.refresh(engine).await?;
+            return keep(engine, requester, &book, name, *planned, *domain).await;
+        }
+    };
+    done.map(|()| PolicyAnswer::default()).map_err(in_engine)
+}
+
+/// What a policy's request failed with, as the rest of the program knows it.
+pub fn in_engine(error: PolicyRequestError) -> anyhow::Error {
+    match error {
+        PolicyRequestError::Engine(error) => error.into(),
+        PolicyRequestError::File(error) => {
+            Trouble::new(Exit::Refused, "invalid", format!("the policy file cannot be used:\n{error}"))
+                .hint("`snaptree policy set --help` shows one")
+                .into()
+        }
+        other => other.into(),
+    }
+}
+
+/// The policy, if this program can read it.
+///
+/// # Errors
+/// It cannot.
+pub fn readable(state: &PolicyState) -> Result<&Policy> {
+    let Some(definition) = &state.definition else {
+        return Err(Trouble::not_found(format!("policy '{}' was removed", state.name)).into());
+    };
+    definition.policy.as_ref().map_err(|problem| {
+        let message = format!("policy '{}' cannot be read: {problem}", state.name);
+        Trouble::new(Exit::Failed, "version", message)
+            .hint("was it defined by a newer snaptree? `snaptree policy set` defines it anew")
+            .into()
+    })
+}
+
+/// The domains that a policy is for; or the one of that name or id among them.
+///
+/// # Errors
+/// There is none, or the policy is not for it.
+pub async fn domains_of(engine: &Engine, policy: &Policy, wanted: Option<&str>) -> Result<Vec<Chosen>> {
+    let mut domains = chosen(engine, policy).await?;
+    if let Some(wanted) = wanted {
+        let id = engine.find_domain(wanted).await?;
+        domains.retain(|domain| domain.id == id);
+        if domains.is_empty() {
+            let message = format!("policy '{}' is not for domain '{wanted}'", policy.name);
+            return Err(Trouble::new(Exit::Refused, "invalid", message)
+                .hint("`snaptree policy show` lists the domains that it is for")
+                .into());
+        }
+    }
+    Ok(domains)
+}
+
+async fn run(
+    engine: &Engine,
+    requester: &Requester,
+    book: &Book,
+    name: &str,
+    domain: Option<&str>,
+) -> Result<PolicyAnswer> {
+    let state = book.find(name)?;
+    let policy = readable(state)?;
+    let domains = domains_of(engine, policy, domain).await?;
+    if domains.is_empty() {
+        let message = format!("policy '{}' is for no registered domain", state.name);
+        return Err(Trouble::not_found(message).hint("`snaptree domain list` lists the domains").into());
+    }
+    let planned = Timestamp::from_microsecond(engine.now().as_microsecond())?;
+    let asked_by = Some(&requester.actor);
+    let firing = Firing { planned, asked_by, domains: &domains, skipped: &[] };
+    let ran = fire(engine, &requester.origin, state, policy, firing).await?;
+    let runs = ran.into_iter().map(|ran| PolicyRun {
+        domain: ran.domain.id,
+        name: ran.domain.name,
+        requests: vec![ran.request],
+    });
+    Ok(PolicyAnswer { planned: Some(planned), runs: runs.collect() })
+}
+
+/// The deletes that follow a run: those that were asked for already, or those that are asked for now.
+async fn keep(
+    engine: &Engine,
+    requester: &Requester,
+    book: &Book,
+    name: &str,
+    planned: Timestamp,
+    domain: DomainId,
+) -> Result<PolicyAnswer> {
+    let state = book.find(name)?;
+    let policy = readable(state)?;
+    let run = state.runs().find(|run| run.domain == domain && run.planned == planned);
+    let Some(run) = run else {
+        return Err(Trouble::not_found(format!("policy '{}' had no such run", state.name)).into());
+    };
+    let requests = match &run.deletes {
+        Some(deletes) => deletes.clone(),
+        None if outcome_of(engine, &run.create).await?.is_success() => {
+            let domain = Chosen { id: domain, name: run.name.clone() };
+            retain(engine, &requester.origin, state, policy, planned, &domain).await?
+        }
+        None => Vec::new(),
+    };
+    let run = PolicyRun { domain, name: run.name.clone(), requests };
+    Ok(PolicyAnswer { planned: Some(planned), runs: vec![run] })
+}
