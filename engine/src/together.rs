@@ -80,8 +80,12 @@ impl Engine {
                 return Ok(draft.decided);
             }
             draft.expect.push((beside.stream.clone(), beside.version));
+            self.hooks.reached("append.before");
             match self.append(requester, draft.expect, events).await {
-                Ok(_) => return Ok(draft.decided),
+                Ok(_) => {
+                    self.hooks.reached("append.after");
+                    return Ok(draft.decided);
+                }
                 Err(LogError::Conflict { stream, .. } | LogError::KeyUsed { stream, .. })
                     if stream != beside.stream && conflicts < CONFLICTS_MAX =>
                 {

@@ -147,7 +147,9 @@ impl Scheduler {
                     }
                 }
                 outcome => {
-                    failed.insert(name.clone());
+                    if run.asked_by.is_none() {
+                        failed.insert(name.clone());
+                    }
                     if how == Watched::Fresh {
                         tick.notable.push(failure(&name, run, outcome));
                     }
@@ -290,11 +292,12 @@ fn passed_over(domain: &Chosen, skipped: &Skipped) -> PolicySkipped {
 }
 
 /// How many of the last planned instants took no snapshot of any domain, up to `most`. One that is not over does not
-/// count. Only runs since the policy was defined or resumed do.
+/// count, nor does one that somebody asked for, nor any before the policy was defined or resumed.
 async fn failures_in_a_row(engine: &Engine, state: &PolicyState, most: u32) -> Result<u32, EngineError> {
     let since = state.definition.as_ref().map_or(state.since, |defined| defined.at.max(state.since));
     let mut instants: BTreeMap<Timestamp, Vec<&Run>> = BTreeMap::new();
-    for run in state.runs().take_while(|run| run.at >= since) {
+    let due = |run: &&Run| run.asked_by.is_none();
+    for run in state.runs().take_while(|run| run.at >= since).filter(due) {
         instants.entry(run.planned).or_default().push(run);
         if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
             break;
