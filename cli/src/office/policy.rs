@@ -64,7 +64,9 @@ pub fn in_engine(error: PolicyRequestError) -> anyhow::Error {
     match error {
         PolicyRequestError::Engine(error) => error.into(),
         PolicyRequestError::File(error) => {
-            Trouble::new(Exit::Refused, "invalid", format!("the policy file cannot be used:\n{error}"))
+            // One problem a line in the file's own words; an error of ours is one line.
+            let problems = error.to_string().replace('\n', "; ");
+            Trouble::new(Exit::Refused, "invalid", format!("the policy file cannot be used: {problems}"))
                 .hint("`snaptree policy set --help` shows one")
                 .into()
         }
