@@ -26,6 +26,7 @@ use snaptree_policies::file::Policy;
 use snaptree_policies::retention::{LongRun, long_run};
 use snaptree_policies::runner::{Book, Entry, Notable, Scheduler, define, plan_of, resume};
 use snaptree_store::{LockWait, Store};
+use snaptree_tests::images::tool;
 use snaptree_tests::program::Program;
 
 /// A clock that stands until it is set.
@@ -534,6 +535,29 @@ fn through_a_daemon_the_commands_on_policies_do_the_same() {
     assert!(log.contains("\"via\":\"socket\""), "{log}");
     program.json(0, &["policy", "remove", "p"]);
     assert_eq!(program.json(3, &["policy", "run", "p"])["error"]["code"], "not-found");
+}
+
+#[test]
+fn a_program_is_told_of_a_run_that_took_no_snapshot() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::new(folder.path().join("state"));
+    program.json(0, &["domain", "add", "web-1", "--driver", "sim"]);
+    let pipe = folder.path().join("pipe");
+    tool("mkfifo", &[pipe.to_str().expect("a path of the tests")]);
+    let script = "test \"$SNAPTREE_OUTCOME $SNAPTREE_DOMAIN\" = 'failure web-1' && cat > \"$0\"";
+    let command = serde_json::json!(["/bin/sh", "-c", script, pipe]);
+    // Nothing may go, and the disk may stand upon one snapshot alone.
+    let policy = format!(
+        "name = \"p\"\ndomains = [\"web-*\"]\nschedule = \"every 1s\"\nmax-depth = 1\n[notify]\ncommand = {command}\n"
+    );
+    let file = hourly_file(folder.path(), &policy);
+    program.json(0, &["policy", "set", &file]);
+    let _daemon = Daemon::start(&program);
+    let told = std::fs::read_to_string(&pipe).expect("the program's words");
+    let told: Value = serde_json::from_str(told.lines().next().expect("a line")).expect("JSON");
+    assert_eq!((&told["policy"], &told["domain"]), (&"p".into(), &"web-1".into()), "{told}");
+    assert_eq!((&told["occasion"], &told["suspended"]), (&"failure".into(), &false.into()), "{told}");
+    assert!(told["message"].as_str().expect("words").contains("max-depth is 1"), "{told}");
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! `snaptree serve`: the daemon. It has the state, keeps the dispatcher at work, and listens on a socket.
 //!
-//! `socket` is where it listens, `http` what it answers, `follow` how it tells about an operation,
-//! `questions` how it reads the log out, `peer` who asks, `schedule` what it does by the clock.
+//! `socket` is where it listens, `http` what it answers, `follow` how it tells about an operation, `questions` how it
+//! reads the log out, `peer` who asks, `schedule` what it does by the clock, `notify` how it tells people of it.
 //!
 //! Architecture Invariant: who asks is what the kernel says of the socket's peer, never what the peer says of itself.
 
 mod follow;
 mod http;
+mod notify;
 mod peer;
 mod questions;
 mod schedule;
@@ -79,7 +80,7 @@ pub async fn run(
     let recovering = dispatcher.clone();
     let recovery = tokio::spawn(async move { recovering.start().await });
     let by_the_clock = tokio::spawn(by_the_clock(Arc::clone(&daemon), drift_every));
-    schedule::notify(sd_notify::NotifyState::Ready);
+    schedule::tell_manager(sd_notify::NotifyState::Ready);
     let came_to = tokio::select! {
         _ = interrupt.recv() => Ok(()),
         _ = terminate.recv() => Ok(()),
@@ -89,7 +90,7 @@ pub async fn run(
         }
         failed = failure_of(recovery) => Err(failed),
     };
-    schedule::notify(sd_notify::NotifyState::Stopping);
+    schedule::tell_manager(sd_notify::NotifyState::Stopping);
     by_the_clock.abort();
     tracing::info!("ending: steps in hand are finished, no other begins");
     tokio::select! {

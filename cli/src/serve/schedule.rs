@@ -9,10 +9,11 @@ use snaptree_engine::DomainId;
 use snaptree_engine::engine::EngineError;
 use snaptree_engine::log::LogError;
 use snaptree_engine::reconcile::dispatch::Wish;
+use snaptree_policies::file::Policy;
 use snaptree_policies::runner::{Notable, Scheduler, Tick};
 use tokio::sync::Notify;
 
-use super::{Daemon, own_requester};
+use super::{Daemon, notify, own_requester};
 
 /// How long nobody looks at most: a clock that jumps wakes no sleeper.
 const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(30);
@@ -55,7 +56,9 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
                 Tick::default()
             }
         };
-        tick.notable.iter().for_each(tell);
+        for notable in &tick.notable {
+            tell(notable, scheduler.as_ref().and_then(|scheduler| scheduler.policy(notable.policy())));
+        }
         for domain in tick.woken {
             let done = daemon.dispatcher.run(domain, Wish::Drive);
             let policies = daemon.policies.clone();
@@ -74,17 +77,19 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
     }
 }
 
-fn tell(notable: &Notable) {
+/// Says what happened, and lets the policy's program know.
+fn tell(notable: &Notable, policy: Option<&Policy>) {
+    let name = notable.policy();
     match notable {
-        Notable::Failed { policy, domain, why } => {
-            tracing::warn!(%policy, %domain, why, "a run took no snapshot");
+        Notable::Failed { .. } | Notable::NeedsAttention { .. } => {
+            tracing::warn!(policy = %name, "{notable}")
         }
-        Notable::Suspended { policy, reason } => {
-            tracing::error!(
-                %policy, reason,
-                "SUSPENDED: it does not run until `snaptree policy resume {policy}`"
-            );
-        }
+        Notable::Recovered { .. } => tracing::info!(policy = %name, "{notable}"),
+        Notable::Suspended { .. } => tracing::error!(policy = %name, "{notable}"),
+    }
+    let wanted = policy.and_then(|policy| policy.notify.clone());
+    if let Some(wanted) = wanted.filter(|wanted| wanted.on.contains(&notable.occasion())) {
+        tokio::spawn(notify::tell(wanted, notable.clone()));
     }
 }
 
@@ -129,13 +134,13 @@ pub async fn watchdog(daemon: Arc<Daemon>) {
         tokio::time::sleep(within / 3).await;
         // A daemon that cannot read its log is not well.
         if daemon.engine.log().head().await.is_ok() {
-            notify(sd_notify::NotifyState::Watchdog);
+            tell_manager(sd_notify::NotifyState::Watchdog);
         }
     }
 }
 
 /// Tells the service manager, if there is one.
-pub fn notify(state: sd_notify::NotifyState<'_>) {
+pub fn tell_manager(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::debug!(%error, "the service manager was not told");
     }

@@ -37,8 +37,8 @@ fn unsupported(policy: &Policy) -> Option<&'static str> {
     if policy.hooks.before.is_some() || policy.hooks.after.is_some() {
         return Some("[hooks]");
     }
-    if policy.notify.is_some() {
-        return Some("[notify]");
+    if policy.notify.as_ref().is_some_and(|notify| notify.webhook.is_some()) {
+        return Some("notify.webhook");
     }
     policy.snapshot.quiesce.then_some("snapshot.quiesce")
 }

@@ -1,12 +1,13 @@
 //! What a daemon does with policies, again and again: looks what is due, and what ended.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use jiff::Timestamp;
 use snaptree_engine::engine::{Engine, EngineError};
 use snaptree_engine::event::{Origin, PolicySkipped, PolicySuspended};
 use snaptree_engine::log::LogError;
-use snaptree_engine::{DomainId, DomainName, PolicyName};
+use snaptree_engine::{DomainId, DomainName, OperationId, PolicyName};
 
 use super::book::{Book, Chosen, chosen, registered_at};
 use super::define::write;
@@ -14,7 +15,7 @@ use super::fire::{Firing, fire, requester};
 use super::outcome::{RunOutcome, outcome_of};
 use super::project::{PolicyState, Run};
 use super::retain::retain;
-use crate::file::Policy;
+use crate::file::{Occasion, Policy};
 use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
 
 /// Something that someone may want to hear of.
@@ -29,6 +30,22 @@ pub enum Notable {
         /// How it ended, and why if it was refused.
         why: String,
     },
+    /// A run's operation on one domain can go neither on nor back by itself.
+    NeedsAttention {
+        /// The policy.
+        policy: PolicyName,
+        /// The domain.
+        domain: DomainName,
+        /// The operation.
+        operation: Option<OperationId>,
+    },
+    /// A run took its snapshot of a domain, and the one before it had not.
+    Recovered {
+        /// The policy.
+        policy: PolicyName,
+        /// The domain.
+        domain: DomainName,
+    },
     /// The policy does not run any more.
     Suspended {
         /// The policy.
@@ -36,6 +53,55 @@ pub enum Notable {
         /// Why.
         reason: String,
     },
+}
+
+impl Notable {
+    /// The policy.
+    pub fn policy(&self) -> &PolicyName {
+        match self {
+            Self::Failed { policy, .. }
+            | Self::NeedsAttention { policy, .. }
+            | Self::Recovered { policy, .. }
+            | Self::Suspended { policy, .. } => policy,
+        }
+    }
+
+    /// The domain, if it is about one.
+    pub fn domain(&self) -> Option<&DomainName> {
+        match self {
+            Self::Failed { domain, .. }
+            | Self::NeedsAttention { domain, .. }
+            | Self::Recovered { domain, .. } => Some(domain),
+            Self::Suspended { .. } => None,
+        }
+    }
+
+    /// When people want to hear of it.
+    pub fn occasion(&self) -> Occasion {
+        match self {
+            Self::Failed { .. } | Self::Suspended { .. } => Occasion::Failure,
+            Self::NeedsAttention { .. } => Occasion::NeedsAttention,
+            Self::Recovered { .. } => Occasion::Recovery,
+        }
+    }
+}
+
+impl fmt::Display for Notable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed { domain, why, .. } => write!(f, "the run on {domain} took no snapshot: {why}"),
+            Self::NeedsAttention { domain, operation: Some(operation), .. } => {
+                write!(f, "the run on {domain} needs attention: `snaptree op show {operation}`")
+            }
+            Self::NeedsAttention { domain, operation: None, .. } => {
+                write!(f, "the run on {domain} needs attention")
+            }
+            Self::Recovered { domain, .. } => write!(f, "runs on {domain} take their snapshots again"),
+            Self::Suspended { policy, reason } => {
+                write!(f, "the policy is suspended until `snaptree policy resume {policy}`: {reason}")
+            }
+        }
+    }
 }
 
 /// What a look came to.
@@ -88,6 +154,11 @@ impl Scheduler {
         Ok(Self { engine, origin, book, watched, registered: BTreeMap::new() })
     }
 
+    /// What a policy says, as of the last look.
+    pub fn policy(&self, name: &PolicyName) -> Option<&Policy> {
+        self.book.get(name)?.policy()
+    }
+
     /// Lets what ended have its consequences, and asks for what is due by the engine's clock.
     ///
     /// # Errors
@@ -133,6 +204,10 @@ impl Scheduler {
                     continue;
                 }
                 outcome if outcome.is_success() => {
+                    if how == Watched::Fresh && self.failed_before(&state, run).await? {
+                        let (policy, domain) = (name.clone(), run.name.clone());
+                        tick.notable.push(Notable::Recovered { policy, domain });
+                    }
                     let explicit = run.asked_by.is_some();
                     if run.deletes.is_none() && (state.suspended.is_none() || explicit) {
                         match self.retention(&state, policy, run).await {
@@ -161,6 +236,15 @@ impl Scheduler {
             self.suspend_if_hopeless(&name, tick).await?;
         }
         Ok(())
+    }
+
+    /// Whether the run before `run` on its domain took no snapshot.
+    async fn failed_before(&self, state: &PolicyState, run: &Run) -> Result<bool, EngineError> {
+        let Some(before) = state.runs().filter(|other| other.domain == run.domain).nth(1) else {
+            return Ok(false);
+        };
+        let outcome = outcome_of(&self.engine, &before.create).await?;
+        Ok(!outcome.is_success() && outcome != RunOutcome::Open)
     }
 
     /// Whether anything was asked for.
@@ -261,12 +345,16 @@ impl Scheduler {
 }
 
 fn failure(policy: &PolicyName, run: &Run, outcome: RunOutcome) -> Notable {
+    let (policy, domain) = (policy.clone(), run.name.clone());
+    if outcome == RunOutcome::NeedsAttention {
+        return Notable::NeedsAttention { policy, domain, operation: run.create.operation };
+    }
     let word = outcome.as_str().unwrap_or("open");
     let why = match &run.create.refused {
         Some(failure) => format!("{word}: {failure}"),
         None => word.to_owned(),
     };
-    Notable::Failed { policy: policy.clone(), domain: run.name.clone(), why }
+    Notable::Failed { policy, domain, why }
 }
 
 /// The event of a skip.
