@@ -1,6 +1,7 @@
 //! All policies, as the log tells them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use snaptree_engine::engine::{Engine, EngineError};
@@ -20,7 +21,8 @@ const PAGE_EVENTS: usize = 4_096;
 /// All policies, as the log tells them.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    policies: BTreeMap<PolicyName, PolicyState>,
+    /// Shared, since a policy with years of runs is not copied at every look.
+    policies: BTreeMap<PolicyName, Arc<PolicyState>>,
     /// The last event that was read.
     seq: u64,
 }
@@ -54,8 +56,8 @@ impl Book {
                     {
                         fired.extend(e.domains.iter().map(|run| (name.clone(), run.domain)));
                     }
-                    let new = || PolicyState::new(name.clone());
-                    self.policies.entry(name.clone()).or_insert_with(new).apply(envelope);
+                    let new = || Arc::new(PolicyState::new(name.clone()));
+                    Arc::make_mut(self.policies.entry(name.clone()).or_insert_with(new)).apply(envelope);
                 }
             }
             if page.len() < PAGE_EVENTS {
@@ -67,17 +69,22 @@ impl Book {
 
     /// The policies that are defined, by name.
     pub fn defined(&self) -> impl Iterator<Item = &PolicyState> {
-        self.policies.values().filter(|state| state.definition.is_some())
+        self.all().filter(|state| state.definition.is_some())
     }
 
     /// All that ever were, by name.
     pub fn all(&self) -> impl Iterator<Item = &PolicyState> {
-        self.policies.values()
+        self.policies.values().map(AsRef::as_ref)
     }
 
     /// What the log says of that name; none if it never was a policy's.
     pub fn get(&self, name: &PolicyName) -> Option<&PolicyState> {
-        self.policies.get(name)
+        self.policies.get(name).map(AsRef::as_ref)
+    }
+
+    /// The same, to be kept. Who keeps it while the book is read on has it copied.
+    pub(super) fn shared(&self, name: &PolicyName) -> Option<Arc<PolicyState>> {
+        self.policies.get(name).cloned()
     }
 
     /// The policy of that name.
@@ -86,7 +93,7 @@ impl Book {
     /// There is none.
     pub fn find(&self, name: &str) -> Result<&PolicyState, Failure> {
         let found = PolicyName::new(name).ok().and_then(|name| self.policies.get(&name));
-        found.filter(|state| state.definition.is_some()).ok_or_else(|| {
+        found.map(AsRef::as_ref).filter(|state| state.definition.is_some()).ok_or_else(|| {
             let shown: String = name.chars().filter(|c| !c.is_control()).take(60).collect();
             let near = nearest(name, self.defined().map(|state| state.name.as_str()));
             let hint = match near {

@@ -193,8 +193,10 @@ impl Scheduler {
         let mut failed = BTreeSet::new();
         for ((name, domain), how) in watched {
             let key = (name.clone(), domain);
-            let Some(state) = self.book.get(&name).cloned() else { continue };
-            let (Some(policy), Some(run)) = (state.policy(), state.last_run(domain)) else {
+            let found = self.book.get(&name).and_then(|state| {
+                Some((state.policy()?.clone(), state.last_run(domain)?.clone(), state.suspended.is_none()))
+            });
+            let Some((policy, run, running)) = found else {
                 self.watched.remove(&key);
                 continue;
             };
@@ -204,13 +206,13 @@ impl Scheduler {
                     continue;
                 }
                 outcome if outcome.is_success() => {
-                    if how == Watched::Fresh && self.failed_before(&state, run).await? {
+                    if how == Watched::Fresh && self.failed_before(&name, &run).await? {
                         let (policy, domain) = (name.clone(), run.name.clone());
                         tick.notable.push(Notable::Recovered { policy, domain });
                     }
                     let explicit = run.asked_by.is_some();
-                    if run.deletes.is_none() && (state.suspended.is_none() || explicit) {
-                        match self.retention(&state, policy, run).await {
+                    if run.deletes.is_none() && (running || explicit) {
+                        match self.retention(&policy, &run).await {
                             Ok(true) => tick.woken.insert(domain),
                             Ok(false) => false,
                             Err(EngineError::Log(LogError::Conflict { .. })) => {
@@ -226,7 +228,7 @@ impl Scheduler {
                         failed.insert(name.clone());
                     }
                     if how == Watched::Fresh {
-                        tick.notable.push(failure(&name, run, outcome));
+                        tick.notable.push(failure(&name, &run, outcome));
                     }
                 }
             }
@@ -239,8 +241,9 @@ impl Scheduler {
     }
 
     /// Whether the run before `run` on its domain took no snapshot.
-    async fn failed_before(&self, state: &PolicyState, run: &Run) -> Result<bool, EngineError> {
-        let Some(before) = state.runs().filter(|other| other.domain == run.domain).nth(1) else {
+    async fn failed_before(&self, name: &PolicyName, run: &Run) -> Result<bool, EngineError> {
+        let runs = self.book.get(name).into_iter().flat_map(PolicyState::runs);
+        let Some(before) = runs.filter(|other| other.domain == run.domain).nth(1) else {
             return Ok(false);
         };
         let outcome = outcome_of(&self.engine, &before.create).await?;
@@ -248,21 +251,18 @@ impl Scheduler {
     }
 
     /// Whether anything was asked for.
-    async fn retention(
-        &mut self,
-        state: &PolicyState,
-        policy: &Policy,
-        run: &Run,
-    ) -> Result<bool, EngineError> {
+    async fn retention(&mut self, policy: &Policy, run: &Run) -> Result<bool, EngineError> {
+        let Some(state) = self.book.shared(&policy.name) else { return Ok(false) };
         let domain = Chosen { id: run.domain, name: run.name.clone() };
-        let asked = retain(&self.engine, &self.origin, state, policy, run.planned, &domain).await?;
+        let asked = retain(&self.engine, &self.origin, &state, policy, run.planned, &domain).await?;
+        drop(state);
         self.learn().await?;
         Ok(asked.iter().any(|request| request.operation.is_some()))
     }
 
     /// Suspends a policy whose last runs took no snapshot of any domain.
     async fn suspend_if_hopeless(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
-        let Some(state) = self.book.get(name).cloned() else { return Ok(()) };
+        let Some(state) = self.book.shared(name) else { return Ok(()) };
         let Some(policy) = state.running() else { return Ok(()) };
         let limit = policy.suspend_after.get();
         if failures_in_a_row(&self.engine, &state, limit).await? < limit {
@@ -275,13 +275,15 @@ impl Scheduler {
             Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
             Err(error) => return Err(error),
         }
+        drop(state);
         self.learn().await
     }
 
     /// Asks for what is due of one policy.
     async fn run_due(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
-        let Some(state) = self.book.get(name).cloned() else { return Ok(()) };
-        let Some(policy) = state.running() else { return Ok(()) };
+        let Some(mut state) = self.book.shared(name) else { return Ok(()) };
+        let Some(policy) = state.running().cloned() else { return Ok(()) };
+        let policy = &policy;
         let now = self.engine.now();
         let mut runs: BTreeMap<Timestamp, Vec<Chosen>> = BTreeMap::new();
         let mut skips = Vec::new();
@@ -302,7 +304,6 @@ impl Scheduler {
         if runs.is_empty() && !skips.is_empty() {
             runs.insert(now, Vec::new());
         }
-        let mut state = state.clone();
         for (planned, domains) in runs {
             let skipped = std::mem::take(&mut skips);
             let firing = Firing { planned, asked_by: None, domains: &domains, skipped: &skipped };
@@ -312,8 +313,10 @@ impl Scheduler {
                 // What was refused is told of with the next look.
                 tick.look_again(now);
             }
+            drop(state);
             self.learn().await?;
-            state = self.book.get(name).cloned().unwrap_or(state);
+            let Some(newer) = self.book.shared(name) else { return Ok(()) };
+            state = newer;
         }
         Ok(())
     }
