@@ -240,6 +240,19 @@ mod tests {
     }
 
     #[test]
+    fn how_often_drift_is_looked_for_is_read() {
+        for (text, every) in [
+            ("", Some(DRIFT_EVERY_DEFAULT)),
+            ("[drift]\nevery = \"1h\"", Some(Duration::from_secs(3_600))),
+            ("[drift]\nevery = \"0s\"", None),
+        ] {
+            let mut config = Config::default();
+            config.read(text).unwrap();
+            assert_eq!(config.drift_every, every, "{text}");
+        }
+    }
+
+    #[test]
     fn the_times_of_tools_are_read() {
         let mut config = Config::default();
         config.read("[qemu]\ntool-timeout = \"2s\"\ncopy-timeout = \"1h\"").unwrap();
