@@ -82,6 +82,13 @@ pub struct NewEvent {
     pub key: Option<String>,
 }
 
+impl NewEvent {
+    /// An event that belongs to no operation and was caused by none.
+    pub(crate) fn of_itself(stream: StreamId, event: Event) -> Self {
+        Self { stream, event, operation: None, cause: None, key: None }
+    }
+}
+
 /// What is appended in one piece.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Append {

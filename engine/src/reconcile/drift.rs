@@ -1,7 +1,8 @@
 //! Where the hypervisor and the log disagree, and no operation of ours explains it. Pure.
 //!
 //! A tombstone is no drift: what the hypervisor still holds of a deleted snapshot is ours. Nothing found here is ever
-//! deleted or put right by itself; it is recorded, shown, and what it makes unsafe is refused when it is planned.
+//! deleted or put right by itself; it is recorded, shown, and what it makes unsafe is refused when it is planned. What of
+//! it is taken over is [`adopt`](crate::reconcile::adopt)'s.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

@@ -66,13 +66,7 @@ impl Engine {
         let Some(domain) = &state.domain else { return Ok(()) };
         let stream = StreamId::Domain(domain.id);
         let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
-        let new = |event: Event| NewEvent {
-            stream: stream.clone(),
-            event,
-            operation: None,
-            cause: None,
-            key: None,
-        };
+        let new = |event: Event| NewEvent::of_itself(stream.clone(), event);
         let events = events.into_iter().map(new).collect();
         self.append(&requester, vec![(stream.clone(), state.version)], events).await?;
         Ok(())

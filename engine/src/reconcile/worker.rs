@@ -294,13 +294,7 @@ impl<'a> Worker<'a> {
         if taken_over.is_empty() {
             return Ok(seen);
         }
-        let new = |event: Event| NewEvent {
-            stream: self.stream.clone(),
-            event,
-            operation: None,
-            cause: None,
-            key: None,
-        };
+        let new = |event: Event| NewEvent::of_itself(self.stream.clone(), event);
         let events = taken_over.into_iter().map(new).collect();
         self.append(Actor::Engine, events).await?;
         Ok(self.driver.observe(&self.state).await)

@@ -1,7 +1,7 @@
 //! What happens past Snaptree: someone uses the hypervisor itself, and drift tells of it.
 //!
-//! What the engine learns to do about it (adopting a snapshot, a log that was put back from an older copy) is to be
-//! acted out here, and [`Model::by_hand`](super::model::Model::by_hand) says what is true then.
+//! Here the engine only reports. That it takes over what it finds, and a log that was put back from an older copy, is
+//! tested through the program alone (`tests/tests/adopt.rs`, `restored.rs`).
 
 use std::collections::BTreeSet;
 
