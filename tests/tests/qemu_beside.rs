@@ -101,12 +101,23 @@ fn what_touches_other_layers_goes_on_beside_a_merge_that_needs_attention() {
 }
 
 #[test]
-fn what_an_abandoned_merge_left_half_unlinked_is_known_and_the_rest_is_removed_later() {
+fn what_an_abandoned_pull_left_half_unlinked_is_known_and_the_rest_is_removed_later() {
+    abandoned_in_the_middle_of_unlinking([6, 6, 6]);
+}
+
+#[test]
+fn what_an_abandoned_push_left_half_unlinked_is_known_and_the_rest_is_removed_later() {
+    // What is deleted is large and what stands upon it small, so that one goes down.
+    abandoned_in_the_middle_of_unlinking([6, 100, 1]);
+}
+
+/// Each snapshot has written so many blocks of both disks before it.
+fn abandoned_in_the_middle_of_unlinking(blocks: [usize; 3]) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut lab = Lab::new(folder.path());
     for (index, name) in ["base", "one", "two"].into_iter().enumerate() {
-        lab.write("vda", index * 4, 6, u8::try_from(index + 1).expect("small"));
-        lab.write("vdb", index * 4, 6, u8::try_from(index + 1).expect("small"));
+        lab.write("vda", index * 4, blocks[index], u8::try_from(index + 1).expect("small"));
+        lab.write("vdb", index * 4, blocks[index], u8::try_from(index + 1).expect("small"));
         lab.program.json(0, &["create", "web", name]);
         lab.model.create(name, &["vda", "vdb"]);
     }
