@@ -7,6 +7,7 @@
 //! | `POST /v1/domains/ID/commands` with [`Ask`] | [`Asked`]: the request is in the log, and is being carried out |
 //! | `POST /v1/domains/ID/reconcile` | lines, the last one `driven` |
 //! | `POST /v1/domains/ID/drift` | [`Drifted`] |
+//! | `POST /v1/domains/ID/power` with [`Powering`] | nothing, once it is so |
 //! | `GET /v1/operations/ID/follow` | lines, the last one `driven` |
 //! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
 //! | `POST /v1/recover` | [`Accounts`] |
@@ -21,9 +22,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snaptree_drivers::qemu::RunsWish;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::{Domain, DriverKind};
-use snaptree_engine::driver::Head;
+use snaptree_engine::driver::{Head, PowerWish};
 use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin, PolicyRun};
 use snaptree_engine::log::{EventFilter, OperationFilter};
 use snaptree_engine::reconcile::connection::ConnectionState;
@@ -80,6 +82,12 @@ pub struct Registering {
     /// `qemu`: convert a raw image.
     #[serde(default)]
     pub convert: bool,
+    /// `qemu`: who runs it.
+    #[serde(default)]
+    pub runs: RunsWish,
+    /// `qemu`: the guest agent's socket.
+    #[serde(default)]
+    pub agent: Option<PathBuf>,
     /// `sim`: whose limits it has.
     #[serde(default)]
     pub profile: Option<String>,
@@ -99,6 +107,14 @@ pub struct Registered {
 pub struct Drifted {
     /// All that is known.
     pub findings: Drift,
+}
+
+/// What shall become of a machine.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Powering {
+    /// The wish.
+    pub wish: PowerWish,
 }
 
 /// What recovery found of an operation, and did.

@@ -320,6 +320,18 @@ impl Watch for NoWatch {
     fn happened(&self, _envelope: &Envelope) {}
 }
 
+/// What shall become of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PowerWish {
+    /// It runs.
+    Start,
+    /// Its guest is asked to shut down.
+    Shutdown,
+    /// It ends at once; what the guest has in its memory is lost.
+    End,
+}
+
 /// The files that a step works on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Touched {
@@ -434,6 +446,18 @@ pub trait Driver: Send + Sync {
     /// It cannot be read, or contradicts the files that are there.
     async fn kept(&self, _state: &DomainState) -> Result<Option<Kept>, DriverError> {
         Ok(None)
+    }
+
+    /// Starts or ends the machine; one that is as wished is left alone.
+    ///
+    /// # Errors
+    /// It is not Snaptree that starts and ends it, or it could not be done.
+    async fn power(&self, state: &DomainState, _wish: PowerWish) -> Result<(), DriverError> {
+        let name = state.domain.as_ref().map_or("", |domain| domain.name.as_str());
+        Err(DriverError::permanent(
+            Code::Unsupported,
+            format!("domain '{name}' is not started and ended by Snaptree"),
+        ))
     }
 
     /// Returns when nobody is still at work for `operation`: orphaned tools are waited for, then ended.

@@ -13,7 +13,8 @@ use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::{Domain, DriverKind};
 use crate::driver::{
-    Driver, Hooks, NoHooks, NoWatch, Observation, Plan, Registration, Resolution, StepContext, Watch,
+    Driver, Hooks, NoHooks, NoWatch, Observation, Plan, PowerWish, Registration, Resolution, StepContext,
+    Watch,
 };
 use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, LayerId, OperationId, StreamId, UuidV7};
@@ -606,6 +607,21 @@ impl Engine {
     /// The hypervisor could not be asked.
     pub async fn observe(&self, state: &DomainState) -> Result<Observation, EngineError> {
         self.driver_of(state)?.observe(state).await.map_err(EngineError::Driver)
+    }
+
+    /// Starts or ends a machine. It is no operation: the log tells of snapshots, and whoever may start the machine
+    /// by hand may do so at any time.
+    ///
+    /// # Errors
+    /// An operation is open, the machine is started and ended by someone else, or it could not be done.
+    pub async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<(), EngineError> {
+        let state = self.load(domain).await?;
+        if let Some(open) = state.open.first() {
+            let message =
+                format!("operation {} ({}) on this domain is not finished", open.id, open.request.kind());
+            return Err(reject(Code::InUse, message).into());
+        }
+        self.driver_of(&state)?.power(&state, wish).await.map_err(EngineError::Driver)
     }
 
     pub(crate) fn driver_of(&self, state: &DomainState) -> Result<Arc<dyn Driver>, EngineError> {

@@ -6,24 +6,35 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use crate::images::{text, tool};
 
+/// Assembles a guest of `lab/qemu/`.
+///
+/// # Panics
+/// The assembler fails, or it is no boot sector.
+pub fn boot_sector(source: &str) -> Vec<u8> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [object, binary] = ["guest.o", "guest.bin"].map(|name| folder.path().join(name));
+    let source = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/lab/qemu")).join(source);
+    tool("as", &["--32", "-o", text(&object), text(&source)]);
+    tool(
+        "ld",
+        &["-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", text(&binary), text(&object)],
+    );
+    let sector = std::fs::read(&binary).expect("the boot sector");
+    assert_eq!(sector.len(), 512, "a boot sector");
+    sector
+}
+
 /// Makes a qcow2 image of 1 MiB that boots the guest.
 ///
 /// # Panics
 /// The assembler or qemu-img fails.
 pub fn make_image(path: &Path) {
     let folder = tempfile::tempdir().expect("a folder");
-    let [object, binary] = ["counter.o", "counter.bin"].map(|name| folder.path().join(name));
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/lab/qemu/counter.S");
-    tool("as", &["--32", "-o", text(&object), source]);
-    tool(
-        "ld",
-        &["-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", text(&binary), text(&object)],
-    );
-    let mut image = std::fs::read(&binary).expect("the boot sector");
-    assert_eq!(image.len(), 512, "a boot sector");
+    let plain = folder.path().join("plain");
+    let mut image = boot_sector("counter.S");
     image.resize(1 << 20, 0);
-    std::fs::write(&binary, image).expect("the raw image");
-    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&binary), text(path)]);
+    std::fs::write(&plain, image).expect("the raw image");
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&plain), text(path)]);
 }
 
 /// A running QEMU; killed when dropped.

@@ -11,6 +11,8 @@ pub mod lab;
 pub mod measure;
 pub mod program;
 pub mod random;
+#[cfg(feature = "lab")]
+pub mod running;
 pub mod rewind;
 pub mod scenarios;
 pub mod scene;

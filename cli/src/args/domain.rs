@@ -13,7 +13,14 @@ const ADD_EXAMPLES: &str = "Examples:
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
   snaptree domain add db --driver qemu --disk vda=db.qcow2 --disk vdb=data.qcow2 --label tier=prod
   snaptree domain add toy --driver sim
+  snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --qmp /run/web.qmp
+  snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --start 'systemctl start web' \
+      --stop 'systemctl stop web' --qmp /run/web.qmp
+  snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --launch 'qemu-system-x86_64 -m 2G \
+      -drive file={vda},format={vda.format} -qmp unix:{qmp},server=on,wait=off -pidfile {pidfile} {incoming}'
 
+A machine that Snaptree cannot reach is left alone while it runs: with --qmp its snapshots are taken and merged under the
+running guest, with --start and --stop or --launch it can be reverted, too. The commands are kept in the log.
 With the qemu driver the registered path becomes a symlink that always opens the machine's current disk, so whatever
 starts the machine needs no change. --keep-path leaves it as it is.";
 const LIST_EXAMPLES: &str = "Example:
@@ -23,6 +30,11 @@ const SHOW_EXAMPLES: &str = "Example:
 const SET_EXAMPLES: &str = "Examples:
   snaptree domain set web --name web-1
   snaptree domain set web --label tier=prod --label old=       (the second takes a label away)";
+const START_EXAMPLES: &str = "Example:
+  snaptree domain start web";
+const STOP_EXAMPLES: &str = "Examples:
+  snaptree domain stop web
+  snaptree domain stop web --force";
 const REMOVE_EXAMPLES: &str = "Examples:
   snaptree domain remove web                   a domain without snapshots
   snaptree domain remove web --flatten         end its snapshots and put one plain image back
@@ -47,6 +59,29 @@ pub enum DomainCommand {
     /// Change a machine's name or labels
     #[command(after_help = SET_EXAMPLES)]
     Set(SetArgs),
+    /// Start a machine that Snaptree may start
+    #[command(after_help = START_EXAMPLES)]
+    Start {
+        /// Its name or id
+        #[arg(value_name = "NAME")]
+        domain: String,
+        /// Waiting for the state.
+        #[command(flatten)]
+        writer: WriterArgs,
+    },
+    /// Shut down a machine that Snaptree may end
+    #[command(after_help = STOP_EXAMPLES)]
+    Stop {
+        /// Its name or id
+        #[arg(value_name = "NAME")]
+        domain: String,
+        /// End it at once; what the guest has in its memory is lost
+        #[arg(long)]
+        force: bool,
+        /// Waiting for the state.
+        #[command(flatten)]
+        writer: WriterArgs,
+    },
     /// Let go of a machine
     #[command(after_help = REMOVE_EXAMPLES)]
     Remove(RemoveArgs),
@@ -72,6 +107,22 @@ pub struct AddArgs {
     /// Convert a raw image to qcow2, in its place
     #[arg(long)]
     pub convert: bool,
+    /// QEMU's QMP socket, by which the machine is reached while it runs
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// A command that starts the machine, run by sh -c
+    #[arg(long, value_name = "CMD", requires = "stop")]
+    pub start: Option<String>,
+    /// A command that ends the machine, run by sh -c
+    #[arg(long, value_name = "CMD", requires = "start")]
+    pub stop: Option<String>,
+    /// QEMU's command line, so that Snaptree starts and ends the machine; {vda} stands for the file of disk vda,
+    /// {vda.format}, {qmp}, {pidfile} and {incoming} for what they say
+    #[arg(long, value_name = "CMD", conflicts_with_all = ["qmp", "start", "stop"])]
+    pub launch: Option<String>,
+    /// The guest agent's socket, for --quiesce
+    #[arg(long, value_name = "SOCKET")]
+    pub agent: Option<PathBuf>,
     /// Whose limits the simulated machine has: default, qemu, virtualbox, esx or libvirt-test
     #[arg(long, value_name = "P")]
     pub profile: Option<String>,

@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::Serialize;
+use snaptree_drivers::qemu::RunsWish;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
+use snaptree_engine::driver::PowerWish;
 use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::project::DomainState;
 
 use super::carry::{Asked, carry, open};
+use crate::args::WriterArgs;
 use crate::args::domain::{AddArgs, DomainCommand, RemoveArgs, SetArgs};
 use crate::args::snapshot::Wait;
 use crate::args::value::labels;
@@ -35,6 +38,13 @@ struct Domains {
     domains: Vec<DomainView>,
 }
 
+/// The document of `domain start` and `domain stop`.
+#[derive(Serialize)]
+struct Powered {
+    domain: String,
+    state: &'static str,
+}
+
 /// Carries out a command on domains.
 ///
 /// # Errors
@@ -45,6 +55,13 @@ pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
         DomainCommand::List => list(context).await,
         DomainCommand::Show { domain } => show(context, &domain).await,
         DomainCommand::Set(args) => set(context, args).await,
+        DomainCommand::Start { domain, writer } => power(context, &domain, PowerWish::Start, &writer).await,
+        DomainCommand::Stop { domain, force: false, writer } => {
+            power(context, &domain, PowerWish::Shutdown, &writer).await
+        }
+        DomainCommand::Stop { domain, force: true, writer } => {
+            power(context, &domain, PowerWish::End, &writer).await
+        }
         DomainCommand::Remove(args) => remove(context, args).await,
     }
 }
@@ -64,6 +81,13 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
         layers: args.layers.map(absolute).transpose()?,
         keep_path: args.keep_path,
         convert: args.convert,
+        runs: RunsWish {
+            qmp: args.qmp.map(absolute).transpose()?,
+            start: args.start,
+            stop: args.stop,
+            launch: args.launch,
+        },
+        agent: args.agent.map(absolute).transpose()?,
         profile: args.profile,
     };
     let Registered { domain, notes } = office.register(registering).await?;
@@ -95,8 +119,25 @@ fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
         DriverKind::Sim if args.layers.is_some() => wrong("--layers"),
         DriverKind::Sim if args.keep_path => wrong("--keep-path"),
         DriverKind::Sim if args.convert => wrong("--convert"),
+        DriverKind::Sim if args.qmp.is_some() => wrong("--qmp"),
+        DriverKind::Sim if args.start.is_some() => wrong("--start"),
+        DriverKind::Sim if args.launch.is_some() => wrong("--launch"),
+        DriverKind::Sim if args.agent.is_some() => wrong("--agent"),
         _ => Ok(()),
     }
+}
+
+async fn power(context: &Context, domain: &str, wish: PowerWish, writer: &WriterArgs) -> Result<Exit> {
+    let Writer { engine, office } = open(context, writer).await?;
+    let id = engine.find_domain(domain).await?;
+    office.power(id, wish).await?;
+    let state = if wish == PowerWish::Start { "running" } else { "off" };
+    if context.json {
+        render::json(&Powered { domain: domain.to_owned(), state })?;
+    } else {
+        render::print(&format!("Domain '{}' is {state}.\n", safe(domain)))?;
+    }
+    Ok(Exit::Done)
 }
 
 async fn list(context: &Context) -> Result<Exit> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use async_trait::async_trait;
 use snaptree_engine::command::Command;
+use snaptree_engine::driver::PowerWish;
 use snaptree_engine::engine::{Engine, EngineError, Requester, Submitted};
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
@@ -62,6 +63,10 @@ impl Office for Here {
 
     async fn drift(&self, domain: DomainId) -> Result<Drift> {
         Ok(self.engine.drift(&self.requester, domain).await?)
+    }
+
+    async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
+        Ok(self.engine.power(domain, wish).await?)
     }
 
     async fn register(&self, registering: Registering) -> Result<Registered> {

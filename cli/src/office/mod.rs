@@ -17,7 +17,7 @@ use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of}
 use snaptree_drivers::sim::{Profile, SimOptions};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
-use snaptree_engine::driver::Registration;
+use snaptree_engine::driver::{PowerWish, Registration};
 use snaptree_engine::engine::{Engine, Requester, Submitted};
 use snaptree_engine::operation::Outcome;
 use snaptree_engine::project::DomainState;
@@ -73,6 +73,12 @@ pub trait Office: Send + Sync {
     /// # Errors
     /// The hypervisor cannot be asked, or the state cannot be used.
     async fn drift(&self, domain: DomainId) -> Result<Drift>;
+
+    /// Starts or ends a machine.
+    ///
+    /// # Errors
+    /// An operation is open, somebody else starts and ends it, or it could not be done.
+    async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()>;
 
     /// Registers a machine.
     ///
@@ -136,7 +142,8 @@ async fn qemu_options(engine: &Engine, registering: &Registering) -> Result<serd
     let keep_path = if registering.keep_path { PathWish::Keep } else { PathWish::Follow };
     let raw = if registering.convert { RawWish::Convert } else { RawWish::Refuse };
     let bases = files_of_all(engine, bases_of).await?;
-    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases })?)
+    let (runs, agent) = (registering.runs.clone(), registering.agent.clone());
+    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases, runs, agent })?)
 }
 
 /// Files of the registered domains, with the owner's name.

@@ -14,7 +14,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use snaptree_engine::command::Command;
-use snaptree_engine::driver::{Progress as _, Watch as _};
+use snaptree_engine::driver::{PowerWish, Progress as _, Watch as _};
 use snaptree_engine::engine::Submitted;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
@@ -28,8 +28,8 @@ use crate::exit::{Exit, FromDaemon, Trouble};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Registered, Registering,
-    SUDO_USER_HEADER, Status,
+    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Powering, Registered,
+    Registering, SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.
@@ -240,6 +240,10 @@ impl Office for There {
 
     async fn drift(&self, domain: DomainId) -> Result<Drift> {
         Ok(self.ask::<Drifted>(Method::POST, &format!("/v1/domains/{domain}/drift"), &()).await?.findings)
+    }
+
+    async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
+        self.ask(Method::POST, &format!("/v1/domains/{domain}/power"), &Powering { wish }).await
     }
 
     async fn register(&self, registering: Registering) -> Result<Registered> {

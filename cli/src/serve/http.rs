@@ -32,8 +32,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, QueueView, Registered,
-    Registering, Status, WireError,
+    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Powering, QueueView,
+    Registered, Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.
@@ -165,6 +165,7 @@ fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/domains/{domain}/commands", post(command))
         .route("/v1/domains/{domain}/reconcile", post(reconcile))
         .route("/v1/domains/{domain}/drift", post(drift))
+        .route("/v1/domains/{domain}/power", post(power))
         .route("/v1/operations/{operation}/follow", get(follow_operation))
         .route("/v1/operations/{operation}/cancel", post(cancel))
         .route("/v1/recover", post(recover))
@@ -310,6 +311,18 @@ async fn drift(
     let domain = daemon.engine.find_domain(&domain).await?;
     let findings = daemon.engine.drift(&peer.requester(&headers), domain).await?;
     Ok(Json(Drifted { findings }))
+}
+
+async fn power(
+    State(daemon): Shared,
+    Path(domain): Path<String>,
+    Read(powering): Read<Powering>,
+) -> Answer<()> {
+    let domain = daemon.engine.find_domain(&domain).await?;
+    daemon.engine.power(domain, powering.wish).await?;
+    // What waited for the machine to be off, or on, may go on.
+    daemon.dispatcher.wake(domain);
+    Ok(Json(()))
 }
 
 async fn reconcile(State(daemon): Shared, Path(domain): Path<String>) -> Result<Response, Failure> {

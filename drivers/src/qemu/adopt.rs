@@ -23,7 +23,7 @@ use super::generation::Stand;
 use super::img::QemuImg;
 use super::lock::{OperationLock, QemuLocks, check_unused, writer};
 use super::manifest::{Effect, Manifest, links};
-use super::step::{Adopt, OwnBacking, Turn};
+use super::step::{Adopt, OwnBacking, Turn, Under};
 
 /// What a step works with.
 #[derive(Clone, Copy)]
@@ -31,6 +31,8 @@ pub(super) struct Work<'a> {
     pub(super) context: &'a StepContext<'a>,
     pub(super) img: &'a QemuImg,
     pub(super) lock: &'a OperationLock,
+    /// How fast a block job may move data, a second; 0 for as fast as it can.
+    pub(super) speed_bytes: u64,
 }
 
 impl Work<'_> {
@@ -95,7 +97,7 @@ impl Adopt {
             self.make_own_backing_absolute(work).await?;
             self.link().await?;
             work.reached("qemu.adopt.linked");
-            locks = QemuLocks::take([self.file.as_path()])?;
+            locks = self.lock()?;
             self.check_untouched(stamp_of(&self.file)?)?;
             self.prepare(work).await?;
             work.reached("qemu.adopt.locked");
@@ -105,7 +107,7 @@ impl Adopt {
         if self.keep_path == PathWish::Follow {
             if let AtPath::Image = self.at_path()? {
                 if locks.files().next().is_none() {
-                    locks = QemuLocks::take([self.file.as_path()])?;
+                    locks = self.lock()?;
                 }
                 self.check_same_inode()?;
                 let draft = self.draft_link(work);
@@ -121,6 +123,14 @@ impl Adopt {
         drop(locks);
         work.reached("qemu.adopt.done");
         Ok(StepReport { changes: self.changes(), learnt: serde_json::Value::Null })
+    }
+
+    /// Keeps a machine from being started, unless one runs.
+    fn lock(&self) -> Result<QemuLocks, DriverError> {
+        match self.under {
+            Under::Nobody => QemuLocks::take([self.file.as_path()]),
+            Under::Guest => Ok(QemuLocks::default()),
+        }
     }
 
     /// A relative backing name would be looked for in the layers folder.
@@ -151,7 +161,11 @@ impl Adopt {
     }
 
     fn check_same_inode(&self) -> Result<(), DriverError> {
-        if stamp_of(&self.file)?.inode == self.stamp.inode {
+        self.check_same_inode_as(stamp_of(&self.file)?)
+    }
+
+    fn check_same_inode_as(&self, found: FileStamp) -> Result<(), DriverError> {
+        if found.inode == self.stamp.inode {
             return Ok(());
         }
         Err(DriverError::permanent(
@@ -162,6 +176,9 @@ impl Adopt {
 
     /// The image is as it was at planning; a rewritten header changes the time alone.
     fn check_untouched(&self, found: FileStamp) -> Result<(), DriverError> {
+        if self.under == Under::Guest {
+            return self.check_same_inode_as(found);
+        }
         let expected = FileStamp {
             mtime_ns: if self.own_backing.is_some() { found.mtime_ns } else { self.stamp.mtime_ns },
             ..self.stamp

@@ -9,6 +9,8 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, LayerId};
 
+use super::runs::{Runs, RunsWish};
+
 /// Deepest chain: QEMU opens one file per layer, and slows down with their number.
 pub(super) const DEPTH_MAX: usize = 200;
 /// QEMU's limit on the name of a backing file.
@@ -49,6 +51,10 @@ pub struct QemuOptions {
     /// Files that other domains are built upon and only read (see [`bases_of`]), with the domain's name. Such a file
     /// cannot be registered as a disk, but a disk may be built upon it.
     pub bases: BTreeMap<PathBuf, DomainName>,
+    /// Who runs the machine.
+    pub runs: RunsWish,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
 }
 
 /// What the driver remembers of a domain: [`Domain::config`].
@@ -60,6 +66,12 @@ pub struct QemuConfig {
     pub keep_path: PathWish,
     /// The registered images.
     pub disks: BTreeMap<DiskName, DiskPaths>,
+    /// Who runs the machine.
+    #[serde(default, skip_serializing_if = "Runs::is_apart")]
+    pub runs: Runs,
+    /// The guest agent's socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<PathBuf>,
 }
 
 /// A registered image.
@@ -101,12 +113,12 @@ pub(super) fn active(layers: &Path) -> PathBuf {
     layers.join("active")
 }
 
-/// What can be done with a machine that is off.
-pub(super) const fn capabilities() -> Capabilities {
+/// What can be done with a machine; `agent` is whether its guest can be asked to quiesce.
+pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
     Capabilities {
         memory: false,
         disk_only: true,
-        quiesce: false,
+        quiesce: agent.is_some(),
         internal: false,
         disk_selection: true,
         children_only: true,

@@ -87,6 +87,12 @@ fn processes_with(device: u64, inode: u64) -> Vec<u32> {
         .collect()
 }
 
+/// The processes that have the file open.
+pub(super) fn processes_of(path: &Path) -> Vec<u32> {
+    let metadata = fs::metadata(path);
+    metadata.map(|metadata| processes_with(metadata.dev(), metadata.ino())).unwrap_or_default()
+}
+
 /// The refusal that an image in use gets.
 pub(super) fn in_use(holder: &InUse) -> Failure {
     let file = holder.file.display();

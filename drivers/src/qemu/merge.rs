@@ -15,14 +15,30 @@ use snaptree_engine::operation::Code;
 use super::adopt::{Work, backing_name, unreadable};
 use super::config::QemuConfig;
 use super::files::{self, Doing, WRITE_BITS, folder_of, if_there, remove, set_mode, stamp_of, sync};
+use super::live::{self, Monitor};
 use super::lock::check_unused;
 use super::observe::scan_folders;
-use super::step::{DropLayers, Dropped, Pull, Push, Writer};
+use super::step::{DropLayers, Dropped, Pull, Push, Under, Writer};
+
+impl Under {
+    /// The machine, where it may have the layers open.
+    async fn machine(self, work: Work<'_>) -> Result<Option<Monitor>, DriverError> {
+        match self {
+            Self::Nobody => Ok(None),
+            Self::Guest => live::machine(work.context.state).await,
+        }
+    }
+}
 
 impl Pull {
     /// Does it; after an interruption it begins anew.
     pub(super) async fn execute(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
         work.reached("qemu.pull.begin");
+        if let Some(mut monitor) = self.under.machine(work).await?
+            && let Some(report) = self.execute_under(work, &mut monitor).await?
+        {
+            return Ok(report);
+        }
         check_unused(&self.file)?;
         for (file, planned) in &self.below {
             if stamp_of(file)? != *planned {
@@ -77,19 +93,24 @@ impl Pull {
         work.img.rebase_header(work.lock, &self.file, &self.from_file, "qcow2").await
     }
 
-    fn close(&self) -> Result<(), DriverError> {
+    pub(super) fn close(&self) -> Result<(), DriverError> {
         match self.writer {
             Writer::Machine => Ok(()),
             Writer::Nobody => set_mode(&self.file, self.mode & !WRITE_BITS),
         }
     }
 
-    fn report(&self, parent: &snaptree_engine::LayerId, stamp: FileStamp) -> StepReport {
+    pub(super) fn report(&self, parent: &snaptree_engine::LayerId, stamp: FileStamp) -> StepReport {
         StepReport { changes: vec![self.rebased(parent, stamp)], learnt: serde_json::Value::Null }
     }
 
     /// Puts the layer back; the data that it took already masks the same data below.
     pub(super) async fn undo(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
+        if let Some(mut monitor) = self.under.machine(work).await?
+            && let Some(report) = self.undo_under(work, &mut monitor).await?
+        {
+            return Ok(report);
+        }
         check_unused(&self.file)?;
         set_mode(&self.file, self.mode)?;
         let put_back = self.to_old_parent(work).await;
@@ -103,11 +124,16 @@ impl Pull {
 impl Push {
     /// Does it as a step of its own: `from` is frozen.
     pub(super) async fn execute(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
+        if let Some(mut monitor) = self.under.machine(work).await?
+            && let Some(report) = self.execute_under(work, &mut monitor).await?
+        {
+            return Ok(report);
+        }
         self.run(work).await?;
         Ok(self.report()?)
     }
 
-    fn report(&self) -> Result<StepReport, snaptree_engine::operation::Failure> {
+    pub(super) fn report(&self) -> Result<StepReport, snaptree_engine::operation::Failure> {
         let changes = self.stamped(&|path| stamp_of(path).ok())?;
         Ok(StepReport { changes, learnt: serde_json::Value::Null })
     }
@@ -115,7 +141,7 @@ impl Push {
     /// Copies `from` and what is between down into `into`, and syncs it.
     pub(super) async fn run(&self, work: Work<'_>) -> Result<(), DriverError> {
         work.reached("qemu.push.begin");
-        self.check(work)?;
+        self.check(work, Under::Nobody)?;
         set_mode(&self.into_file, self.into_mode)?;
         set_mode(&self.from_file, self.from_mode)?;
         let pushed =
@@ -130,9 +156,11 @@ impl Push {
     }
 
     /// What must be so at the last moment before a file with a dependant is written.
-    fn check(&self, work: Work<'_>) -> Result<(), DriverError> {
-        check_unused(&self.from_file)?;
-        check_unused(&self.into_file)?;
+    pub(super) fn check(&self, work: Work<'_>, under: Under) -> Result<(), DriverError> {
+        if under == Under::Nobody {
+            check_unused(&self.from_file)?;
+            check_unused(&self.into_file)?;
+        }
         for file in [&self.into_file, &self.from_file].into_iter().chain(&self.between) {
             let (facts, _, _) = files::facts(file).map_err(|error| unreadable(file, &error))?;
             if facts.virtual_size_bytes != self.virtual_size_bytes {
@@ -148,10 +176,15 @@ impl Push {
         // The chain from `from` down to `into` must be the planned one, and the only one.
         let dependants = dependants(work, self.between.iter().chain([&self.into_file]))?;
         let mut below = &self.into_file;
+        // A push under the running machine that was cut off may have put these upon `into` already.
+        let stacked = self.stacked(work);
         for above in self.between.iter().chain([&self.from_file]) {
             let found = dependants.get(below).map(Vec::as_slice).unwrap_or_default();
-            if found != [above.clone()] {
-                let other = found.iter().find(|file| *file != above).unwrap_or(above);
+            let others = found.iter().filter(|file| *file != above);
+            let mut strangers = others.filter(|file| stacked.iter().all(|(known, _)| known != *file));
+            let stranger = strangers.next();
+            if stranger.is_some() || !found.contains(above) {
+                let other = stranger.unwrap_or(above);
                 return Err(DriverError::permanent(
                     Code::Drift,
                     format!(
@@ -168,7 +201,7 @@ impl Push {
         Ok(())
     }
 
-    fn close(&self) -> Result<(), DriverError> {
+    pub(super) fn close(&self) -> Result<(), DriverError> {
         set_mode(&self.into_file, self.into_mode & !WRITE_BITS)?;
         match self.writer {
             Writer::Machine => Ok(()),
@@ -184,7 +217,10 @@ impl Push {
     }
 
     /// The same, as a step's undo.
-    pub(super) async fn undo(&self) -> Result<StepReport, DriverError> {
+    pub(super) async fn undo(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
+        if let Some(mut monitor) = self.under.machine(work).await? {
+            self.undo_under(work, &mut monitor).await?;
+        }
         Ok(StepReport { changes: self.take_back().await?, learnt: serde_json::Value::Null })
     }
 }
@@ -193,6 +229,7 @@ impl DropLayers {
     /// Unlinks; what is gone already is fine.
     pub(super) async fn execute(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
         work.reached("qemu.drop.begin");
+        self.close_nodes(work).await;
         for dropped in &self.drop {
             self.check(work, dropped)?;
         }
@@ -215,6 +252,17 @@ impl DropLayers {
         sync(&self.layers).await?;
         work.reached("qemu.drop.done");
         Ok(StepReport { changes: self.changes(), learnt: serde_json::Value::Null })
+    }
+
+    /// A running machine may still have open what it does not need any more. It does no harm but to the space that
+    /// the files take, so what stands in the way is no reason to stop.
+    async fn close_nodes(&self, work: Work<'_>) {
+        let Ok(Some(mut monitor)) = live::machine(work.context.state).await else { return };
+        for dropped in &self.drop {
+            if let Err(error) = monitor.close_file(&dropped.file).await {
+                tracing::warn!(%error, file = %dropped.file.display(), "QEMU keeps a removed layer open");
+            }
+        }
     }
 
     /// Only a layer of the log that is not the registered image, and only the very file, is ever unlinked.

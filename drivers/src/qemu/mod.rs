@@ -29,15 +29,19 @@ mod flatten;
 mod generation;
 mod img;
 mod kept;
+mod live;
 mod lock;
 mod manifest;
 mod merge;
 mod observe;
 mod plan;
 mod plan_merge;
+mod power;
 mod probe;
 mod qcow2;
+mod qmp;
 mod resolve;
+mod runs;
 mod step;
 mod switch;
 
@@ -47,9 +51,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use snaptree_engine::OperationId;
+use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{
-    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, Probe, Registration, Remedy, Resolution,
-    StepContext, StepReport, Touched,
+    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration, Remedy,
+    Resolution, StepContext, StepReport, Touched,
 };
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
@@ -57,6 +62,7 @@ use snaptree_engine::project::DomainState;
 pub use config::{DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of};
 pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
+pub use runs::{Runs, RunsWish};
 
 use adopt::Work;
 use img::QemuImg;
@@ -72,12 +78,18 @@ pub struct QemuDriver {
     run_dir: PathBuf,
     img: QemuImg,
     settle_grace: Duration,
+    job_speed_bytes: u64,
 }
 
 impl QemuDriver {
     /// A driver that keeps its operations' locks in `run_dir`, which it makes when it needs it.
     pub fn new(run_dir: PathBuf) -> Self {
-        Self { run_dir, img: QemuImg::new("qemu-img".into()), settle_grace: SETTLE_GRACE_DEFAULT }
+        Self {
+            run_dir,
+            img: QemuImg::new("qemu-img".into()),
+            settle_grace: SETTLE_GRACE_DEFAULT,
+            job_speed_bytes: 0,
+        }
     }
 
     /// With another qemu-img than the one on the path.
@@ -97,18 +109,25 @@ impl QemuDriver {
     pub fn settle_grace(self, grace: Duration) -> Self {
         Self { settle_grace: grace, ..self }
     }
+
+    /// With a limit on how many bytes a second a merge under a running machine may move; 0 for none.
+    #[must_use]
+    pub fn job_speed(self, bytes: u64) -> Self {
+        Self { job_speed_bytes: bytes, ..self }
+    }
 }
 
 #[async_trait]
 impl Driver for QemuDriver {
     async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError> {
-        probe::probe(&self.img, registration).await
+        probe::probe(&self.img, registration, &self.run_dir).await
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
         let state = state.clone();
+        let machine = live::look(&state).await?;
         // A file system that hangs must not hang everything else.
-        match tokio::task::spawn_blocking(move || observe::observe(&state, Timestamp::now())).await {
+        match tokio::task::spawn_blocking(move || observe::observe(&state, Timestamp::now(), machine)).await {
             Ok(observed) => observed,
             Err(error) => {
                 Err(DriverError::new(ErrorClass::Transient, Code::Io, "the images cannot be looked at")
@@ -130,7 +149,7 @@ impl Driver for QemuDriver {
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let work = Work { context, img: &self.img, lock: &lock };
+        let work = Work { context, img: &self.img, lock: &lock, speed_bytes: self.job_speed_bytes };
         let done = match &step {
             QemuStep::Adopt(adopt) => adopt.execute(work).await,
             QemuStep::Switch(switch) => switch.execute(work).await,
@@ -140,6 +159,7 @@ impl Driver for QemuDriver {
             QemuStep::Flatten(flatten) => flatten.execute(work).await,
             QemuStep::Place(place) => place.execute(work).await,
             QemuStep::Clean(clean) => clean.execute(work).await,
+            QemuStep::Power(power) => power.execute(work).await,
         };
         give_back(lock, &done);
         done
@@ -159,14 +179,15 @@ impl Driver for QemuDriver {
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let work = Work { context, img: &self.img, lock: &lock };
+        let work = Work { context, img: &self.img, lock: &lock, speed_bytes: self.job_speed_bytes };
         let undone = match &step {
             QemuStep::Adopt(adopt) => adopt.undo(work).await,
             QemuStep::Switch(switch) => switch.undo(work).await,
             QemuStep::Pull(pull) => pull.undo(work).await,
-            QemuStep::Push(push) => push.undo().await,
+            QemuStep::Push(push) => push.undo(work).await,
             QemuStep::Flatten(flatten) => flatten.undo().await,
             QemuStep::Place(place) => place.undo(),
+            QemuStep::Power(power) => power.undo(work).await,
             QemuStep::Drop(_) | QemuStep::Clean(_) => Err(DriverError::permanent(
                 Code::Invalid,
                 "a step behind the point of no return cannot be taken back",
@@ -184,9 +205,25 @@ impl Driver for QemuDriver {
         kept::kept(state)
     }
 
-    async fn settle(&self, _state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
-        OperationLock::settle(&self.run_dir, operation, self.settle_grace).await
+    async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {
+        match wish {
+            PowerWish::Start => live::start(state, RunState::Running).await,
+            PowerWish::Shutdown => live::end(state, live::Ending::Shutdown).await,
+            PowerWish::End => live::end(state, live::Ending::AtOnce).await,
+        }
     }
+
+    async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
+        OperationLock::settle(&self.run_dir, operation, self.settle_grace).await?;
+        if is_under_machine(state, operation) { live::settle(state).await } else { Ok(()) }
+    }
+}
+
+/// Whether what became of the operation's steps can only be told with the machine, if it runs.
+fn is_under_machine(state: &DomainState, operation: OperationId) -> bool {
+    let open = state.open.iter().find(|open| open.id == operation);
+    let mut steps = open.into_iter().flat_map(|open| &open.steps);
+    steps.any(|step| QemuStep::of(step).is_ok_and(|step| step.is_under_machine()))
 }
 
 /// Where the end of a step is unknown a tool may still be at work, and its lock must be found by recovery.

@@ -16,6 +16,7 @@ use snaptree_engine::project::DomainState;
 use super::config::{QemuConfig, active};
 use super::files::{Doing, facts, folder_of, if_there};
 use super::generation;
+use super::live::Machine;
 use super::lock::writer;
 use super::qcow2::{Backing, ReadError};
 
@@ -37,6 +38,12 @@ pub(super) struct Detail {
     pub(super) owners: BTreeMap<PathBuf, u32>,
     /// What every image of ours says it is built upon, word for word.
     pub(super) backing: BTreeMap<PathBuf, Backing>,
+    /// Files in the layers folder that are not in the log and hold data of their own.
+    #[serde(default)]
+    pub(super) written: BTreeSet<PathBuf>,
+    /// The machine, where it can be reached while it runs.
+    #[serde(default)]
+    pub(super) machine: Machine,
 }
 
 /// What is at a registered path.
@@ -70,7 +77,11 @@ impl Detail {
 }
 
 /// Reads everything that planning and recovery decide by.
-pub(super) fn observe(state: &DomainState, at: Timestamp) -> Result<Observation, DriverError> {
+pub(super) fn observe(
+    state: &DomainState,
+    at: Timestamp,
+    machine: Machine,
+) -> Result<Observation, DriverError> {
     let (_, config) = QemuConfig::of(state)?;
     let mut detail = Detail { uid: nix::unistd::geteuid().as_raw(), ..Detail::default() };
     detail.folder = names(&config.layers)?;
@@ -90,8 +101,12 @@ pub(super) fn observe(state: &DomainState, at: Timestamp) -> Result<Observation,
         detail: serde_json::Value::Null,
     };
     if !seen.in_use.is_empty() {
-        seen.run_state = RunState::Running;
+        seen.run_state = match &machine {
+            Machine::Live(machine) => machine.run.state(),
+            Machine::Mute { .. } | Machine::Silent => RunState::Running,
+        };
     }
+    detail.machine = machine;
     match generation::current(&config.layers) {
         Ok(current) => seen.generation = current,
         Err(error) if error.failure.code == Code::Drift => {
@@ -106,6 +121,9 @@ pub(super) fn observe(state: &DomainState, at: Timestamp) -> Result<Observation,
     for path in files {
         match facts(&path) {
             Ok((found, metadata, header)) => {
+                if !known.contains(&path) && header.has_data(&path) {
+                    detail.written.insert(path.clone());
+                }
                 note(&mut seen, &mut detail, path, found, metadata.uid(), header.backing)
             }
             Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -155,12 +173,19 @@ fn known_files(state: &DomainState, config: &QemuConfig) -> BTreeSet<PathBuf> {
 }
 
 /// Who writes the machine's disks.
-fn in_use(state: &DomainState, config: &QemuConfig) -> Result<Vec<InUse>, DriverError> {
+pub(super) fn in_use(state: &DomainState, config: &QemuConfig) -> Result<Vec<InUse>, DriverError> {
     let mut found = Vec::new();
     for (name, paths) in &config.disks {
         let active = state.layers.disks.get(name).and_then(|disk| disk.active_layer());
         let file = active.map_or(&paths.resolved, |(_, layer)| &layer.file);
         found.extend(writer(file).doing("ask for the locks of", file)?);
+    }
+    // A machine that can be reached may write a layer that the log does not call active yet.
+    if found.is_empty() && config.runs.qmp().is_some() {
+        for name in names(&config.layers)?.iter().filter(|name| name.ends_with(".qcow2")) {
+            let file = config.layers.join(name);
+            found.extend(writer(&file).doing("ask for the locks of", &file)?);
+        }
     }
     Ok(found)
 }

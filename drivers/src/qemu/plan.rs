@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use snaptree_engine::domain::{Domain, RunState};
+use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{FileFacts, Observation, Plan};
 use snaptree_engine::event::{
     MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
@@ -15,10 +15,12 @@ use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
 use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
 use super::generation;
+use super::live::LiveMachine;
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
 use super::step::{
-    Adopt, DropLayers, Dropped, Expect, Freeze, Fresh, Guard, OwnBacking, QemuStep, Switch, Turn,
+    Adopt, DropLayers, Dropped, Expect, Freeze, Fresh, Guard, Live, OwnBacking, QemuStep, Quiesce, Switch,
+    Turn, Under,
 };
 
 /// About what an empty overlay occupies.
@@ -33,12 +35,14 @@ pub(super) fn plan(
 ) -> Result<Plan, Failure> {
     let (domain, config) = QemuConfig::of(state).map_err(Failure::refused)?;
     let detail = Detail::of(observation).map_err(Failure::refused)?;
+    let machine = detail.machine.at_work(observation, &config).map(Option::<&LiveMachine>::cloned);
     let planner = Planner {
         operation,
         state,
         seen: observation,
         domain,
         config,
+        machine,
         detail,
         steps: Vec::new(),
         turns: Vec::new(),
@@ -55,6 +59,8 @@ pub(super) struct Planner<'a> {
     pub(super) domain: &'a Domain,
     pub(super) config: QemuConfig,
     pub(super) detail: Detail,
+    /// The machine, if it runs; why it cannot be worked with, if it does.
+    machine: Result<Option<LiveMachine>, Failure>,
     pub(super) steps: Vec<Step>,
     /// The generations that the steps so far switch to.
     turns: Vec<String>,
@@ -91,12 +97,37 @@ impl Planner<'_> {
         Ok(Plan { steps: self.steps, ..self.costs })
     }
 
-    /// Nobody has the machine's disks open, and everything is as the log says.
+    /// Nobody has the machine's disks open but a machine that answers, and everything is as the log says.
     pub(super) fn check_sound(&self) -> Result<(), Failure> {
-        if let Some(holder) = self.seen.in_use.first() {
-            return Err(in_use(holder));
+        super::drift::check(self.state, self.seen, &self.config, &self.detail)?;
+        match self.machine()? {
+            Some(machine) => machine.check(self.state, &self.config),
+            None => Ok(()),
         }
-        super::drift::check(self.state, self.seen, &self.config, &self.detail)
+    }
+
+    /// The machine, if it runs.
+    pub(super) fn machine(&self) -> Result<Option<&LiveMachine>, Failure> {
+        self.machine.as_ref().map(Option::as_ref).map_err(Clone::clone)
+    }
+
+    /// Whether the running machine has a layer open.
+    pub(super) fn under(&self, file: &Path) -> Result<Under, Failure> {
+        let open = self.machine()?.is_some_and(|machine| machine.node_of(file).is_some());
+        Ok(if open { Under::Guest } else { Under::Nobody })
+    }
+
+    /// A switch of what the running machine writes; none if it is off.
+    pub(super) fn live(&self) -> Result<Option<Live>, Failure> {
+        Ok(self.machine()?.map(|machine| Live { was: machine.run, quiesce: Quiesce::No }))
+    }
+
+    /// Refuses what cannot be done while the machine runs.
+    pub(super) fn check_off(&self) -> Result<(), Failure> {
+        match (self.machine()?, self.seen.in_use.first()) {
+            (Some(_), Some(holder)) => Err(in_use(holder)),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn push(
@@ -130,6 +161,7 @@ impl Planner<'_> {
             restack: Vec::new(),
             guard: Vec::new(),
             gone: Vec::new(),
+            live: None,
         }
     }
 
@@ -199,9 +231,12 @@ impl Planner<'_> {
             tops.push((disk.clone(), top));
         }
         let mut switch = self.empty_switch();
+        switch.live = self.live()?;
         for (disk, top) in tops {
             switch.fresh.push(self.fresh(&disk, (top.layer.clone(), top.file.clone()), top.mode, &top.facts));
-            switch.guard.push(Guard { file: top.file.clone(), expect: top.expect });
+            if switch.live.is_none() {
+                switch.guard.push(Guard { file: top.file.clone(), expect: top.expect });
+            }
             switch.freeze.push(Freeze {
                 disk,
                 layer: top.layer,
@@ -294,6 +329,17 @@ impl Planner<'_> {
             }
         };
         let own_backing = own_backing.filter(|_| self.config.keep_path == PathWish::Follow);
+        if own_backing.is_some() && self.machine()?.is_some() {
+            return Err(Failure::new(
+                Code::InUse,
+                format!(
+                    "image {} names what it is built upon by a relative path, which cannot be changed while the \
+                     machine runs",
+                    image.display()
+                ),
+            )
+            .hint("shut the machine down for the first snapshot"));
+        }
         let expect = match own_backing {
             Some(_) => Expect::SameFile { stamp: facts.stamp },
             None => Expect::Untouched { stamp: facts.stamp },
@@ -308,6 +354,7 @@ impl Planner<'_> {
             mode: facts.mode,
             virtual_size_bytes: facts.virtual_size_bytes,
             own_backing,
+            under: self.under(image)?,
             turn: self.turn(),
         };
         self.check_owner(image)?;
@@ -342,18 +389,13 @@ impl Planner<'_> {
     }
 
     fn revert(&mut self, request: &SnapshotRevertRequested) -> Result<(), Failure> {
-        if matches!(request.run_state, Some(RunState::Running | RunState::Paused)) {
-            return Err(Failure::new(
-                Code::Unsupported,
-                format!(
-                    "domain '{}' is started by someone else, so it stays off after a revert",
-                    self.domain.name
-                ),
-            ));
-        }
         let snapshot = self.state.tree.get(request.snapshot).filter(|snapshot| !snapshot.lost);
         let snapshot =
             snapshot.ok_or_else(|| Failure::new(Code::NotFound, "the snapshot is not there any more"))?;
+        let state = snapshot.state;
+        let after = self.run_state_after(request, state)?;
+        self.end_machine()?;
+        let ran = self.machine()?.is_some();
         let mut drop = Vec::new();
         let mut switch = self.empty_switch();
         for disk in &snapshot.disks {
@@ -373,14 +415,17 @@ impl Planner<'_> {
             self.check_owner(&held.file)?;
             let facts = self.facts(&held.file)?.clone();
             switch.fresh.push(self.fresh(disk, (target, held.file.clone()), held.mode, &facts));
-            // What it wrote until now is given up; what it writes from now on, should this be cut short, is not.
+            // What it wrote until now is given up; what it writes from now on, should this be cut short, is not. A
+            // machine that is ended for it writes until then.
             let stamp = self.facts(&current.file)?.stamp;
-            switch.guard.push(Guard { file: current.file.clone(), expect: Expect::Untouched { stamp } });
+            let expect = if ran { Expect::Anything } else { Expect::Untouched { stamp } };
+            switch.guard.push(Guard { file: current.file.clone(), expect });
             switch.gone.push((disk.clone(), active));
             self.costs.lost.push(format!("what the machine wrote to {disk} since its last snapshot"));
         }
         self.push("switch", Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
-        self.drop_step(drop)
+        self.drop_step(drop)?;
+        self.start_machine(after)
     }
 
     /// A layer that may be unlinked.

@@ -13,7 +13,8 @@ use super::config::PathWish;
 use super::plan::Planner;
 use super::qcow2::Backing;
 use super::step::{
-    Clean, Dropped, Expect, Flatten, Guard, Place, Placed, Pull, Push, QemuStep, Restack, Switch, Writer,
+    Clean, Dropped, Expect, Flatten, Guard, Place, Placed, Pull, Push, QemuStep, Restack, Switch, Under,
+    Writer,
 };
 
 impl Planner<'_> {
@@ -35,7 +36,12 @@ impl Planner<'_> {
                     let (push, dropped) = self.push_down(disk, from, into, between)?;
                     if push.writer == Writer::Nobody {
                         let step = QemuStep::Push(push.clone());
-                        self.push(format!("push {disk}"), Reversal::Undoable, Poison::Nothing, &step)?;
+                        // QEMU itself puts what stands on the layer onto the other file.
+                        let reversal = match push.under {
+                            Under::Nobody => Reversal::Undoable,
+                            Under::Guest => Reversal::PointOfNoReturn,
+                        };
+                        self.push(format!("push {disk}"), reversal, Poison::Nothing, &step)?;
                     }
                     pushes.push(push);
                     drop.extend(dropped);
@@ -49,6 +55,9 @@ impl Planner<'_> {
         switch.push = pushes;
         switch.gone = drop.iter().map(|dropped| (dropped.disk.clone(), dropped.layer.clone())).collect();
         let pushed = switch.push.iter().find(|push| push.writer == Writer::Machine);
+        if pushed.is_some() {
+            switch.live = self.live()?;
+        }
         let name =
             pushed.map_or_else(|| "switch".to_owned(), |push| format!("push {} and switch", push.disk));
         self.push(name, Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
@@ -127,6 +136,7 @@ impl Planner<'_> {
                 chain.extend(self.stamps(disk, vanishing)?);
             }
             let step = Pull {
+                under: self.under(&layer.file)?,
                 disk: disk.clone(),
                 layer: id.clone(),
                 file: layer.file,
@@ -194,6 +204,7 @@ impl Planner<'_> {
             }
         }
         let push = Push {
+            under: self.under(&upper.file)?,
             disk: disk.clone(),
             from: from.clone(),
             from_file: upper.file,
@@ -223,7 +234,7 @@ impl Planner<'_> {
                 onto_file: push.into_file.clone(),
             });
         }
-        if push.writer == Writer::Machine {
+        if push.writer == Writer::Machine && push.under == Under::Nobody {
             switch.guard.push(Guard { file: push.from_file.clone(), expect: Expect::Anything });
         }
         Ok(())
@@ -243,6 +254,7 @@ impl Planner<'_> {
             return Ok(());
         }
         self.check_sound()?;
+        self.check_off()?;
         let mut placed = Vec::new();
         let mut drop = Vec::new();
         let mut keep = Vec::new();

@@ -19,6 +19,7 @@ use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync}
 use super::img::{ForceShare, QemuImg};
 use super::lock::{in_use, writer};
 use super::qcow2::{Header, HeaderError, ReadError};
+use super::runs::Runs;
 
 /// What a layer's file name adds to a disk's name: two dashes, a UUID, `base`, `.qcow2.new`, and a slash.
 const FILE_NAME_BYTES: usize = 64;
@@ -43,7 +44,13 @@ impl Owned {
 }
 
 /// Looks at everything, and converts raw images if that is wished.
-pub(super) async fn probe(img: &QemuImg, registration: &Registration) -> Result<Probe, DriverError> {
+///
+/// `run_dir` is where a machine that Snaptree runs has its socket.
+pub(super) async fn probe(
+    img: &QemuImg,
+    registration: &Registration,
+    run_dir: &Path,
+) -> Result<Probe, DriverError> {
     let options = options(registration)?;
     if registration.disks.is_empty() {
         return Err(invalid("a QEMU domain needs at least one disk".to_owned()).hint("--disk vda=FILE"));
@@ -51,8 +58,14 @@ pub(super) async fn probe(img: &QemuImg, registration: &Registration) -> Result<
     let taken = Owned::new(&registration.taken);
     let bases = Owned::new(&options.bases);
     let mut notes = Vec::new();
-    let mut config =
-        QemuConfig { layers: PathBuf::new(), keep_path: options.keep_path, disks: BTreeMap::new() };
+    let names: Vec<&DiskName> = registration.disks.iter().map(|(name, _)| name).collect();
+    let mut config = QemuConfig {
+        layers: PathBuf::new(),
+        keep_path: options.keep_path,
+        disks: BTreeMap::new(),
+        runs: Runs::of(&options.runs, &names, &run_dir.join(registration.id.to_string()))?,
+        agent: options.agent.clone(),
+    };
     let mut disks = Vec::new();
     let mut inodes = BTreeMap::new();
     for (name, given) in &registration.disks {
@@ -83,9 +96,10 @@ pub(super) async fn probe(img: &QemuImg, registration: &Registration) -> Result<
     }
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
+    let capabilities = capabilities(config.agent.as_ref());
     let config = serde_json::to_value(&config)
         .map_err(|_| invalid("a path is no UTF-8 text, which the log cannot hold".to_owned()))?;
-    Ok(Probe { disks, config, capabilities: capabilities(), notes })
+    Ok(Probe { disks, config, capabilities, notes })
 }
 
 fn invalid(message: String) -> DriverError {

@@ -68,6 +68,8 @@ pub(super) struct Header {
     pub(super) internal_snapshots: u32,
     /// What it is built upon.
     pub(super) backing: Option<Backing>,
+    /// Where its first table is, and how many entries that has.
+    first_table: (u64, u32),
 }
 
 /// What an image says it is built upon, word for word.
@@ -156,7 +158,24 @@ impl Header {
                 format: backing_format(bytes, header_bytes, cluster_bytes, backing_offset)?,
             })
         };
-        Ok(Self { virtual_size_bytes: be64(bytes, 24)?, internal_snapshots: be32(bytes, 60)?, backing })
+        Ok(Self {
+            virtual_size_bytes: be64(bytes, 24)?,
+            internal_snapshots: be32(bytes, 60)?,
+            backing,
+            first_table: (be64(bytes, 40)?, be32(bytes, 36)?),
+        })
+    }
+
+    /// Whether anything was ever written to the image at `path`, whose header this is. One that cannot be read may.
+    pub(super) fn has_data(&self, path: &Path) -> bool {
+        let (offset, entries) = self.first_table;
+        let read = || -> io::Result<bool> {
+            let file = super::files::open_image(path)?;
+            let mut table = vec![0; usize::try_from(entries).map_err(io::Error::other)? * 8];
+            file.read_exact_at(&mut table, offset)?;
+            Ok(table.iter().any(|byte| *byte != 0))
+        };
+        read().unwrap_or(true)
     }
 }
 

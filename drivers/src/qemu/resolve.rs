@@ -1,5 +1,6 @@
 //! What became of a step, told from an observation alone. Pure.
 
+use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{Observation, Remedy, Resolution, StepContext, StepReport};
 use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::{Code, Failure};
@@ -7,9 +8,10 @@ use snaptree_engine::operation::{Code, Failure};
 use super::config::PathWish;
 use super::files::WRITE_BITS;
 use super::generation::Stand;
+use super::live::{Machine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
-use super::step::{Adopt, DropLayers, Flatten, Guard, Place, Pull, QemuStep, Switch, Writer};
+use super::step::{Adopt, DropLayers, Flatten, Guard, Place, Power, Pull, QemuStep, Switch, Under, Writer};
 use super::switch::written_meanwhile;
 
 /// What became of a step.
@@ -29,6 +31,7 @@ pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observa
         QemuStep::Place(place) => place.resolve(seen, &detail),
         // Removing what is gone already is nothing, and whether the folders were synced cannot be seen.
         QemuStep::Clean(_) => FINISH,
+        QemuStep::Power(power) => power.resolve(seen),
     }
 }
 
@@ -61,8 +64,8 @@ impl Adopt {
             Stand::Elsewhere => ask(self.turn.elsewhere(seen.generation.as_deref()).to_string()),
             // The path may still be the image itself; the same inode is opened either way.
             Stand::Switched if !ours && self.keep_path == PathWish::Follow => match seen.in_use.first() {
-                Some(holder) => take_back(in_use(holder)),
-                None => FINISH,
+                Some(holder) if self.under == Under::Nobody => take_back(in_use(holder)),
+                _ => FINISH,
             },
             // The generation before is removed last, when all else is synced.
             Stand::Switched => match &self.turn.previous {
@@ -76,7 +79,7 @@ impl Adopt {
     }
 
     fn resolve_before(&self, seen: &Observation, detail: &Detail) -> Resolution {
-        if let Some(holder) = seen.in_use.first() {
+        if let (Under::Nobody, Some(holder)) = (self.under, seen.in_use.first()) {
             return take_back(in_use(holder));
         }
         let name = detail.backing.get(&self.resolved).map(|backing| &backing.name);
@@ -84,6 +87,9 @@ impl Adopt {
         let untouched = seen.files.get(&self.resolved).is_some_and(|found| {
             let expected = self.stamp;
             let found = found.stamp;
+            if self.under == Under::Guest {
+                return found.inode == expected.inode;
+            }
             found == expected
                 || (rewritten && (found.inode, found.size_bytes) == (expected.inode, expected.size_bytes))
         });
@@ -109,6 +115,7 @@ impl Switch {
                     Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
                 }
             }
+            Stand::Before if self.live.is_some() => self.resolve_live(seen, detail),
             Stand::Before => match self.hindrance(seen) {
                 Some(failure) => take_back(failure),
                 None if self.has_begun(seen, detail) => Resolution::HalfDone(Remedy::EitherWay),
@@ -124,7 +131,38 @@ impl Switch {
         let opened = pushed.all(|push| mode(&push.into_file) == Some(push.into_mode));
         // The generation before is removed last, when all else is synced.
         let cleaned = self.turn.previous.as_ref().is_some_and(|previous| !detail.folder.contains(previous));
-        frozen && opened && cleaned
+        let waits = match (&self.live, &detail.machine) {
+            (Some(live), Machine::Live(machine)) => live.was == Run::Running && machine.run != Run::Running,
+            _ => false,
+        };
+        frozen && opened && cleaned && !waits
+    }
+
+    /// Before the switch, under a machine that ran when it was planned.
+    fn resolve_live(&self, seen: &Observation, detail: &Detail) -> Resolution {
+        let pushed = self.push.iter().filter(|push| push.writer == Writer::Machine);
+        match (&detail.machine, seen.in_use.first()) {
+            // It may have exchanged its disks, and only QEMU knows: whoever settles waits for its answer.
+            (Machine::Silent | Machine::Mute { .. }, Some(holder)) => {
+                let failure = in_use(holder);
+                ask(format!("{}, and does not answer", failure.message))
+            }
+            (Machine::Live(machine), Some(_)) => {
+                let exchanged = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
+                let pivoted = pushed.clone().any(|push| machine.node_of(&push.from_file).is_none());
+                if exchanged || pivoted {
+                    FINISH
+                } else if self.fresh.is_empty() {
+                    Resolution::HalfDone(Remedy::EitherWay)
+                } else {
+                    take_back(cut_short())
+                }
+            }
+            // What the guest wrote after its disks were exchanged is in the new layers alone.
+            (_, None) if self.fresh.iter().any(|fresh| detail.written.contains(&fresh.file)) => FINISH,
+            (_, None) if self.fresh.is_empty() => Resolution::HalfDone(Remedy::EitherWay),
+            (_, None) => take_back(cut_short()),
+        }
     }
 
     /// Why it must not go on: the machine runs, or ran meanwhile.
@@ -166,6 +204,23 @@ impl Pull {
         }
         ask(format!("{} is built upon a file that Snaptree did not put it upon", self.file.display()))
     }
+}
+
+impl Power {
+    /// Ending what has ended is nothing. Whether a start was asked for cannot be seen while it does not run.
+    fn resolve(&self, seen: &Observation) -> Resolution {
+        match (self.wish, seen.run_state) {
+            (RunState::Off, RunState::Off) => Resolution::Done(StepReport::default()),
+            (RunState::Off, _) => Resolution::NotDone,
+            _ => FINISH,
+        }
+    }
+}
+
+/// Why a snapshot that was cut off before its moment is not taken later.
+fn cut_short() -> Failure {
+    Failure::new(Code::Expired, "it was cut off before the snapshot was taken, and the machine ran on")
+        .hint("ask for it again")
 }
 
 impl DropLayers {

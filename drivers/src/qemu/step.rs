@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::Touched;
 use snaptree_engine::layer::{FileStamp, Layer, LayerChange};
 use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
 use super::config::{PathWish, active};
+use super::live::Run;
 use super::qcow2::Backing;
 
 /// One step.
@@ -33,6 +35,8 @@ pub(super) enum QemuStep {
     Place(Place),
     /// Removes all that Snaptree made for the domain.
     Clean(Clean),
+    /// Starts or ends the machine.
+    Power(Power),
 }
 
 impl QemuStep {
@@ -46,11 +50,25 @@ impl QemuStep {
 }
 
 impl QemuStep {
+    /// Whether the machine may run while it is done.
+    pub(super) fn is_under_machine(&self) -> bool {
+        match self {
+            Self::Adopt(adopt) => adopt.under == Under::Guest,
+            Self::Switch(switch) => switch.live.is_some(),
+            Self::Pull(pull) => pull.under == Under::Guest,
+            Self::Push(push) => push.under == Under::Guest,
+            Self::Power(_) => true,
+            Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
+        }
+    }
+
     /// The files that the step works on; none for a step that changes what the registered paths are. A switch writes
     /// `active` for all disks, so no two go on beside one another.
     pub(super) fn touches(&self) -> Option<Touched> {
         let writes = match self {
-            Self::Adopt(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => return None,
+            Self::Adopt(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) | Self::Power(_) => {
+                return None;
+            }
             Self::Switch(switch) => return Some(switch.touches()),
             Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
             Self::Push(push) => push.writes().cloned().collect(),
@@ -81,6 +99,60 @@ pub(super) enum Writer {
     Nobody,
 }
 
+/// Whether the machine may have the layers open that a step works on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Under {
+    /// It must not: the step was planned for files that nobody uses.
+    #[default]
+    Nobody,
+    /// It may; if it is off by then, qemu-img does the work.
+    Guest,
+}
+
+impl Under {
+    /// For what is not written down.
+    pub(super) fn is_nobody(&self) -> bool {
+        *self == Self::Nobody
+    }
+}
+
+/// [`QemuStep::Power`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Power {
+    pub(super) wish: RunState,
+    /// What it was at planning.
+    pub(super) was: RunState,
+}
+
+/// A switch under a running machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Live {
+    /// Whether the guest ran when this was planned, and has to run again afterwards.
+    pub(super) was: Run,
+    /// Whether the guest's file systems are frozen for the moment of the snapshot.
+    #[serde(default, skip_serializing_if = "Quiesce::is_no")]
+    pub(super) quiesce: Quiesce,
+}
+
+/// Whether the guest is asked to quiesce.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Quiesce {
+    /// It is not.
+    #[default]
+    No,
+    /// By the guest agent.
+    ByAgent,
+}
+
+impl Quiesce {
+    /// For what is not written down.
+    pub(super) fn is_no(&self) -> bool {
+        *self == Self::No
+    }
+}
+
 /// [`QemuStep::Adopt`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Adopt {
@@ -97,6 +169,8 @@ pub(super) struct Adopt {
     pub(super) virtual_size_bytes: u64,
     /// The image's own backing name is relative, and would not be found from the layers folder.
     pub(super) own_backing: Option<OwnBacking>,
+    #[serde(default, skip_serializing_if = "Under::is_nobody")]
+    pub(super) under: Under,
     pub(super) turn: Turn,
 }
 
@@ -123,6 +197,9 @@ pub(super) struct Switch {
     pub(super) guard: Vec<Guard>,
     /// Layers that the operation unlinks afterwards; the manifest leaves them out.
     pub(super) gone: Vec<(DiskName, LayerId)>,
+    /// What the machine writes is switched under it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) live: Option<Live>,
 }
 
 /// A new overlay.
@@ -162,6 +239,8 @@ pub(super) struct Push {
     /// The tombstones between, lowest first.
     pub(super) between: Vec<PathBuf>,
     pub(super) virtual_size_bytes: u64,
+    #[serde(default, skip_serializing_if = "Under::is_nobody")]
+    pub(super) under: Under,
 }
 
 /// A layer that gets another parent with the same content.
@@ -228,6 +307,8 @@ pub(super) struct Pull {
     pub(super) onto_file: PathBuf,
     /// What it is built upon now, and how those files were at planning.
     pub(super) below: Vec<(PathBuf, FileStamp)>,
+    #[serde(default, skip_serializing_if = "Under::is_nobody")]
+    pub(super) under: Under,
 }
 
 /// [`QemuStep::Drop`].

@@ -11,6 +11,7 @@ use snaptree_engine::tree::SnapshotState;
 use super::adopt::{Work, backing_name, unreadable};
 use super::files::{self, Doing, WRITE_BITS, if_there, remove, set_mode, stamp_of, sync};
 use super::generation::{self, Stand};
+use super::live;
 use super::lock::QemuLocks;
 use super::manifest::{Effect, links};
 use super::step::{Fresh, Push, Restack, StampOf, Switch, Writer};
@@ -22,7 +23,14 @@ impl Switch {
     /// Does it, or what is left of it.
     pub(super) async fn execute(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
         work.reached("qemu.switch.begin");
-        if self.turn.stand_now()? == Stand::Before {
+        let machine = match self.live {
+            Some(live) => live::machine(work.context.state).await?.map(|monitor| (live, monitor)),
+            None => None,
+        };
+        let stand = self.turn.stand_now()?;
+        if let (Stand::Before, Some((live, monitor))) = (stand, machine) {
+            self.switch_under(work, live, monitor).await?;
+        } else if stand == Stand::Before {
             for fresh in &self.fresh {
                 fresh.make(work).await?;
             }
@@ -53,6 +61,11 @@ impl Switch {
             set_mode(&push.into_file, push.into_mode)?;
         }
         self.turn.finish().await?;
+        if let Some(live) = self.live
+            && let Some(mut monitor) = live::machine(work.context.state).await?
+        {
+            self.go_on(&mut monitor, live).await?;
+        }
         work.reached("qemu.switch.done");
         Ok(self.report(work.context, &|path| stamp_of(path).ok())?)
     }
@@ -67,7 +80,10 @@ impl Switch {
             Request::Create(_) => {
                 let learnt = Learnt {
                     taken: Some(context.now),
-                    state: Some(SnapshotState::Shutoff),
+                    state: Some(match self.live {
+                        Some(_) => SnapshotState::DiskSnapshot,
+                        None => SnapshotState::Shutoff,
+                    }),
                     ..Learnt::default()
                 };
                 serde_json::to_value(learnt)
@@ -92,7 +108,7 @@ impl Switch {
             }
             // qemu-img cannot work on a file that is locked, so the locks come after it, and tell whether the
             // machine ran in between.
-            let locks = QemuLocks::take(self.guard.iter().map(|guard| guard.file.as_path()))?;
+            let locks = QemuLocks::take(self.guarded())?;
             if before.iter().all(|(file, stamp)| stamp_of(file).is_ok_and(|now| now == *stamp)) {
                 self.check_guards(&locks)?;
                 return Ok(locks);
@@ -104,8 +120,17 @@ impl Switch {
         ))
     }
 
+    /// What nobody may write until the rename. For a machine that was off when its time came there was no guard planned.
+    fn guarded(&self) -> impl Iterator<Item = &Path> {
+        let frozen = self.freeze.iter().map(|frozen| &frozen.file);
+        let pushed =
+            self.push.iter().filter(|push| push.writer == Writer::Machine).map(|push| &push.from_file);
+        let written = frozen.chain(pushed).filter(|_| self.live.is_some());
+        self.guard.iter().map(|guard| &guard.file).chain(written).map(|file| file.as_path())
+    }
+
     fn check_guards(&self, locks: &QemuLocks) -> Result<(), DriverError> {
-        debug_assert_eq!(locks.files().count(), self.guard.len());
+        debug_assert_eq!(locks.files().count(), self.guarded().count());
         for guard in &self.guard {
             if !guard.expect.holds(stamp_of(&guard.file)?) {
                 return Err(written_meanwhile(&guard.file).into());
@@ -114,7 +139,7 @@ impl Switch {
         Ok(())
     }
 
-    async fn write_generation(&self, work: Work<'_>) -> Result<(), DriverError> {
+    pub(super) async fn write_generation(&self, work: Work<'_>) -> Result<(), DriverError> {
         let after = self.graph_after(&work.context.state.layers)?;
         let effect = match work.context.request {
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) => Effect::Request,
@@ -150,6 +175,11 @@ impl Switch {
             // Another operation went on beside this one while it was stuck before its switch.
             Stand::Elsewhere if current == work.context.state.layers.generation => {}
             Stand::Elsewhere => return Err(self.turn.elsewhere(current.as_deref())),
+        }
+        if let Some(live) = self.live
+            && let Some(monitor) = live::machine(work.context.state).await?
+        {
+            self.undo_under(work, live, monitor).await?;
         }
         for fresh in &self.fresh {
             remove(&fresh.draft())?;
@@ -202,7 +232,7 @@ impl Fresh {
 
     /// Makes the overlay. One that is there was begun by this very step: its name carries the operation, and nothing
     /// uses it before the switch.
-    async fn make(&self, work: Work<'_>) -> Result<(), DriverError> {
+    pub(super) async fn make(&self, work: Work<'_>) -> Result<(), DriverError> {
         if self.is_known(&work.context.state.layers) {
             return Err(DriverError::permanent(
                 Code::Exists,

@@ -35,8 +35,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
 use crate::driver::{
-    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, Probe, Registration, Resolution,
-    StepContext, StepReport, Touched,
+    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration,
+    Resolution, StepContext, StepReport, Touched,
 };
 use crate::ids::OperationId;
 use crate::operation::{Code, Failure, Request, Step};
@@ -481,6 +481,10 @@ impl Driver for Bounded {
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         self.ask(context.state, None, self.driver.undo(context, step)).await
+    }
+
+    async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {
+        self.ask(state, None, self.driver.power(state, wish)).await
     }
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {

@@ -3,7 +3,8 @@
 //! ```text
 //!  no dependant        drop the file
 //!  one dependant       contract: *pull* the tombstone's data up into the dependant, or *push* the dependant
-//!                      down into the tombstone's file, whichever moves fewer bytes; tombstones in a row at once
+//!                      down into the tombstone's file, whichever moves fewer bytes; tombstones in a row at once;
+//!                      what a running machine writes is pulled into where that is possible
 //!  several             pull into each, if the copies are within the limit; else it stays, with the reason
 //! ```
 //!
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::RunState;
 use crate::driver::{FileFacts, Observation};
 use crate::event::MergeWish;
 use crate::ids::{DiskName, LayerId, SnapshotId};
@@ -260,13 +262,18 @@ impl Planner<'_> {
         let pull_bytes: u64 = run.tombstones.iter().map(|id| self.allocated(disk, id)).sum();
         let push_bytes: u64 =
             run.tombstones.iter().skip(1).chain([&run.top]).map(|id| self.allocated(disk, id)).sum();
+        // A push of what a running machine writes stops it for a moment, and has to switch what it opens.
+        let is_written =
+            disk.active.as_ref() == Some(&run.top) && self.observation.run_state != RunState::Off;
         match (pull, push) {
-            (Ok(onto), push) if push.is_err() || pull_bytes <= push_bytes => Ok(MergeAction::Pull {
-                disk: name.clone(),
-                vanish: run.tombstones,
-                dependants: vec![run.top],
-                onto,
-            }),
+            (Ok(onto), push) if push.is_err() || is_written || pull_bytes <= push_bytes => {
+                Ok(MergeAction::Pull {
+                    disk: name.clone(),
+                    vanish: run.tombstones,
+                    dependants: vec![run.top],
+                    onto,
+                })
+            }
             (_, Ok(())) => Ok(MergeAction::Push {
                 disk: name.clone(),
                 from: run.top,

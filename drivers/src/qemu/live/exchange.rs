@@ -1,0 +1,235 @@
+//! What a machine writes is exchanged under it: by new layers (a snapshot), or by the end of an active commit.
+
+use snaptree_engine::driver::{DriverError, ErrorClass};
+use snaptree_engine::operation::Code;
+
+use super::jobs::JobWork;
+use super::monitor::Monitor;
+use super::seen::{LiveMachine, Run};
+use super::{check_name, node_name};
+use crate::qemu::adopt::Work;
+use crate::qemu::files::{set_mode, sync};
+use crate::qemu::step::{Fresh, Live, Push, Switch, Writer};
+
+impl Switch {
+    /// The switch under a running machine, up to the guest that runs again.
+    pub(in crate::qemu) async fn switch_under(
+        &self,
+        work: Work<'_>,
+        live: Live,
+        mut monitor: Monitor,
+    ) -> Result<(), DriverError> {
+        let machine = monitor.look().await?;
+        if self.fresh.is_empty() {
+            self.pivot(work, &mut monitor, &machine, live).await?;
+        } else {
+            self.exchange(work, &mut monitor, &machine, live).await?;
+        }
+        // From here on the guest is stopped, and what it writes next is in the new files: only forward.
+        self.turn.switch().map_err(in_effect)?;
+        sync(&self.turn.layers).await.map_err(in_effect)?;
+        work.reached("qemu.live.switched");
+        self.go_on(&mut monitor, live).await.map_err(in_effect)
+    }
+
+    /// Lets the guest go on as it was; any number of times.
+    pub(in crate::qemu) async fn go_on(&self, monitor: &mut Monitor, live: Live) -> Result<(), DriverError> {
+        if live.was == Run::Running && monitor.run_state().await? == Run::Paused {
+            monitor.cont().await?;
+        }
+        Ok(())
+    }
+
+    /// New layers under the guest. It returns with the guest stopped, and does not take them back.
+    async fn exchange(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        machine: &LiveMachine,
+        live: Live,
+    ) -> Result<(), DriverError> {
+        let exchanged = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
+        if exchanged {
+            self.write_generation(work).await.map_err(in_effect)?;
+            monitor.stop().await.map_err(in_effect)?;
+        } else {
+            let pairs = self.open_fresh(work, monitor, machine).await?;
+            self.write_generation(work).await?;
+            work.reached("qemu.live.prepared");
+            if live.was == Run::Running {
+                monitor.stop().await?;
+            }
+            work.reached("qemu.live.stopped");
+            if let Err(error) = monitor.exchange(&pairs).await {
+                if error.class == ErrorClass::Permanent {
+                    self.go_on(monitor, live).await?;
+                }
+                return Err(error);
+            }
+        }
+        work.reached("qemu.live.exchanged");
+        for (index, fresh) in self.fresh.iter().enumerate() {
+            self.name_frozen(work, monitor, fresh, index).await.map_err(in_effect)?;
+        }
+        work.reached("qemu.live.named");
+        Ok(())
+    }
+
+    /// Makes the new layers and opens them: what writes each disk now, and what shall.
+    async fn open_fresh(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        machine: &LiveMachine,
+    ) -> Result<Vec<(String, String)>, DriverError> {
+        let mut pairs = Vec::new();
+        for (index, fresh) in self.fresh.iter().enumerate() {
+            monitor.close_file(&fresh.file).await?;
+            fresh.make(work).await?;
+            let root = machine.root_of(&fresh.on_file).ok_or_else(|| not_written(&fresh.on_file))?;
+            let overlay = node_name(work.context.operation, work.context.index, 2 * index);
+            monitor.add_overlay(&overlay, &fresh.file).await?;
+            pairs.push((root.node.clone(), overlay));
+        }
+        Ok(pairs)
+    }
+
+    /// QEMU may know the layer that is frozen now by the registered path, which leads elsewhere in a moment. A layer
+    /// whose name stays wrong is not written under the guest, so this is no reason to stop.
+    async fn name_frozen(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        fresh: &Fresh,
+        index: usize,
+    ) -> Result<(), DriverError> {
+        let graph = monitor.graph().await?;
+        let Some(overlay) = graph.of_file(&fresh.file).find(|node| node.file_node.is_some()) else {
+            return Err(not_written(&fresh.file));
+        };
+        let chain = graph.chains.iter().find(|chain| chain.first() == Some(&overlay.name));
+        let below = chain.and_then(|chain| chain.get(1)).and_then(|name| graph.node(name));
+        let Some(below) = below.filter(|below| below.named != fresh.on_file) else { return Ok(()) };
+        let frozen = node_name(work.context.operation, work.context.index, 2 * index + 1);
+        monitor.close_file(&fresh.on_file).await?;
+        let named = match monitor.add_frozen(&frozen, &fresh.on_file).await {
+            Ok(()) => monitor.put_upon(overlay, &frozen).await,
+            Err(error) => Err(error),
+        };
+        match named {
+            Ok(()) if below.name.starts_with('#') => Ok(()),
+            Ok(()) => monitor.close(&below.name).await,
+            Err(error) if error.class == ErrorClass::Permanent => {
+                tracing::warn!(%error, layer = %fresh.on_file.display(), "QEMU keeps the registered path as its name");
+                monitor.close_file(&fresh.on_file).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The end of active commits: the machine writes the lower files afterwards.
+    async fn pivot(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        machine: &LiveMachine,
+        live: Live,
+    ) -> Result<(), DriverError> {
+        let mut jobs = Vec::new();
+        for (index, push) in self.push.iter().filter(|push| push.writer == Writer::Machine).enumerate() {
+            // Without its upper layer in the chain the machine writes the lower one already.
+            if machine.node_of(&push.from_file).is_some() {
+                jobs.push((push, self.commit_active(work, monitor, machine, push, index).await?));
+            }
+        }
+        self.write_generation(work).await?;
+        work.reached("qemu.live.ready");
+        monitor.stop().await?;
+        work.reached("qemu.live.stopped");
+        for (push, job) in &jobs {
+            if let Err(error) = job.complete(monitor, &push.into_file).await {
+                if error.class == ErrorClass::Permanent {
+                    self.go_on(monitor, live).await?;
+                }
+                return Err(error);
+            }
+            work.reached("qemu.live.pivoted");
+        }
+        for push in self.push.iter().filter(|push| push.writer == Writer::Machine) {
+            flush_file(monitor, &push.into_file).await.map_err(in_effect)?;
+        }
+        work.reached("qemu.live.flushed");
+        Ok(())
+    }
+
+    /// Brings a commit of what the machine writes to where both layers are the same.
+    async fn commit_active(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        machine: &LiveMachine,
+        push: &Push,
+        index: usize,
+    ) -> Result<JobWork, DriverError> {
+        let job = JobWork::new(work, index);
+        if monitor.job(&job.id).await?.is_none() {
+            push.check(work, crate::qemu::step::Under::Guest)?;
+            let root = machine.root_of(&push.from_file).ok_or_else(|| not_written(&push.from_file))?;
+            let base = machine.node_of(&push.into_file).ok_or_else(|| not_written(&push.into_file))?;
+            check_name(base, &push.into_file)?;
+            set_mode(&push.into_file, push.into_mode)?;
+            monitor
+                .commit(&job.id, &root.node, None, (&base.node, &push.into_file), work.speed_bytes)
+                .await?;
+            work.reached("qemu.live.commit.started");
+        }
+        job.until(monitor, work.context.progress, "ready").await?;
+        Ok(job)
+    }
+
+    /// Takes back what was prepared under the machine, before anything was exchanged.
+    pub(in crate::qemu) async fn undo_under(
+        &self,
+        work: Work<'_>,
+        live: Live,
+        mut monitor: Monitor,
+    ) -> Result<(), DriverError> {
+        let machine = monitor.look().await?;
+        let pushed = self.push.iter().filter(|push| push.writer == Writer::Machine);
+        if self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some())
+            || pushed.clone().any(|push| machine.node_of(&push.from_file).is_none())
+        {
+            return Err(DriverError::permanent(
+                Code::Invalid,
+                "the machine has exchanged its disks, and the switch can only be finished",
+            ));
+        }
+        for (index, _) in pushed.enumerate() {
+            JobWork::new(work, index).cancel(&mut monitor).await?;
+        }
+        self.go_on(&mut monitor, live).await?;
+        for fresh in &self.fresh {
+            monitor.close_file(&fresh.file).await?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) async fn flush_file(monitor: &mut Monitor, file: &std::path::Path) -> Result<(), DriverError> {
+    let machine = monitor.look().await?;
+    let node = machine.node_of(file).ok_or_else(|| not_written(file))?;
+    monitor.flush(&node.node).await
+}
+
+fn not_written(file: &std::path::Path) -> DriverError {
+    DriverError::permanent(
+        Code::Drift,
+        format!("the machine does not have {} open as the log says", file.display()),
+    )
+    .hint("was it started again meanwhile? Try again")
+}
+
+/// The disks are exchanged: whatever fails after it, the step is not to be taken back but finished.
+pub(super) fn in_effect(error: DriverError) -> DriverError {
+    DriverError { class: ErrorClass::Unknown, ..error }
+}

@@ -1,0 +1,106 @@
+//! Machines that run: what QEMU says of them, and what is done to their disks under them.
+//!
+//! ```text
+//!   device ─▶ overlay ─▶ layer ─▶ layer ─▶ (what the image was built upon when it was registered)
+//!             active     frozen   frozen
+//! ```
+//!
+//! A disk's *chain* is what QEMU has open for it, topmost first. Whether a layer is worked on under the running machine
+//! (its node is in a chain) or by qemu-img (it is not) follows from the chain alone.
+//!
+//! `graph` reads the block graph, `seen` compares it with the log, `monitor` is every word that is said to QEMU,
+//! `exchange` puts new layers under the guest, `jobs` merges under it.
+//!
+//! Architecture Invariant: the order is stop, transaction, the frozen layer by its own path, switch, cont. QEMU
+//! reopens images by the name that it was given, so a switch before the rest would make it open another file.
+
+mod exchange;
+mod graph;
+mod jobs;
+mod monitor;
+mod process;
+mod seen;
+
+use snaptree_engine::driver::{DriverError, ErrorClass};
+use snaptree_engine::operation::Code;
+use snaptree_engine::project::DomainState;
+
+use super::config::QemuConfig;
+use super::lock::in_use;
+use super::observe::in_use as users;
+use super::qmp::QmpError;
+
+pub(super) use monitor::{Monitor, failed};
+pub(super) use process::{Ending, end, start};
+pub(super) use seen::{LiveMachine, Machine, Run};
+
+use seen::LiveNode;
+
+/// The machine, as far as it can be asked.
+pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
+    let (_, config) = QemuConfig::of(state)?;
+    let Some(socket) = config.runs.qmp() else { return Ok(Machine::Silent) };
+    let looked = match Monitor::connect(socket).await {
+        Ok(mut monitor) => monitor.look().await,
+        Err(QmpError::Absent { .. }) => return Ok(Machine::Silent),
+        Err(error) => Err(failed(error)),
+    };
+    Ok(match looked {
+        Ok(machine) => Machine::Live(machine),
+        Err(error) => Machine::Mute { why: error.failure.message },
+    })
+}
+
+/// The machine at this moment; none if nobody has its disks open for writing.
+///
+/// # Errors
+/// It runs, and cannot be asked.
+pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, DriverError> {
+    let (_, config) = QemuConfig::of(state)?;
+    let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(None) };
+    let Some(socket) = config.runs.qmp() else { return Err(in_use(&holder).into()) };
+    match Monitor::connect(socket).await {
+        Ok(monitor) => Ok(Some(monitor)),
+        Err(QmpError::Absent { .. }) => Err(DriverError::from(
+            in_use(&holder).hint("nobody answers at its QMP socket: was the machine started without it?"),
+        )),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Returns once nothing hinders asking the machine what became of a step that was done under it.
+///
+/// # Errors
+/// It runs and does not answer: it may have exchanged its disks, and only QEMU knows.
+pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
+    match machine(state).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
+            "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
+        )),
+    }
+}
+
+/// A node that Snaptree adds: QEMU allows 31 bytes.
+fn node_name(operation: snaptree_engine::OperationId, index: usize, disk: usize) -> String {
+    let id = operation.to_string();
+    let random: String = id.chars().rev().filter(char::is_ascii_hexdigit).take(12).collect();
+    format!("st-{random}-{index}-{disk}")
+}
+
+/// A layer that is written under the guest must be known to QEMU by its own path: QEMU opens it again by that name,
+/// and a name that leads elsewhere since would make it write another file.
+fn check_name(node: &LiveNode, file: &std::path::Path) -> Result<(), DriverError> {
+    if node.named == file {
+        return Ok(());
+    }
+    Err(DriverError::permanent(
+        Code::Unsupported,
+        format!(
+            "QEMU knows layer {} as {}, and would open that again to write it",
+            file.display(),
+            node.named.display()
+        ),
+    )
+    .hint("it is merged once the machine was shut down, or started again"))
+}

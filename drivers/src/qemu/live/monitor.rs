@@ -1,0 +1,273 @@
+//! What is said to a running QEMU, one method per act, and what its answers mean for a step.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use snaptree_engine::driver::{DriverError, ErrorClass};
+use snaptree_engine::operation::Code;
+
+use super::graph::{Graph, Node};
+use super::seen::{Chain, LiveMachine, LiveNode, Run};
+use crate::qemu::qmp::{Limits, Qmp, QmpError};
+
+/// Longest that QEMU's main loop may be busy with one of our commands: it flushes and reopens images in some of them.
+const LONG_REPLY_MS: u64 = 60_000;
+
+/// A connection to the machine's QEMU.
+pub(in crate::qemu) struct Monitor {
+    qmp: Qmp,
+    socket: PathBuf,
+}
+
+/// Where a block job stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::qemu) struct Job {
+    /// QEMU's word: `running`, `ready`, `pending`, `concluded`, ...
+    pub(in crate::qemu) status: String,
+    /// Why it failed, once it is concluded.
+    pub(in crate::qemu) error: Option<String>,
+    /// How far it is, in units of its own.
+    pub(in crate::qemu) done: u64,
+    /// Of how much.
+    pub(in crate::qemu) total: u64,
+}
+
+impl Monitor {
+    /// Connects.
+    pub(in crate::qemu) async fn connect(socket: &Path) -> Result<Self, QmpError> {
+        let qmp = Qmp::connect(socket, Limits::default()).await?;
+        Ok(Self { qmp, socket: socket.to_path_buf() })
+    }
+
+    async fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+        self.qmp.execute(command, arguments).await.map_err(failed)
+    }
+
+    async fn act(&mut self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+        tracing::debug!(command, %arguments, "qmp");
+        self.qmp.execute_within(command, arguments, LONG_REPLY_MS).await.map_err(failed)
+    }
+
+    /// Whether the guest runs.
+    pub(in crate::qemu) async fn run_state(&mut self) -> Result<Run, DriverError> {
+        let answer = self.ask("query-status", Value::Null).await?;
+        Ok(match answer.get("status").and_then(Value::as_str) {
+            Some("running") => Run::Running,
+            Some("paused" | "prelaunch" | "debug" | "suspended") => Run::Paused,
+            _ => Run::Stuck,
+        })
+    }
+
+    /// What is open.
+    pub(in crate::qemu) async fn graph(&mut self) -> Result<Graph, DriverError> {
+        let named = self.ask("query-named-block-nodes", json!({ "flat": true })).await?;
+        let edges = self.ask("x-debug-query-block-graph", Value::Null).await?;
+        Graph::parse(&named, &edges).map_err(|reason| {
+            DriverError::permanent(
+                Code::Invalid,
+                format!("QEMU's answer about its disks cannot be read: {reason}"),
+            )
+        })
+    }
+
+    /// The machine as planning and recovery see it.
+    pub(in crate::qemu) async fn look(&mut self) -> Result<LiveMachine, DriverError> {
+        let run = self.run_state().await?;
+        let graph = self.graph().await?;
+        let chains = graph.chains.iter().map(|names| Chain {
+            nodes: names.iter().filter_map(|name| graph.node(name)).map(LiveNode::of).collect(),
+        });
+        Ok(LiveMachine {
+            qmp: self.socket.clone(),
+            run,
+            chains: chains.collect(),
+            jobs: self.jobs().await?.into_iter().map(|(id, _)| id).collect(),
+        })
+    }
+
+    /// Stops the guest; one that is stopped stays so.
+    pub(in crate::qemu) async fn stop(&mut self) -> Result<(), DriverError> {
+        self.act("stop", Value::Null).await.map(|_| ())
+    }
+
+    /// Lets the guest go on.
+    pub(in crate::qemu) async fn cont(&mut self) -> Result<(), DriverError> {
+        self.act("cont", Value::Null).await.map(|_| ())
+    }
+
+    /// Opens an overlay that is to be put upon what the machine writes: two nodes, `node` and `node-f`.
+    pub(in crate::qemu) async fn add_overlay(&mut self, node: &str, file: &Path) -> Result<(), DriverError> {
+        let below = file_node(node);
+        self.act("blockdev-add", json!({ "driver": "file", "node-name": below, "filename": file })).await?;
+        self.act(
+            "blockdev-add",
+            json!({ "driver": "qcow2", "node-name": node, "file": below, "backing": null }),
+        )
+        .await
+        .map(|_| ())
+    }
+
+    /// Opens a frozen layer, and what is below it. Its file is opened for writing only while a job writes it.
+    pub(in crate::qemu) async fn add_frozen(&mut self, node: &str, file: &Path) -> Result<(), DriverError> {
+        let below = file_node(node);
+        let add = json!({ "driver": "file", "node-name": below, "filename": file, "auto-read-only": true });
+        self.act("blockdev-add", add).await?;
+        let add = json!({ "driver": "qcow2", "node-name": node, "file": below, "read-only": true });
+        self.act("blockdev-add", add).await.map(|_| ())
+    }
+
+    /// Puts an overlay of [`add_overlay`](Self::add_overlay) upon another node.
+    pub(in crate::qemu) async fn put_upon(&mut self, node: &Node, backing: &str) -> Result<(), DriverError> {
+        let options = json!({ "driver": "qcow2", "node-name": node.name, "read-only": node.read_only,
+            "file": node.file_node, "backing": backing });
+        self.act("blockdev-reopen", json!({ "options": [options] })).await.map(|_| ())
+    }
+
+    /// Exchanges what the machine writes on several disks at one instant: (node, overlay).
+    pub(in crate::qemu) async fn exchange(&mut self, pairs: &[(String, String)]) -> Result<(), DriverError> {
+        let action = |(node, overlay): &(String, String)| json!({ "type": "blockdev-snapshot", "data": { "node": node, "overlay": overlay } });
+        let actions: Vec<Value> = pairs.iter().map(action).collect();
+        self.act("transaction", json!({ "actions": actions })).await.map(|_| ())
+    }
+
+    /// Closes a node; one that is not there is fine.
+    pub(in crate::qemu) async fn close(&mut self, node: &str) -> Result<(), DriverError> {
+        match self.qmp.execute_within("blockdev-del", json!({ "node-name": node }), LONG_REPLY_MS).await {
+            Ok(_) => Ok(()),
+            Err(QmpError::Refused { description, .. }) if description.starts_with("Failed to find node") => {
+                Ok(())
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Closes every node by which `file` is open and which nothing uses.
+    pub(in crate::qemu) async fn close_file(&mut self, file: &Path) -> Result<(), DriverError> {
+        let graph = self.graph().await?;
+        for node in graph.of_file(file) {
+            // QEMU closes by itself what it opened by itself.
+            if !node.name.starts_with('#') {
+                self.close(&node.name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings all that QEMU has in mind of an image to its file: the tables of a finished job are among it.
+    ///
+    /// There is no QMP command for it; the monitor for humans has one, and says nothing when it is done.
+    pub(in crate::qemu) async fn flush(&mut self, node: &str) -> Result<(), DriverError> {
+        let line = format!("qemu-io {node} \"flush\"");
+        let said = self.act("human-monitor-command", json!({ "command-line": line })).await?;
+        match said.as_str().map(str::trim) {
+            None | Some("") => Ok(()),
+            Some(said) => Err(DriverError::unknown(
+                Code::Io,
+                format!("QEMU could not flush node {node}: {}", said.lines().next().unwrap_or_default()),
+            )),
+        }
+    }
+
+    /// A layer takes all that is between it and `base`, and stands on `base` afterwards.
+    pub(in crate::qemu) async fn stream(
+        &mut self,
+        job: &str,
+        node: &str,
+        base: (&str, &Path),
+        speed_bytes: u64,
+    ) -> Result<(), DriverError> {
+        let arguments = json!({ "job-id": job, "device": node, "base-node": base.0, "backing-file": base.1,
+            "speed": speed_bytes, "auto-finalize": false, "auto-dismiss": false });
+        self.act("block-stream", arguments).await.map(|_| ())
+    }
+
+    /// What is between `top` and `base` goes down into `base`. With the root for a top the machine writes `base` once
+    /// the job is completed.
+    pub(in crate::qemu) async fn commit(
+        &mut self,
+        job: &str,
+        root: &str,
+        top: Option<&str>,
+        base: (&str, &Path),
+        speed_bytes: u64,
+    ) -> Result<(), DriverError> {
+        let mut arguments = json!({ "job-id": job, "device": root, "base-node": base.0, "speed": speed_bytes,
+            "auto-finalize": false, "auto-dismiss": false });
+        if let Some(top) = top {
+            arguments["top-node"] = json!(top);
+            arguments["backing-file"] = json!(base.1);
+        }
+        self.act("block-commit", arguments).await.map(|_| ())
+    }
+
+    /// Every block job.
+    pub(in crate::qemu) async fn jobs(&mut self) -> Result<Vec<(String, Job)>, DriverError> {
+        let answer = self.ask("query-jobs", Value::Null).await?;
+        let text = |job: &Value, key: &str| job.get(key).and_then(Value::as_str).map(str::to_owned);
+        let number = |job: &Value, key: &str| job.get(key).and_then(Value::as_u64).unwrap_or(0);
+        let jobs = answer.as_array().into_iter().flatten().filter_map(|job| {
+            let seen = Job {
+                status: text(job, "status")?,
+                error: text(job, "error"),
+                done: number(job, "current-progress"),
+                total: number(job, "total-progress"),
+            };
+            Some((text(job, "id")?, seen))
+        });
+        Ok(jobs.collect())
+    }
+
+    /// One job; none if there is none of that id.
+    pub(in crate::qemu) async fn job(&mut self, id: &str) -> Result<Option<Job>, DriverError> {
+        Ok(self.jobs().await?.into_iter().find(|(found, _)| found == id).map(|(_, job)| job))
+    }
+
+    /// A verb for a job: `job-complete`, `job-finalize`, `job-cancel`, `job-dismiss`.
+    pub(in crate::qemu) async fn tell_job(
+        &mut self,
+        verb: &'static str,
+        id: &str,
+    ) -> Result<(), DriverError> {
+        self.act(verb, json!({ "id": id })).await.map(|_| ())
+    }
+
+    /// Waits until something happens, or for a moment.
+    pub(in crate::qemu) async fn pause(&mut self, wait_ms: u64) -> Result<(), DriverError> {
+        self.qmp.event(wait_ms).await.map(|_| ()).map_err(failed)
+    }
+
+    /// Ends QEMU at once. The connection ends with it.
+    pub(in crate::qemu) async fn quit(&mut self) -> Result<(), DriverError> {
+        match self.qmp.execute("quit", Value::Null).await {
+            Ok(_) | Err(QmpError::Closed { .. }) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Presses the machine's power button.
+    pub(in crate::qemu) async fn power_button(&mut self) -> Result<(), DriverError> {
+        self.act("system_powerdown", Value::Null).await.map(|_| ())
+    }
+}
+
+impl LiveNode {
+    fn of(node: &Node) -> Self {
+        let file = fs::canonicalize(&node.named).unwrap_or_else(|_| node.named.clone());
+        Self { node: node.name.clone(), named: node.named.clone(), file }
+    }
+}
+
+fn file_node(node: &str) -> String {
+    format!("{node}-f")
+}
+
+/// What a failed command means for a step: a refusal had no effect, and of all else nobody knows.
+pub(in crate::qemu) fn failed(error: QmpError) -> DriverError {
+    let (class, code) = match &error {
+        QmpError::Refused { .. } => (ErrorClass::Permanent, Code::Invalid),
+        QmpError::TimedOut { .. } | QmpError::Silent { .. } => (ErrorClass::Unknown, Code::Timeout),
+        _ => (ErrorClass::Unknown, Code::Io),
+    };
+    DriverError::new(class, code, error.to_string())
+}

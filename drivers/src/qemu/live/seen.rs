@@ -1,0 +1,172 @@
+//! What was seen of a machine that runs. Data; what follows from it is pure.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use snaptree_engine::DiskName;
+use snaptree_engine::domain::RunState;
+use snaptree_engine::driver::Observation;
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
+
+use crate::qemu::config::QemuConfig;
+
+/// Whether a machine runs, and whether it is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "machine", rename_all = "kebab-case")]
+pub(in crate::qemu) enum Machine {
+    /// Nothing answers, and nothing has to: by the locks of the images it is off, or not to be reached.
+    #[default]
+    Silent,
+    /// It should answer and does not; the reason.
+    Mute {
+        /// In words.
+        why: String,
+    },
+    /// It answers.
+    Live(LiveMachine),
+}
+
+/// A machine that answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::qemu) struct LiveMachine {
+    /// QEMU's QMP socket.
+    pub(in crate::qemu) qmp: PathBuf,
+    /// Whether the guest runs.
+    pub(in crate::qemu) run: Run,
+    /// What it has open.
+    pub(in crate::qemu) chains: Vec<Chain>,
+    /// The ids of its block jobs.
+    pub(in crate::qemu) jobs: Vec<String>,
+}
+
+/// Whether the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::qemu) enum Run {
+    /// It runs.
+    Running,
+    /// It is stopped, by whomever.
+    Paused,
+    /// It is stopped and cannot simply go on: an I/O error, a failed load, an incoming migration, a guest that is off.
+    Stuck,
+}
+
+impl Run {
+    /// In the engine's words.
+    pub(in crate::qemu) const fn state(self) -> RunState {
+        match self {
+            Self::Running => RunState::Running,
+            Self::Paused | Self::Stuck => RunState::Paused,
+        }
+    }
+}
+
+/// What is open for one device, topmost first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::qemu) struct Chain {
+    /// The nodes.
+    pub(in crate::qemu) nodes: Vec<LiveNode>,
+}
+
+/// One open image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::qemu) struct LiveNode {
+    /// QEMU's name of it.
+    pub(in crate::qemu) node: String,
+    /// Its file as QEMU names it, and would open it again.
+    pub(in crate::qemu) named: PathBuf,
+    /// Where that leads now.
+    pub(in crate::qemu) file: PathBuf,
+}
+
+impl LiveMachine {
+    /// The chain of a disk: the one that has a file of the disk's open.
+    pub(in crate::qemu) fn chain(
+        &self,
+        disk: &DiskName,
+        state: &DomainState,
+        config: &QemuConfig,
+    ) -> Option<&Chain> {
+        let layers = state.layers.disks.get(disk);
+        let known = |file: &Path| {
+            layers.is_some_and(|layers| layers.layers.values().any(|layer| layer.file == file))
+                || config.disks.get(disk).is_some_and(|paths| paths.resolved == file)
+        };
+        self.chains.iter().find(|chain| chain.nodes.iter().any(|node| known(&node.file)))
+    }
+
+    /// The node that has a file open, in whatever chain.
+    pub(in crate::qemu) fn node_of(&self, file: &Path) -> Option<&LiveNode> {
+        self.chains.iter().flat_map(|chain| &chain.nodes).find(|node| node.file == file)
+    }
+
+    /// The node of a file that a device stands on directly: what the machine writes.
+    pub(in crate::qemu) fn root_of(&self, file: &Path) -> Option<&LiveNode> {
+        self.chains.iter().filter_map(|chain| chain.nodes.first()).find(|node| node.file == file)
+    }
+
+    /// Refuses a machine that has other files open than the log says.
+    pub(in crate::qemu) fn check(&self, state: &DomainState, config: &QemuConfig) -> Result<(), Failure> {
+        for (disk, paths) in &config.disks {
+            let open = self.chain(disk, state, config).ok_or_else(|| {
+                Failure::new(
+                    Code::Drift,
+                    format!("QEMU at {} does not have disk '{disk}' open", self.qmp.display()),
+                )
+                .hint("is it the right QMP socket? The machine must be started from the registered paths")
+            })?;
+            let layers = state.layers.disks.get(disk);
+            let expected: Vec<&Path> = match layers.and_then(|layers| Some((layers, layers.active.as_ref()?)))
+            {
+                Some((layers, active)) => {
+                    let chain = layers.chain(active).into_iter();
+                    chain.filter_map(|id| layers.layers.get(id)).map(|layer| layer.file.as_path()).collect()
+                }
+                None => vec![paths.resolved.as_path()],
+            };
+            let mut open = open.nodes.iter();
+            for expected in expected {
+                let found = open.next();
+                if found.is_none_or(|node| node.file != expected) {
+                    return Err(Failure::new(
+                        Code::Drift,
+                        format!(
+                            "QEMU has {} open for disk '{disk}' where the log says {}",
+                            found
+                                .map_or_else(|| "nothing".to_owned(), |node| node.file.display().to_string()),
+                            expected.display()
+                        ),
+                    )
+                    .hint("shut the machine down and start it from the registered path"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// The machine, if it answers and has the domain's disks open; none if it is off. Pure.
+    ///
+    /// # Errors
+    /// It runs and cannot be worked with: it does not answer, or it is none of Snaptree's business how to reach it.
+    pub(in crate::qemu) fn at_work<'a>(
+        &'a self,
+        seen: &Observation,
+        config: &QemuConfig,
+    ) -> Result<Option<&'a LiveMachine>, Failure> {
+        let Some(holder) = seen.in_use.first() else { return Ok(None) };
+        match self {
+            Self::Live(machine) => Ok(Some(machine)),
+            Self::Mute { why } => Err(Failure::new(
+                Code::InUse,
+                format!("{}, and QEMU cannot be asked: {why}", crate::qemu::lock::in_use(holder).message),
+            )
+            .hint("end the other QMP client, or shut the machine down, and try again")),
+            Self::Silent if config.runs.qmp().is_some() => Err(crate::qemu::lock::in_use(holder)
+                .hint("nobody answers at its QMP socket: was the machine started without it?")),
+            Self::Silent => Err(crate::qemu::lock::in_use(holder)),
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! A QMP client: one connection to QEMU's monitor, with one owner.
+//!
+//! # Guarantees
+//! * Every command carries an id; an answer that comes after its time is thrown away, and the connection stays usable.
+//! * What came is never lost by a dropped future: a line that is not complete yet is kept.
+//! * Events are kept in order, the newest `events_max` of them.
+//!
+//! # Assumptions
+//! * QEMU serves one client at a time: a second one is accepted, and greeted when the first is gone.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, timeout_at};
+
+/// How much is read at once.
+const CHUNK_BYTES: usize = 16 << 10;
+
+/// Bounds of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// For the connection.
+    pub(super) connect_ms: u64,
+    /// For the greeting.
+    pub(super) greeting_ms: u64,
+    /// For an answer.
+    pub(super) reply_ms: u64,
+    /// Longest line.
+    pub(super) line_bytes_max: usize,
+    /// Most events that are kept.
+    pub(super) events_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connect_ms: 1_000,
+            greeting_ms: 2_000,
+            reply_ms: 10_000,
+            line_bytes_max: 4 << 20,
+            events_max: 10_000,
+        }
+    }
+}
+
+/// Why QEMU did not do as it was told, or nobody knows whether it did.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum QmpError {
+    /// No socket, or nobody behind it.
+    #[error("nobody answers at QMP socket {}", .socket.display())]
+    Absent {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// Another client has the monitor, or QEMU hangs or is busy.
+    #[error("QEMU at {} does not greet: another client has its monitor, or it hangs", .socket.display())]
+    Silent {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// It hangs or is busy; the command may take effect later.
+    #[error("QEMU has not answered {command} after {waited_ms} ms")]
+    TimedOut {
+        /// The command.
+        command: &'static str,
+        /// How long it was given.
+        waited_ms: u64,
+    },
+    /// QEMU's own error: the command had no effect.
+    #[error("QEMU refuses {command}: {description}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's words.
+        description: String,
+    },
+    /// The connection ended in the middle.
+    #[error("QEMU at {} closed the connection", .socket.display())]
+    Closed {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// It does not speak QMP.
+    #[error("what answers at {} does not speak QMP: {reason}", .socket.display())]
+    Malformed {
+        /// The socket.
+        socket: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The operating system failed.
+    #[error("QMP socket {} cannot be used: {source}", .socket.display())]
+    Io {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Qmp {
+    socket: PathBuf,
+    stream: UnixStream,
+    limits: Limits,
+    partial: Vec<u8>,
+    events: VecDeque<Value>,
+    next_id: u64,
+}
+
+impl Qmp {
+    /// Connects, waits for the greeting, and leaves the negotiation behind.
+    pub(super) async fn connect(socket: &Path, limits: Limits) -> Result<Self, QmpError> {
+        let path = || socket.to_path_buf();
+        let until = Instant::now() + Duration::from_millis(limits.connect_ms);
+        let stream = match timeout_at(until, UnixStream::connect(socket)).await {
+            Err(_) => return Err(QmpError::Silent { socket: path() }),
+            Ok(Ok(stream)) => stream,
+            Ok(Err(source)) => {
+                return Err(match source.kind() {
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused => QmpError::Absent { socket: path() },
+                    _ => QmpError::Io { socket: path(), source },
+                });
+            }
+        };
+        let mut qmp =
+            Self { socket: path(), stream, limits, partial: Vec::new(), events: VecDeque::new(), next_id: 0 };
+        let until = Instant::now() + Duration::from_millis(limits.greeting_ms);
+        match timeout_at(until, qmp.read()).await {
+            Err(_) => return Err(QmpError::Silent { socket: path() }),
+            Ok(greeting) => {
+                if greeting?.get("QMP").is_none() {
+                    return Err(qmp.malformed("no greeting"));
+                }
+            }
+        }
+        qmp.execute("qmp_capabilities", Value::Null).await?;
+        Ok(qmp)
+    }
+
+    /// Executes a command within the usual time; `Null` arguments are none.
+    pub(super) async fn execute(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, QmpError> {
+        self.execute_within(command, arguments, self.limits.reply_ms).await
+    }
+
+    /// Executes a command.
+    pub(super) async fn execute_within(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        wait_ms: u64,
+    ) -> Result<Value, QmpError> {
+        self.next_id += 1;
+        let id = self.next_id;
+        let mut message = json!({ "execute": command, "id": id });
+        if !arguments.is_null() {
+            message["arguments"] = arguments;
+        }
+        let until = Instant::now() + Duration::from_millis(wait_ms);
+        match timeout_at(until, self.exchange(command, id, message.to_string())).await {
+            Ok(answer) => answer,
+            Err(_) => Err(QmpError::TimedOut { command, waited_ms: wait_ms }),
+        }
+    }
+
+    async fn exchange(
+        &mut self,
+        command: &'static str,
+        id: u64,
+        mut line: String,
+    ) -> Result<Value, QmpError> {
+        line.push('\n');
+        self.stream.write_all(line.as_bytes()).await.map_err(|source| self.io(source))?;
+        loop {
+            let mut message = self.read().await?;
+            if message.get("event").is_some() {
+                self.keep(message);
+            } else if message.get("id").and_then(Value::as_u64) != Some(id) {
+                // The answer to a command that was given up, or an error about a line that was no command.
+                tracing::debug!(%message, "an answer that nobody waits for");
+            } else if let Some(answer) = message.get_mut("return") {
+                return Ok(answer.take());
+            } else {
+                let said = message.pointer("/error/desc").and_then(Value::as_str);
+                let description = said.unwrap_or("without saying why").to_owned();
+                return Err(QmpError::Refused { command, description });
+            }
+        }
+    }
+
+    /// The oldest event that was not asked for yet; none if none comes in time.
+    pub(super) async fn event(&mut self, wait_ms: u64) -> Result<Option<Value>, QmpError> {
+        let until = Instant::now() + Duration::from_millis(wait_ms);
+        while self.events.is_empty() {
+            match timeout_at(until, self.read()).await {
+                Err(_) => return Ok(None),
+                Ok(message) => {
+                    let message = message?;
+                    if message.get("event").is_some() {
+                        self.keep(message);
+                    }
+                }
+            }
+        }
+        Ok(self.events.pop_front())
+    }
+
+    fn keep(&mut self, event: Value) {
+        if self.events.len() >= self.limits.events_max {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    /// The next line. Nothing that came is lost when the future is dropped.
+    async fn read(&mut self) -> Result<Value, QmpError> {
+        loop {
+            if let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.partial.drain(..=end).collect();
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                return serde_json::from_slice(&line).map_err(|error| self.malformed(&error.to_string()));
+            }
+            if self.partial.len() > self.limits.line_bytes_max {
+                return Err(
+                    self.malformed(&format!("a line of more than {} bytes", self.limits.line_bytes_max))
+                );
+            }
+            let mut chunk = [0; CHUNK_BYTES];
+            match self.stream.read(&mut chunk).await {
+                Ok(0) => return Err(QmpError::Closed { socket: self.socket.clone() }),
+                Ok(count) => self.partial.extend_from_slice(&chunk[..count]),
+                Err(source) => return Err(self.io(source)),
+            }
+        }
+    }
+
+    fn malformed(&self, reason: &str) -> QmpError {
+        QmpError::Malformed { socket: self.socket.clone(), reason: reason.to_owned() }
+    }
+
+    fn io(&self, source: std::io::Error) -> QmpError {
+        match source.kind() {
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                QmpError::Closed { socket: self.socket.clone() }
+            }
+            _ => QmpError::Io { socket: self.socket.clone(), source },
+        }
+    }
+}

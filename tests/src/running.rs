@@ -1,0 +1,300 @@
+//! A machine that runs and writes all the time, on a real QEMU, under Snaptree.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::guest::boot_sector;
+use crate::images::{text, tool};
+use crate::program::Program;
+
+/// The disks: the guest boots from the first.
+pub const DISKS: [&str; 2] = ["vda", "vdb"];
+/// What the guest sees as a disk's size.
+const DISK_BYTES: usize = 16 << 20;
+const SECTOR_BYTES: usize = 512;
+/// As `lab/qemu/writer.S` has it.
+const SLOTS: u32 = 224;
+const SLOT_SECTORS: usize = 128;
+const SLOT_SECTORS_WRITTEN: usize = 127;
+const FIRST_SLOT_SECTOR: usize = 64;
+/// How long anything may take that the tests wait for.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// What a disk reads as.
+pub type Hash = [u8; 32];
+
+/// The machine, registered as `web`.
+#[derive(Debug)]
+pub struct Running {
+    /// The program.
+    pub program: Program,
+    /// The registered paths.
+    pub paths: [PathBuf; 2],
+    /// The layers folder.
+    pub layers: PathBuf,
+    /// Where its QMP socket is.
+    pub qmp: PathBuf,
+    folder: PathBuf,
+    pid_file: PathBuf,
+    by_hand: Option<Child>,
+}
+
+/// Who starts the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Snaptree, by a launch command.
+    Managed,
+    /// The test, on the registered paths; Snaptree has the QMP socket.
+    Attached,
+    /// Snaptree, by a start and a stop command that work on the registered paths.
+    Commands,
+}
+
+/// QEMU's arguments, with these for disks, socket and pid file.
+fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file: &str) -> Vec<String> {
+    let mut words: Vec<String> = ["-accel", "tcg", "-machine", "pc,i8042=off", "-m", "16", "-nodefaults"]
+        .into_iter()
+        .chain(["-no-user-config", "-display", "none", "-serial"])
+        .map(str::to_owned)
+        .collect();
+    words.push(format!("file:{}", text(serial)));
+    words.extend(["-qmp".to_owned(), format!("unix:{qmp},server=on,wait=off")]);
+    words.extend(["-pidfile".to_owned(), pid_file.to_owned()]);
+    for (name, file) in DISKS.iter().zip(disks) {
+        words.extend([
+            "-blockdev".to_owned(),
+            format!("driver={format},node-name={name},file.driver=file,file.filename={file}"),
+            "-device".to_owned(),
+            // Each write of the guest is on disk before it is answered, so that a killed QEMU loses none.
+            format!("virtio-blk-pci,drive={name},write-cache=off"),
+        ]);
+    }
+    words
+}
+
+/// The program that is QEMU: another one by `SNAPTREE_TEST_QEMU`.
+fn qemu() -> String {
+    std::env::var("SNAPTREE_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
+impl Running {
+    /// Makes the images in `folder` and registers the machine; it is off.
+    ///
+    /// # Panics
+    /// Anything fails.
+    pub fn new(folder: &Path, way: Way) -> Self {
+        let paths = DISKS.map(|disk| folder.join(format!("{disk}.qcow2")));
+        let mut raw = boot_sector("writer.S");
+        raw.resize(DISK_BYTES, 0);
+        let plain = folder.join("plain");
+        std::fs::write(&plain, &raw).expect("a raw image");
+        tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&plain), text(&paths[0])]);
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", text(&paths[1]), &DISK_BYTES.to_string()]);
+        std::fs::remove_file(plain).expect("the raw image goes");
+
+        let program = Program::new(folder.join("state"));
+        let mut running = Self {
+            program,
+            layers: PathBuf::new(),
+            qmp: folder.join("qmp"),
+            pid_file: folder.join("pid"),
+            folder: folder.to_owned(),
+            by_hand: None,
+            paths,
+        };
+        let given: Vec<String> =
+            DISKS.iter().zip(&running.paths).map(|(disk, path)| format!("{disk}={}", text(path))).collect();
+        let ways = match way {
+            Way::Managed => vec!["--launch".to_owned(), running.launch()],
+            Way::Attached => vec!["--qmp".to_owned(), text(&running.qmp).to_owned()],
+            Way::Commands => {
+                let line = format!("exec {} {} -daemonize", qemu(), running.words().join(" "));
+                let stop = format!("kill $(cat {})", text(&running.pid_file));
+                let socket = text(&running.qmp).to_owned();
+                ["--start".to_owned(), line, "--stop".to_owned(), stop, "--qmp".to_owned(), socket].to_vec()
+            }
+        };
+        let mut add = vec!["domain", "add", "web", "--driver", "qemu"];
+        add.extend(given.iter().flat_map(|disk| ["--disk", disk.as_str()]));
+        add.extend(ways.iter().map(String::as_str));
+        let added = running.program.json(0, &add);
+        let id = added["id"].as_str().expect("the domain's id").to_owned();
+        running.layers = folder.join(".snaptree").join(&id);
+        if way == Way::Managed {
+            running.qmp = folder.join("state/run").join(format!("{id}.qmp"));
+            running.pid_file = folder.join("state/run").join(format!("{id}.pid"));
+        }
+        running
+    }
+
+    fn launch(&self) -> String {
+        let words = arguments(&self.serial(), ["{vda}", "{vdb}"], "{vda.format}", "{qmp}", "{pidfile}");
+        format!("{} {} {{incoming}}", qemu(), words.join(" "))
+    }
+
+    /// What starts QEMU on the registered paths.
+    fn words(&self) -> Vec<String> {
+        let disks = [text(&self.paths[0]), text(&self.paths[1])];
+        arguments(&self.serial(), disks, "qcow2", text(&self.qmp), text(&self.pid_file))
+    }
+
+    fn serial(&self) -> PathBuf {
+        self.folder.join("serial")
+    }
+
+    /// Starts QEMU as an administrator would, on the registered paths.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn start_by_hand(&mut self) {
+        std::fs::remove_file(&self.qmp).ok();
+        let child = Command::new(qemu()).args(self.words()).stdin(Stdio::null()).spawn().expect("QEMU starts");
+        self.by_hand = Some(child);
+        wait_until("the monitor is there", || self.qmp.exists());
+    }
+
+    /// The process id of QEMU, if it runs.
+    pub fn pid(&self) -> Option<u32> {
+        let pid = std::fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()?;
+        // A child that has ended and was not waited for is gone for our purposes.
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        (!stat.contains(") Z ")).then_some(pid)
+    }
+
+    /// Ends QEMU as a power cut of the machine alone would.
+    ///
+    /// # Panics
+    /// It does not end.
+    pub fn kill(&mut self) {
+        if let Some(pid) = self.pid() {
+            Command::new("kill").args(["-KILL", &pid.to_string()]).status().expect("kill runs");
+            wait_until("QEMU is gone", || self.pid().is_none());
+        }
+        if let Some(mut child) = self.by_hand.take() {
+            child.wait().expect("QEMU ended");
+        }
+    }
+
+    /// Rounds since the boot, and rounds of the disk, of the last line that the guest printed.
+    pub fn counters(&self) -> Option<(u32, u32)> {
+        let said = std::fs::read_to_string(self.serial()).ok()?;
+        said.rsplit('\n').find_map(|line| {
+            let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
+            let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
+            Some((number(memory)?, number(disk)?))
+        })
+    }
+
+    /// Waits until the guest has gone on by some rounds.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn wait_for_rounds(&self, rounds: u32) {
+        let before = self.counters().map_or(0, |(memory, _)| memory);
+        wait_until("the guest goes on", || {
+            self.counters().is_some_and(|(memory, _)| memory < before || memory >= before + rounds)
+        });
+    }
+
+    /// Per live snapshot and disk, the file that it reads as; by the manifest beside the layers.
+    ///
+    /// # Panics
+    /// The manifest cannot be read.
+    pub fn files(&self) -> BTreeMap<String, [PathBuf; 2]> {
+        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else { return BTreeMap::new() };
+        let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
+        let snapshots = manifest["snapshots"].as_array().expect("snapshots").iter();
+        let live = snapshots.filter(|snapshot| snapshot["tombstone"] == false);
+        live.map(|snapshot| {
+            let file = |disk: &str| PathBuf::from(snapshot["files"][disk].as_str().expect("a path"));
+            (snapshot["name"].as_str().expect("a name").to_owned(), DISKS.map(file))
+        })
+        .collect()
+    }
+
+    /// What the disks of one instant read as; that they are of one instant is checked on the way.
+    ///
+    /// # Panics
+    /// They are not.
+    pub fn read(&self, what: &str, files: &[PathBuf; 2]) -> [Hash; 2] {
+        let read = |file: &PathBuf| {
+            let raw = self.folder.join("read");
+            tool("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", text(file), text(&raw)]);
+            std::fs::read(&raw).expect("the raw copy")
+        };
+        let [first, second] = [read(&files[0]), read(&files[1])];
+        let round = word(&first, SECTOR_BYTES);
+        check_rounds(what, &first, round);
+        let beside = word(&second, SECTOR_BYTES);
+        assert!(beside == round || beside + 1 == round, "{what}: vda is of round {round}, vdb of {beside}");
+        [first, second].map(|disk| Sha256::digest(disk).into())
+    }
+
+    /// No image has more than leaked clusters, and nothing lies in the layers folder that the log does not know.
+    ///
+    /// # Panics
+    /// There is something.
+    pub fn check_files(&self, what: &str) {
+        let shown = self.program.json(0, &["domain", "show", "web"]);
+        let layers = shown["layers"].as_array().expect("layers");
+        let known: Vec<&Path> =
+            layers.iter().map(|layer| Path::new(layer["file"].as_str().expect("a file"))).collect();
+        for entry in std::fs::read_dir(&self.layers).expect("the layers folder") {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            if name != "active" && !name.starts_with("gen-") {
+                assert!(known.contains(&path.as_path()), "{what}: the log does not know {}", path.display());
+            }
+        }
+        for file in known {
+            let checked =
+                Command::new("qemu-img").args(["check", "-q", "-U", text(file)]).status().expect("it runs");
+            assert!(matches!(checked.code(), Some(0 | 3)), "{what}: {} is damaged", file.display());
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn word(disk: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(disk[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// After round `round` each slot is of the last round that was its turn; the one whose turn is next may be half written.
+fn check_rounds(what: &str, disk: &[u8], round: u32) {
+    for slot in 0..SLOTS {
+        let behind = (round + SLOTS - slot) % SLOTS;
+        let expected = if round > behind { round - behind } else { 0 };
+        let next = (round + 1) % SLOTS == slot;
+        for sector in 0..SLOT_SECTORS_WRITTEN {
+            let at = (FIRST_SLOT_SECTOR + SLOT_SECTORS * slot as usize + sector) * SECTOR_BYTES;
+            let found = word(disk, at);
+            assert!(
+                found == expected || (next && found == round + 1),
+                "{what}: of round {round}, and slot {slot} is of round {found} instead of {expected}"
+            );
+        }
+    }
+}
+
+/// Waits until something is so.
+///
+/// # Panics
+/// It does not become so.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < until, "after {PATIENCE:?} it is still not so that {what}");
+        std::thread::sleep(LOOK);
+    }
+}
