@@ -22,7 +22,10 @@ pub fn of_process() -> Result<Arc<dyn Hooks>> {
 #[cfg(feature = "fault-points")]
 pub fn of_process() -> Result<Arc<dyn Hooks>> {
     match std::env::var("SNAPTREE_FAULT") {
-        Ok(text) => Ok(Arc::new(fault::Fault::parse(&text)?)),
+        Ok(text) => match text.strip_prefix("trace=") {
+            Some(path) => Ok(Arc::new(fault::Trace(path.into()))),
+            None => Ok(Arc::new(fault::Fault::parse(&text)?)),
+        },
         Err(_) => Ok(Arc::new(NoHooks)),
     }
 }
@@ -59,6 +62,9 @@ impl Hooks for StopAt {
 
 #[cfg(feature = "fault-points")]
 mod fault {
+    use std::fs::OpenOptions;
+    use std::io::Write as _;
+    use std::path::PathBuf;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use anyhow::{Context as _, Result, bail};
@@ -78,6 +84,19 @@ mod fault {
 
         async fn latency(&self, _point: &FaultPoint) {
             tokio::time::sleep(self.0).await;
+        }
+    }
+
+    /// `trace=PATH`: writes there what was reached, a line each.
+    #[derive(Debug)]
+    pub(super) struct Trace(pub(super) PathBuf);
+
+    impl Hooks for Trace {
+        fn reached(&self, name: &str) {
+            let file = OpenOptions::new().create(true).append(true).open(&self.0);
+            if let Err(error) = file.and_then(|mut file| writeln!(file, "{name}")) {
+                tracing::error!(%error, path = %self.0.display(), "what was reached cannot be written");
+            }
         }
     }
 

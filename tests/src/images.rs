@@ -96,7 +96,8 @@ pub struct Reader {
     checked: BTreeMap<PathBuf, Facts>,
 }
 
-type Facts = (PathBuf, u64, SystemTime);
+/// A file, its length and when it was written: while these stay, so does what it reads as.
+pub type Facts = (PathBuf, u64, SystemTime);
 
 impl Reader {
     /// Expects `image` to read as `content`, byte by byte.
@@ -173,7 +174,10 @@ fn facts(file: &Path) -> Facts {
 }
 
 /// The files of a backing chain, by the names in their headers: layers name one another by absolute path.
-fn chain(image: &Path) -> Vec<Facts> {
+///
+/// # Panics
+/// One cannot be read, or there is no end.
+pub fn chain(image: &Path) -> Vec<Facts> {
     let mut files = vec![facts(image)];
     let mut next = backing(image);
     while let Some(file) = next {

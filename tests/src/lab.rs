@@ -11,36 +11,36 @@ use crate::program::Program;
 /// The disks of the machine.
 pub const DISKS: [&str; 2] = ["vda", "vdb"];
 
-/// A snapshot of the model.
+/// A snapshot of the model; `C` is what a disk reads as.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct Snapshot<C = Content> {
     /// Its parent's name.
     pub parent: Option<String>,
     /// What each disk that it holds reads as.
-    pub contents: BTreeMap<&'static str, Content>,
+    pub contents: BTreeMap<&'static str, C>,
     /// Whether it is held.
     pub held: bool,
 }
 
 /// What has to be true: libvirt's rules, and nothing of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Model {
+pub struct Model<C = Content> {
     /// By name.
-    pub snapshots: BTreeMap<String, Snapshot>,
+    pub snapshots: BTreeMap<String, Snapshot<C>>,
     /// The current one's name.
     pub current: Option<String>,
     /// What each disk of the machine reads as.
-    pub active: BTreeMap<&'static str, Content>,
+    pub active: BTreeMap<&'static str, C>,
 }
 
-impl Default for Model {
+impl<C: Default> Default for Model<C> {
     fn default() -> Self {
-        let active = DISKS.iter().map(|disk| (*disk, Content::default())).collect();
+        let active = DISKS.iter().map(|disk| (*disk, C::default())).collect();
         Self { snapshots: BTreeMap::new(), current: None, active }
     }
 }
 
-impl Model {
+impl<C: Clone> Model<C> {
     /// A snapshot of these disks is taken.
     pub fn create(&mut self, name: &str, disks: &[&'static str]) {
         let contents = disks.iter().map(|disk| (*disk, self.active[disk].clone())).collect();
@@ -101,7 +101,8 @@ impl Model {
         found
     }
 
-    fn parents(&self) -> BTreeMap<String, Option<String>> {
+    /// Each snapshot's parent.
+    pub fn parents(&self) -> BTreeMap<String, Option<String>> {
         self.snapshots.iter().map(|(name, s)| (name.clone(), s.parent.clone())).collect()
     }
 }
@@ -340,7 +341,7 @@ struct ManifestEntry {
 }
 
 /// The current snapshot and each one's parent, as `list` tells them.
-fn tree_of(listed: &Value) -> (Option<String>, BTreeMap<String, Option<String>>) {
+pub(crate) fn tree_of(listed: &Value) -> (Option<String>, BTreeMap<String, Option<String>>) {
     let name = |value: &Value| value.as_str().map(str::to_owned);
     let snapshots = listed["snapshots"].as_array().expect("snapshots").iter();
     let parents = snapshots.map(|s| (name(&s["name"]).expect("a name"), name(&s["parent"]))).collect();

@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "everything here is for tests")]
 
+pub mod alive;
 pub mod conformance;
 pub mod guest;
 pub mod history;
@@ -11,9 +12,8 @@ pub mod lab;
 pub mod measure;
 pub mod program;
 pub mod random;
-#[cfg(feature = "lab")]
-pub mod running;
 pub mod rewind;
+pub mod running;
 pub mod scenarios;
 pub mod scene;
 pub mod simulation;

@@ -54,7 +54,8 @@ impl Rewind {
             } else if metadata.is_symlink() {
                 let target = fs::read_link(&path).expect("a link");
                 self.entries.push(Entry::Link(path, target));
-            } else {
+            } else if metadata.is_file() {
+                // What is none is the socket of a process that is gone.
                 let kept = path.extension().is_some_and(|extension| extension == "qcow2").then(|| {
                     let kept = keep.join(self.entries.len().to_string());
                     fs::hard_link(&path, &kept).expect("a link on the same file system");

@@ -43,6 +43,7 @@ pub struct Running {
     folder: PathBuf,
     pid_file: PathBuf,
     by_hand: Option<Child>,
+    way: Way,
 }
 
 /// Who starts the machine.
@@ -106,6 +107,7 @@ impl Running {
             pid_file: folder.join("pid"),
             folder: folder.to_owned(),
             by_hand: None,
+            way,
             paths,
         };
         let given: Vec<String> =
@@ -148,13 +150,27 @@ impl Running {
         self.folder.join("serial")
     }
 
+    /// Starts the machine, by Snaptree where that is its work.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn start(&mut self) {
+        match self.way {
+            Way::Attached => self.start_by_hand(),
+            Way::Managed | Way::Commands => {
+                self.program.json(0, &["domain", "start", "web"]);
+            }
+        }
+    }
+
     /// Starts QEMU as an administrator would, on the registered paths.
     ///
     /// # Panics
     /// It does not come up.
     pub fn start_by_hand(&mut self) {
         std::fs::remove_file(&self.qmp).ok();
-        let child = Command::new(qemu()).args(self.words()).stdin(Stdio::null()).spawn().expect("QEMU starts");
+        let child =
+            Command::new(qemu()).args(self.words()).stdin(Stdio::null()).spawn().expect("QEMU starts");
         self.by_hand = Some(child);
         wait_until("the monitor is there", || self.qmp.exists());
     }
@@ -207,7 +223,9 @@ impl Running {
     /// # Panics
     /// The manifest cannot be read.
     pub fn files(&self) -> BTreeMap<String, [PathBuf; 2]> {
-        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else { return BTreeMap::new() };
+        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else {
+            return BTreeMap::new();
+        };
         let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
         let snapshots = manifest["snapshots"].as_array().expect("snapshots").iter();
         let live = snapshots.filter(|snapshot| snapshot["tombstone"] == false);
@@ -218,11 +236,11 @@ impl Running {
         .collect()
     }
 
-    /// What the disks of one instant read as; that they are of one instant is checked on the way.
+    /// What the disks of one instant read as, and the guest's round; that they are of one instant is checked on the way.
     ///
     /// # Panics
     /// They are not.
-    pub fn read(&self, what: &str, files: &[PathBuf; 2]) -> [Hash; 2] {
+    pub fn read(&self, what: &str, files: &[PathBuf; 2]) -> ([Hash; 2], u32) {
         let read = |file: &PathBuf| {
             let raw = self.folder.join("read");
             tool("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", text(file), text(&raw)]);
@@ -233,10 +251,19 @@ impl Running {
         check_rounds(what, &first, round);
         let beside = word(&second, SECTOR_BYTES);
         assert!(beside == round || beside + 1 == round, "{what}: vda is of round {round}, vdb of {beside}");
-        [first, second].map(|disk| Sha256::digest(disk).into())
+        ([first, second].map(|disk| Sha256::digest(disk).into()), round)
     }
 
-    /// No image has more than leaked clusters, and nothing lies in the layers folder that the log does not know.
+    /// The layers that QEMU has open, as the kernel names them.
+    fn open_files(&self) -> Vec<String> {
+        let Some(pid) = self.pid() else { return Vec::new() };
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let open = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let open = open.map(|file| file.to_string_lossy().into_owned());
+        open.filter(|file| file.starts_with(text(&self.layers))).collect()
+    }
+
+    /// No image has more than leaked clusters, QEMU has nothing open that was removed, and nothing lies in the layers folder that the log does not know.
     ///
     /// # Panics
     /// There is something.
@@ -245,14 +272,23 @@ impl Running {
         let layers = shown["layers"].as_array().expect("layers");
         let known: Vec<&Path> =
             layers.iter().map(|layer| Path::new(layer["file"].as_str().expect("a file"))).collect();
-        for entry in std::fs::read_dir(&self.layers).expect("the layers folder") {
+        // Before the first snapshot there is no such folder.
+        for entry in std::fs::read_dir(&self.layers).into_iter().flatten() {
             let path = entry.expect("an entry").path();
             let name = path.file_name().expect("a name").to_string_lossy().into_owned();
             if name != "active" && !name.starts_with("gen-") {
                 assert!(known.contains(&path.as_path()), "{what}: the log does not know {}", path.display());
             }
         }
-        for file in known {
+        for open in self.open_files() {
+            assert!(!open.ends_with(" (deleted)"), "{what}: QEMU keeps {open} open");
+        }
+        // What the machine writes cannot be checked under it.
+        let written: Vec<PathBuf> = match self.pid() {
+            Some(_) => self.paths.iter().map(|path| path.canonicalize().expect("it opens")).collect(),
+            None => Vec::new(),
+        };
+        for file in known.into_iter().filter(|file| !written.iter().any(|written| written == file)) {
             let checked =
                 Command::new("qemu-img").args(["check", "-q", "-U", text(file)]).status().expect("it runs");
             assert!(matches!(checked.code(), Some(0 | 3)), "{what}: {} is damaged", file.display());

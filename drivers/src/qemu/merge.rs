@@ -258,10 +258,9 @@ impl DropLayers {
     /// the files take, so what stands in the way is no reason to stop.
     async fn close_nodes(&self, work: Work<'_>) {
         let Ok(Some(mut monitor)) = live::machine(work.context.state).await else { return };
-        for dropped in &self.drop {
-            if let Err(error) = monitor.close_file(&dropped.file).await {
-                tracing::warn!(%error, file = %dropped.file.display(), "QEMU keeps a removed layer open");
-            }
+        let files = |file: &Path| self.drop.iter().any(|dropped| dropped.file == file);
+        if let Err(error) = monitor.close_files(files).await {
+            tracing::warn!(%error, "QEMU keeps a removed layer open");
         }
     }
 

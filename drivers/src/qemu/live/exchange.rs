@@ -83,6 +83,8 @@ impl Switch {
         machine: &LiveMachine,
     ) -> Result<Vec<(String, String)>, DriverError> {
         let mut pairs = Vec::new();
+        // A removed layer that is still open could stand upon one of these, which then could not be built upon.
+        monitor.close_files(|file| !file.exists()).await?;
         for (index, fresh) in self.fresh.iter().enumerate() {
             monitor.close_file(&fresh.file).await?;
             fresh.make(work).await?;
@@ -146,8 +148,11 @@ impl Switch {
         work.reached("qemu.live.ready");
         monitor.stop().await?;
         work.reached("qemu.live.stopped");
-        for (push, job) in &jobs {
+        for (index, (push, job)) in jobs.iter().enumerate() {
             if let Err(error) = job.complete(monitor, &push.into_file).await {
+                if index > 0 {
+                    return Err(in_effect(error));
+                }
                 if error.class == ErrorClass::Permanent {
                     self.go_on(monitor, live).await?;
                 }

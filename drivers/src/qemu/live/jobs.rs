@@ -104,9 +104,18 @@ impl JobWork {
         monitor: &mut Monitor,
         into: &Path,
     ) -> Result<(), DriverError> {
+        let mut told = false;
         while let Some(job) = monitor.job(&self.id).await? {
             match job.status.as_str() {
-                "ready" => monitor.tell_job("job-complete", &self.id).await?,
+                // It takes a moment until the job has heard it, and one that was told by a predecessor refuses.
+                "ready" if !told => {
+                    told = true;
+                    if let Err(error) = monitor.tell_job("job-complete", &self.id).await
+                        && monitor.job(&self.id).await?.is_some_and(|job| job.status == "ready")
+                    {
+                        return Err(error);
+                    }
+                }
                 "pending" => {
                     super::exchange::flush_file(monitor, into).await?;
                     monitor.tell_job("job-finalize", &self.id).await?;
@@ -165,7 +174,10 @@ impl Pull {
         let stands_on = nodes.get(at + 1).map(|below| below.file.as_path());
         if known || stands_on != Some(&self.onto_file) {
             if !known {
-                check_name(node, &self.file)?;
+                // What the machine writes is open for writing already.
+                if at > 0 {
+                    check_name(node, &self.file)?;
+                }
                 let onto = nodes[at..].iter().find(|below| below.file == self.onto_file);
                 let onto = onto.ok_or_else(|| not_open(&self.onto_file))?;
                 set_mode(&self.file, self.mode)?;

@@ -144,11 +144,34 @@ impl Monitor {
 
     /// Closes every node by which `file` is open and which nothing uses.
     pub(in crate::qemu) async fn close_file(&mut self, file: &Path) -> Result<(), DriverError> {
+        self.close_files(|open| open == file).await
+    }
+
+    /// Closes every node of such files that nothing else uses, the upper ones of a chain before the lower ones.
+    pub(in crate::qemu) async fn close_files(
+        &mut self,
+        is_such: impl Fn(&Path) -> bool,
+    ) -> Result<(), DriverError> {
         let graph = self.graph().await?;
-        for node in graph.of_file(file) {
-            // QEMU closes by itself what it opened by itself.
-            if !node.name.starts_with('#') {
-                self.close(&node.name).await?;
+        // QEMU closes by itself what it opened by itself.
+        let such = |node: &&Node| !node.name.starts_with('#') && is_such(&node.named);
+        let mut open: Vec<String> = graph.nodes.iter().filter(such).map(|node| node.name.clone()).collect();
+        while !open.is_empty() {
+            let before = open.len();
+            let mut refused = None;
+            for node in std::mem::take(&mut open) {
+                match self.close(&node).await {
+                    Ok(()) => {}
+                    Err(error) if error.class == ErrorClass::Permanent => {
+                        refused = Some(error);
+                        open.push(node);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            match refused {
+                Some(error) if open.len() == before => return Err(error),
+                _ => {}
             }
         }
         Ok(())

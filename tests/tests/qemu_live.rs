@@ -1,0 +1,197 @@
+//! Random operations under a guest that writes all the time, on a real QEMU, against a model kept beside it.
+//!
+//! `SNAPTREE_SEED=N` repeats a run's choices, `SNAPTREE_OPERATIONS=N` makes it longer.
+
+#![cfg(feature = "lab")]
+#![allow(clippy::expect_used, reason = "a test")]
+
+use std::collections::BTreeSet;
+
+use snaptree_tests::alive::Alive;
+use snaptree_tests::random::Random;
+use snaptree_tests::running::Way;
+
+/// More snapshots than this are not made, so that a run stays short.
+const SNAPSHOTS_MAX: usize = 12;
+
+#[derive(Debug, Default)]
+struct Counts {
+    creates: usize,
+    deletes: usize,
+    live_merges: usize,
+    merges_off: usize,
+    deferred: usize,
+    reverts: usize,
+    power_cuts: usize,
+}
+
+struct Run {
+    alive: Alive,
+    way: Way,
+    random: Random,
+    named: usize,
+    counts: Counts,
+}
+
+impl Run {
+    fn any_snapshot(&mut self) -> Option<String> {
+        let names: Vec<String> = self.alive.model.snapshots.keys().cloned().collect();
+        (!names.is_empty()).then(|| self.random.pick(&names).clone())
+    }
+
+    fn runs(&self) -> bool {
+        self.alive.running.pid().is_some()
+    }
+
+    /// One random operation; says what it was.
+    fn act(&mut self) -> String {
+        match self.random.below(100) {
+            0..=34 if self.alive.model.snapshots.len() < SNAPSHOTS_MAX => self.create(),
+            35..=51 => self.revert(),
+            52..=57 => self.power(),
+            58..=61 => {
+                self.alive.running.program.json(0, &["reconcile", "web"]);
+                "reconcile".to_owned()
+            }
+            _ => self.delete(),
+        }
+    }
+
+    fn create(&mut self) -> String {
+        self.named += 1;
+        let name = format!("s{}", self.named);
+        if self.runs() {
+            let rounds = u32::try_from(self.random.below(12)).expect("a small number");
+            self.alive.running.wait_for_rounds(rounds);
+        }
+        self.alive.create(&name);
+        self.counts.creates += 1;
+        format!("create {name}")
+    }
+
+    fn revert(&mut self) -> String {
+        let Some(name) = self.any_snapshot() else { return self.create() };
+        // Whoever is not asked to end a machine does not end it.
+        let by_hand = self.way == Way::Attached && self.runs();
+        if by_hand {
+            let refused = self.alive.running.program.json(4, &["revert", "web", &name]);
+            assert_eq!(refused["error"]["code"], "in-use", "{refused}");
+            self.alive.running.kill();
+        }
+        let ran = self.runs();
+        self.alive.running.program.json(0, &["revert", "web", &name]);
+        self.alive.model.revert(&name);
+        self.counts.reverts += 1;
+        if by_hand {
+            self.alive.running.start_by_hand();
+        }
+        if by_hand || ran {
+            self.alive.expect_booted_from(&name);
+        }
+        format!("revert {name}")
+    }
+
+    /// The power fails, or comes back; some operations then find the machine off.
+    fn power(&mut self) -> String {
+        if self.runs() {
+            self.alive.running.kill();
+            self.counts.power_cuts += 1;
+            if self.random.chance(40) {
+                return "power off".to_owned();
+            }
+        }
+        if self.random.chance(50) {
+            self.alive.running.start();
+            return "power on".to_owned();
+        }
+        self.alive.running.start_by_hand();
+        "power on, by hand".to_owned()
+    }
+
+    fn delete(&mut self) -> String {
+        let Some(name) = self.any_snapshot() else { return self.create() };
+        let mut args = vec!["delete".to_owned(), "web".to_owned(), name.clone()];
+        let mut going = BTreeSet::from([name.clone()]);
+        match self.random.below(12) {
+            0 => {
+                args.push("--children".to_owned());
+                going.extend(self.alive.model.descendants(&name));
+            }
+            1 => {
+                args.push("--children-only".to_owned());
+                going = self.alive.model.descendants(&name);
+            }
+            _ => {}
+        }
+        match self.random.below(10) {
+            0 => args.push("--now".to_owned()),
+            1 => args.push("--defer".to_owned()),
+            _ => {}
+        }
+        let runs = self.runs();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let done = self.alive.running.program.json(0, &args);
+        assert_eq!(done["outcome"], "succeeded", "{done}");
+        for merge in done["merges"].as_array().expect("merges") {
+            match (merge["outcome"].as_str(), runs) {
+                (Some("succeeded"), true) => self.counts.live_merges += 1,
+                (Some("succeeded"), false) => self.counts.merges_off += 1,
+                (Some("deferred"), _) => self.counts.deferred += 1,
+                other => panic!("{other:?}: {done}"),
+            }
+        }
+        self.counts.deletes += 1;
+        going.iter().for_each(|name| self.alive.model.delete(name));
+        format!("{args:?}")
+    }
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn random_operations(way: Way, operations: u64) -> Counts {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    let seed = number("SNAPTREE_SEED", u64::from(clock.subsec_nanos()));
+    let operations = number("SNAPTREE_OPERATIONS", operations);
+    println!("{way:?}: repeat with SNAPTREE_SEED={seed} SNAPTREE_OPERATIONS={operations}");
+    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+    let mut alive = Alive::new(folder.path(), way);
+    alive.running.start();
+    alive.running.wait_for_rounds(2);
+    let mut run = Run { alive, way, random: Random::new(seed), named: 0, counts: Counts::default() };
+    for number in 0..operations {
+        let what = format!("seed {seed}, operation {number}: {}", run.act());
+        println!("{what}");
+        if number % 50 == 49 {
+            run.alive.forget_read();
+        }
+        run.alive.check(&what);
+        if run.runs() {
+            run.alive.expect_alive(&what);
+        }
+    }
+    run.alive.forget_read();
+    run.alive.check("the end");
+    assert_eq!(run.alive.running.program.json(0, &["audit", "verify"])["ok"], true);
+    println!("{way:?}, {operations} operations: {:?}", run.counts);
+    run.counts
+}
+
+#[test]
+fn under_a_managed_machine_every_snapshot_stays_what_it_was() {
+    let counts = random_operations(Way::Managed, 200);
+    assert!(counts.live_merges >= 20 && counts.reverts >= 15, "the run exercised too little: {counts:?}");
+}
+
+#[test]
+fn under_an_attached_machine_every_snapshot_stays_what_it_was() {
+    let counts = random_operations(Way::Attached, 40);
+    assert!(counts.live_merges > 0 && counts.reverts > 0, "the run exercised too little: {counts:?}");
+}
+
+#[test]
+fn under_a_machine_with_commands_every_snapshot_stays_what_it_was() {
+    let counts = random_operations(Way::Commands, 40);
+    assert!(counts.live_merges > 0 && counts.reverts > 0, "the run exercised too little: {counts:?}");
+}

@@ -1,0 +1,383 @@
+//! Snaptree, QEMU, and both are killed at every named place of every kind of operation under a running guest.
+//!
+//! After `recover` nothing is open, the tree is the one before or the one after the operation, every snapshot reads as
+//! it did, and the guest goes on: the same one where QEMU was not killed, else from a disk that lost nothing of what it
+//! had written.
+//!
+//! By default some places are tried, each with one of the three; `SNAPTREE_POINTS=all` tries them all with each,
+//! `SNAPTREE_POINTS=N` about N an operation.
+
+#![cfg(feature = "lab")]
+#![allow(clippy::expect_used, reason = "a test")]
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use snaptree_tests::alive::Alive;
+use snaptree_tests::lab::Model;
+use snaptree_tests::rewind::Rewind;
+use snaptree_tests::running::{Hash, Way, wait_until};
+
+/// How many places of an operation are tried by default.
+const POINTS: usize = 15;
+
+/// A tool that cannot be run is tried again at once: the pauses between are nothing that is tried here.
+const SETTINGS: &str = "[retry]\ndelay-min = \"1ms\"\ndelay-max = \"10ms\"\n";
+
+/// An operation under a running guest.
+struct Scenario {
+    name: &'static str,
+    prepare: fn(&mut Alive),
+    command: &'static [&'static str],
+    /// What the model says of it; nothing for a create, whose content nobody knows before.
+    apply: Option<fn(&mut Model<Hash>)>,
+}
+
+/// The machine stands on the last of these.
+fn snapshots(alive: &mut Alive, names: &[&str]) {
+    for name in names {
+        alive.create(name);
+        alive.running.wait_for_rounds(2);
+    }
+}
+
+/// a <- b <- c, and b <- d; the machine stands on d.
+fn branched(alive: &mut Alive) {
+    snapshots(alive, &["a", "b", "c"]);
+    alive.running.program.json(0, &["revert", "web", "b"]);
+    alive.model.revert("b");
+    alive.running.wait_for_rounds(2);
+    snapshots(alive, &["d"]);
+}
+
+const FIRST_CREATE: Scenario = Scenario {
+    name: "the first create, with adoption",
+    prepare: |_| {},
+    command: &["create", "web", "new"],
+    apply: None,
+};
+const CREATE: Scenario =
+    Scenario { name: "a create", prepare: |alive| snapshots(alive, &["a", "b"]), ..FIRST_CREATE };
+const REVERT: Scenario = Scenario {
+    name: "a revert",
+    prepare: branched,
+    command: &["revert", "web", "a"],
+    apply: Some(|model| model.revert("a")),
+};
+const PULL: Scenario = Scenario {
+    name: "a delete pulled into two dependants",
+    prepare: branched,
+    command: &["delete", "web", "b"],
+    apply: Some(|model| model.delete("b")),
+};
+const COMMIT: Scenario = Scenario {
+    name: "a delete in the middle of the chain",
+    prepare: |alive| snapshots(alive, &["a", "b", "c"]),
+    command: &["delete", "web", "b"],
+    apply: Some(|model| model.delete("b")),
+};
+const ROOT: Scenario = Scenario {
+    name: "a delete of the root",
+    command: &["delete", "web", "a"],
+    apply: Some(|model| model.delete("a")),
+    ..COMMIT
+};
+const CURRENT: Scenario = Scenario {
+    name: "a delete of the current one",
+    command: &["delete", "web", "c"],
+    apply: Some(|model| model.delete("c")),
+    ..COMMIT
+};
+const ALL: Scenario = Scenario {
+    name: "a delete of all",
+    command: &["delete", "web", "a", "--children"],
+    apply: Some(|model| ["c", "b", "a"].iter().for_each(|name| model.delete(name))),
+    ..COMMIT
+};
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Victim {
+    Snaptree,
+    Qemu,
+    Both,
+}
+
+const VICTIMS: [Victim; 3] = [Victim::Snaptree, Victim::Qemu, Victim::Both];
+
+#[derive(Debug, Default)]
+struct Tally {
+    recovered: usize,
+    before: usize,
+    missed: usize,
+    failed: Vec<String>,
+}
+
+/// The machine in front of the operation, as often as it is wanted.
+struct Stage {
+    scenario: Scenario,
+    alive: Alive,
+    model: Model<Hash>,
+    rewind: Rewind,
+    folder: tempfile::TempDir,
+}
+
+impl Stage {
+    fn new(scenario: Scenario) -> Self {
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+        let machine = folder.path().join("machine");
+        std::fs::create_dir(&machine).expect("a folder");
+        let mut alive = Alive::new(&machine, Way::Managed);
+        alive.running.program =
+            alive.running.program.with_settings(&folder.path().join("settings"), SETTINGS);
+        alive.running.start();
+        alive.running.wait_for_rounds(2);
+        (scenario.prepare)(&mut alive);
+        alive.running.kill();
+        let rewind = Rewind::of(&machine, &folder.path().join("inodes"));
+        Self { scenario, model: alive.model.clone(), alive, rewind, folder }
+    }
+
+    /// Puts everything back, and starts the machine.
+    fn begin(&mut self) {
+        self.alive.running.kill();
+        self.rewind.restore();
+        self.alive.model = self.model.clone();
+        self.alive.running.start();
+        self.alive.running.wait_for_rounds(2);
+    }
+
+    /// The places that the operation reaches, each with the number of the reach.
+    fn places(&mut self) -> Vec<(String, usize)> {
+        self.begin();
+        let trace = self.folder.path().join("trace");
+        let fault = format!("trace={}", trace.display());
+        let ran = self.alive.running.program.with_fault(&fault).run(self.scenario.command);
+        assert_eq!(ran.code, Some(0), "{}: {ran:?}", self.scenario.name);
+        let mut reached: BTreeMap<String, usize> = BTreeMap::new();
+        let lines = std::fs::read_to_string(trace).expect("the trace");
+        let number = |line: &str| {
+            let count = reached.entry(line.to_owned()).or_default();
+            *count += 1;
+            (line.to_owned(), *count)
+        };
+        lines.lines().map(number).collect()
+    }
+
+    /// Kills at a place. None if the operation ended before it came there.
+    fn kill_at(&mut self, place: &str, reach: usize, victim: Victim) -> Option<Killed> {
+        self.begin();
+        let program = &self.alive.running.program;
+        let fault = format!("{place}@{reach}=stop");
+        let mut command = program.with_fault(&fault).command(self.scenario.command);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts");
+        if !stopped(&mut child) {
+            return None;
+        }
+        let mut killed = Killed { ran: self.alive.running.pid(), counters: self.alive.running.counters() };
+        if victim != Victim::Snaptree {
+            self.alive.running.kill();
+            // What the guest printed since it was looked at counts, too.
+            killed.counters = self.alive.running.counters();
+        }
+        if victim == Victim::Qemu {
+            signal(child.id(), "CONT");
+        } else {
+            child.kill().expect("it is ours");
+        }
+        child.wait().expect("it ended");
+        Some(killed)
+    }
+
+    /// Recovers, and expects all that has to be true. Whether the operation took place.
+    fn recover(&mut self, what: &str, victim: Victim, killed: &Killed) -> bool {
+        let recovered = self.alive.running.program.json(0, &["recover"]);
+        let what = &format!("{what}, after {recovered}");
+        self.expect_nothing_open(what);
+        let after = self.settle(what);
+        if victim == Victim::Snaptree {
+            assert!(self.alive.running.pid().is_some() || killed.ran.is_none(), "{what}: the machine runs");
+        }
+        let same = killed.ran.is_some() && self.alive.running.pid() == killed.ran;
+        if self.alive.running.pid().is_none() {
+            self.alive.running.start();
+        }
+        let reverts = self.scenario.command[0] == "revert";
+        match (reverts && after, same) {
+            (true, _) => self.alive.expect_booted_from("a"),
+            (false, true) => self.alive.expect_alive(what),
+            (false, false) => self.expect_nothing_lost(what, killed),
+        }
+        if !after {
+            self.alive.running.program.json(0, self.scenario.command);
+            self.apply();
+        }
+        self.alive.check(what);
+        assert_eq!(self.alive.running.program.json(0, &["audit", "verify"])["ok"], true, "{what}");
+        self.alive.create("afterwards");
+        self.alive.check(&format!("{what}, a snapshot afterwards"));
+        self.alive.expect_alive(what);
+        after
+    }
+
+    fn expect_nothing_open(&self, what: &str) {
+        let listed = self.alive.running.program.json(0, &["op", "list"]);
+        for operation in listed["operations"].as_array().expect("operations") {
+            assert!(operation["outcome"].is_string(), "{what}: {operation}");
+            assert_ne!(operation["outcome"], "needs-attention", "{what}: {operation}");
+        }
+    }
+
+    /// Whether the operation took place, by the tree; the model goes with it.
+    fn settle(&mut self, what: &str) -> bool {
+        let mut after = self.alive.model.clone();
+        match self.scenario.apply {
+            Some(apply) => apply(&mut after),
+            None => after.create("new", &[]),
+        }
+        if self.alive.tree_is(&after) {
+            self.apply();
+            self.alive.check(what);
+            return true;
+        }
+        self.alive.check(what);
+        false
+    }
+
+    fn apply(&mut self) {
+        match self.scenario.apply {
+            Some(apply) => apply(&mut self.alive.model),
+            None => self.alive.created("new"),
+        }
+    }
+
+    /// The guest was booted again, from a disk that has all that it had said to be there.
+    fn expect_nothing_lost(&self, what: &str, killed: &Killed) {
+        let (_, said) = killed.counters.unwrap_or_default();
+        self.alive.expect_alive(what);
+        let (memory, disk) = self.alive.running.counters().expect("it printed");
+        assert!(disk - memory >= said, "{what}: the disk came back at round {}, after {said}", disk - memory);
+    }
+}
+
+/// What stood when something was killed.
+struct Killed {
+    /// QEMU's process id.
+    ran: Option<u32>,
+    counters: Option<(u32, u32)>,
+}
+
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    assert!(sent.expect("kill runs").success(), "{name} to {pid}");
+}
+
+/// Waits until a process is stopped, or has ended.
+fn stopped(child: &mut Child) -> bool {
+    let mut is_stopped = false;
+    wait_until("it is stopped, or has ended", || {
+        let stat = std::fs::read_to_string(Path::new("/proc").join(child.id().to_string()).join("stat"));
+        let state =
+            stat.ok().and_then(|stat| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()));
+        is_stopped = state == Some('T');
+        is_stopped || matches!(state, None | Some('Z'))
+    });
+    if !is_stopped {
+        child.wait().expect("it ended");
+    }
+    is_stopped
+}
+
+/// Some of `all`, evenly.
+fn some<T: Clone>(all: &[T], wanted: usize) -> Vec<T> {
+    let step = all.len().div_ceil(wanted.max(1)).max(1);
+    all.iter().step_by(step).cloned().collect()
+}
+
+fn kill_everywhere(scenario: Scenario) {
+    let mut stage = Stage::new(scenario);
+    let name = stage.scenario.name;
+    let places = stage.places();
+    let points: Vec<((String, usize), Victim)> = match std::env::var("SNAPTREE_POINTS").ok().as_deref() {
+        Some("all") => {
+            places.iter().flat_map(|place| VICTIMS.map(|victim| (place.clone(), victim))).collect()
+        }
+        wanted => {
+            let wanted = wanted.map_or(POINTS, |wanted| wanted.parse().expect("a number, or all"));
+            let victims = VICTIMS.into_iter().cycle();
+            some(&places, wanted).into_iter().zip(victims).collect()
+        }
+    };
+    let mut table: BTreeMap<Victim, Tally> = BTreeMap::new();
+    for ((place, reach), victim) in points {
+        let what = format!("{name}: {victim:?} killed at {place}@{reach}");
+        let tried = catch_unwind(AssertUnwindSafe(|| {
+            let killed = stage.kill_at(&place, reach, victim)?;
+            Some(stage.recover(&what, victim, &killed))
+        }));
+        let tally = table.entry(victim).or_default();
+        match tried {
+            Ok(None) => tally.missed += 1,
+            Ok(Some(after)) => {
+                tally.recovered += 1;
+                tally.before += usize::from(!after);
+            }
+            Err(_) => tally.failed.push(what),
+        }
+    }
+    println!("{name}: {} places", places.len());
+    for (victim, tally) in &table {
+        println!(
+            "  {victim:?}: recovered {} ({} as it began), missed {}, failed {}",
+            tally.recovered,
+            tally.before,
+            tally.missed,
+            tally.failed.len()
+        );
+    }
+    let failed: Vec<&String> = table.values().flat_map(|tally| &tally.failed).collect();
+    assert!(failed.is_empty(), "not recovered: {failed:#?}");
+    assert!(table.values().map(|tally| tally.recovered).sum::<usize>() > 0, "nothing was killed");
+}
+
+#[test]
+fn the_first_create_under_a_guest_recovers() {
+    kill_everywhere(FIRST_CREATE);
+}
+
+#[test]
+fn a_create_under_a_guest_recovers() {
+    kill_everywhere(CREATE);
+}
+
+#[test]
+fn a_revert_of_a_running_machine_recovers() {
+    kill_everywhere(REVERT);
+}
+
+#[test]
+fn a_pull_under_a_guest_recovers() {
+    kill_everywhere(PULL);
+}
+
+#[test]
+fn a_commit_under_a_guest_recovers() {
+    kill_everywhere(COMMIT);
+}
+
+#[test]
+fn a_delete_of_the_root_under_a_guest_recovers() {
+    kill_everywhere(ROOT);
+}
+
+#[test]
+fn a_delete_of_the_current_one_under_a_guest_recovers() {
+    kill_everywhere(CURRENT);
+}
+
+#[test]
+fn a_delete_of_all_under_a_guest_recovers() {
+    kill_everywhere(ALL);
+}
