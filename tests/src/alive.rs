@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::images::{Facts, chain};
 use crate::lab::{DISKS, Model, tree_of};
-use crate::running::{Hash, Running, Way, wait_until};
+use crate::running::{Hash, Running, Way, becomes, wait_until};
 
 /// The machine, the model, and what was read so far.
 #[derive(Debug)]
@@ -101,9 +101,11 @@ impl Alive {
     pub fn expect_booted_from(&mut self, name: &str) {
         let files = self.running.files();
         let (_, round) = self.read(name, &files[name]);
-        wait_until(&format!("the guest goes on from round {round} of {name}"), || {
+        let goes_on = becomes(|| {
             self.running.counters().is_some_and(|(memory, disk)| memory > 1 && disk - memory == round)
         });
+        let (counters, pid) = (self.running.counters(), self.running.pid());
+        assert!(goes_on, "not booted from round {round} of {name}: {counters:?} of pid {pid:?}");
     }
 
     /// The guest runs, and goes on from where its disk stands.

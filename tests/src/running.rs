@@ -327,10 +327,18 @@ fn check_rounds(what: &str, disk: &[u8], round: u32) {
 ///
 /// # Panics
 /// It does not become so.
-pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, is_so: impl FnMut() -> bool) {
+    assert!(becomes(is_so), "after {PATIENCE:?} it is still not so that {what}");
+}
+
+/// Whether something becomes so.
+pub fn becomes(mut is_so: impl FnMut() -> bool) -> bool {
     let until = Instant::now() + PATIENCE;
     while !is_so() {
-        assert!(Instant::now() < until, "after {PATIENCE:?} it is still not so that {what}");
+        if Instant::now() >= until {
+            return false;
+        }
         std::thread::sleep(LOOK);
     }
+    true
 }

@@ -258,7 +258,12 @@ impl DropLayers {
     /// the files take, so what stands in the way is no reason to stop.
     async fn close_nodes(&self, work: Work<'_>) {
         let Ok(Some(mut monitor)) = live::machine(work.context.state).await else { return };
-        let files = |file: &Path| self.drop.iter().any(|dropped| dropped.file == file);
+        // A machine that was started on its registered paths knows what it wrote by those, until it is merged away.
+        let Ok((_, config)) = QemuConfig::of(work.context.state) else { return };
+        let files = |file: &Path| {
+            self.drop.iter().any(|dropped| dropped.file == file)
+                || config.disks.values().any(|disk| disk.given == file || disk.resolved == file)
+        };
         if let Err(error) = monitor.close_files(files).await {
             tracing::warn!(%error, "QEMU keeps a removed layer open");
         }

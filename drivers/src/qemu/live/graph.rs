@@ -90,6 +90,13 @@ impl Graph {
         self.nodes.iter().find(|node| node.name == name)
     }
 
+    /// Whether a device stands on the node, through whatever is between.
+    pub(in crate::qemu) fn is_attached(&self, node: &Node) -> bool {
+        let attached = |name: &str| self.chains.iter().flatten().any(|in_chain| in_chain == name);
+        let above = self.nodes.iter().filter(|above| above.file_node.as_deref() == Some(&node.name));
+        attached(&node.name) || above.map(|above| above.name.as_str()).any(attached)
+    }
+
     /// Every node that has a file open by that name.
     pub(in crate::qemu) fn of_file(&self, named: &Path) -> impl Iterator<Item = &Node> {
         self.nodes.iter().filter(move |node| node.named == named)

@@ -21,6 +21,8 @@ mod monitor;
 mod process;
 mod seen;
 
+use std::time::{Duration, Instant};
+
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::Code;
 use snaptree_engine::project::DomainState;
@@ -35,6 +37,10 @@ pub(super) use process::{Ending, end, start};
 pub(super) use seen::{LiveMachine, Machine, Run};
 
 use seen::LiveNode;
+
+/// How long a machine that does not answer may take to be gone, or to answer.
+const SETTLE: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(20);
 
 /// The machine, as far as it can be asked.
 pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
@@ -73,11 +79,19 @@ pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, Driv
 /// # Errors
 /// It runs and does not answer: it may have exchanged its disks, and only QEMU knows.
 pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
-    match machine(state).await {
-        Ok(_) => Ok(()),
-        Err(error) => Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
-            "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
-        )),
+    let until = Instant::now() + SETTLE;
+    loop {
+        match machine(state).await {
+            Ok(_) => return Ok(()),
+            // One that was killed lets go of its files a moment after it looks dead, its socket before that.
+            Err(_) if Instant::now() < until => tokio::time::sleep(POLL).await,
+            Err(error) => {
+                return Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
+                    "what became of the operation can only be told by the machine itself: free its QMP socket, or \
+                     end it",
+                ));
+            }
+        }
     }
 }
 

@@ -154,7 +154,8 @@ impl Monitor {
     ) -> Result<(), DriverError> {
         let graph = self.graph().await?;
         // QEMU closes by itself what it opened by itself.
-        let such = |node: &&Node| !node.name.starts_with('#') && is_such(&node.named);
+        let such =
+            |node: &&Node| !node.name.starts_with('#') && !graph.is_attached(node) && is_such(&node.named);
         let mut open: Vec<String> = graph.nodes.iter().filter(such).map(|node| node.name.clone()).collect();
         while !open.is_empty() {
             let before = open.len();
