@@ -7,6 +7,9 @@
 //!
 //! # Assumptions
 //! * QEMU serves one client at a time: a second one is accepted, and greeted when the first is gone.
+//!
+//! The crate `qapi` (0.15) was looked at first. It reads lines of any length, knows no time limits, and ends the
+//! connection when the answer to a command arrives that was given up; a hung QEMU is an everyday thing here.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -259,3 +262,6 @@ impl Qmp {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
