@@ -97,6 +97,9 @@ const ALL: Scenario = Scenario {
     ..COMMIT
 };
 
+const PIVOT: Scenario =
+    Scenario { name: "a commit of what the guest writes", prepare: |alive| snapshots(alive, &["a"]), ..ROOT };
+
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Victim {
@@ -166,17 +169,24 @@ impl Stage {
         lines.lines().map(number).collect()
     }
 
-    /// Kills at a place. None if the operation ended before it came there.
-    fn kill_at(&mut self, place: &str, reach: usize, victim: Victim) -> Option<Killed> {
+    /// The operation, stopped at a place. None if it ended before it came there.
+    fn stop_at(&mut self, place: &str, reach: usize) -> Option<Child> {
         self.begin();
         let program = &self.alive.running.program;
         let fault = format!("{place}@{reach}=stop");
         let mut command = program.with_fault(&fault).command(self.scenario.command);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts");
-        if !stopped(&mut child) {
-            return None;
-        }
-        let mut killed = Killed { ran: self.alive.running.pid(), counters: self.alive.running.counters() };
+        stopped(&mut child).then_some(child)
+    }
+
+    fn stands(&self) -> Killed {
+        Killed { ran: self.alive.running.pid(), counters: self.alive.running.counters() }
+    }
+
+    /// Kills at a place. None if the operation ended before it came there.
+    fn kill_at(&mut self, place: &str, reach: usize, victim: Victim) -> Option<Killed> {
+        let mut child = self.stop_at(place, reach)?;
+        let mut killed = self.stands();
         if victim != Victim::Snaptree {
             self.alive.running.kill();
             // What the guest printed since it was looked at counts, too.
@@ -188,6 +198,34 @@ impl Stage {
             child.kill().expect("it is ours");
         }
         child.wait().expect("it ended");
+        Some(killed)
+    }
+
+    /// Kills QEMU at one of its own system calls after that place. None if it made fewer of them.
+    fn kill_in_call(&mut self, place: &str, calls: &str, at: usize) -> Option<Killed> {
+        let mut child = self.stop_at(place, 1).unwrap_or_else(|| panic!("{place} is not reached"));
+        let mut killed = self.stands();
+        let qemu = killed.ran.expect("it runs");
+        let mut tracer = Command::new("strace")
+            .args(["-f", "-q", "-o", "/dev/null", "-p", &qemu.to_string(), "-e", &format!("trace={calls}")])
+            .args(["-e", &format!("inject={calls}:signal=SIGKILL:when={at}")])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("strace starts");
+        wait_until("QEMU is traced", || {
+            let status = std::fs::read_to_string(format!("/proc/{qemu}/status")).unwrap_or_default();
+            !status.contains("TracerPid:\t0\n")
+        });
+        signal(child.id(), "CONT");
+        child.wait().expect("it ended");
+        if self.alive.running.pid() == Some(qemu) {
+            // strace lets go of whom it traces when it is told to end.
+            signal(tracer.id(), "TERM");
+            tracer.wait().expect("it ended");
+            return None;
+        }
+        tracer.wait().expect("it ended");
+        killed.counters = self.alive.running.counters();
         Some(killed)
     }
 
@@ -342,6 +380,47 @@ fn kill_everywhere(scenario: Scenario) {
     assert!(table.values().map(|tally| tally.recovered).sum::<usize>() > 0, "nothing was killed");
 }
 
+/// The calls by which QEMU's jobs change an image.
+const CALLS: [&str; 2] = ["pwrite64,pwritev", "fdatasync"];
+
+/// Kills QEMU in the middle of a job, and of the flush after it.
+fn kill_in_calls(scenario: Scenario, places: &[&str]) {
+    let mut stage = Stage::new(scenario);
+    let most = if std::env::var("SNAPTREE_POINTS").is_ok_and(|wanted| wanted == "all") { 12 } else { 3 };
+    let (mut recovered, mut missed) = (0, 0);
+    for place in places {
+        for calls in CALLS {
+            for at in 1..=most {
+                let what = format!("{}: QEMU killed at {calls} {at} after {place}", stage.scenario.name);
+                match stage.kill_in_call(place, calls, at) {
+                    Some(killed) => {
+                        stage.recover(&what, Victim::Qemu, &killed);
+                        recovered += 1;
+                    }
+                    None => missed += 1,
+                }
+            }
+        }
+    }
+    println!("{}: in QEMU's own calls: recovered {recovered}, missed {missed}", stage.scenario.name);
+    assert!(recovered > 0, "nothing was killed");
+}
+
+#[test]
+fn a_commit_that_qemu_dies_in_recovers() {
+    kill_in_calls(COMMIT, &["qemu.live.push.started", "qemu.live.job.concluded"]);
+}
+
+#[test]
+fn a_pull_that_qemu_dies_in_recovers() {
+    kill_in_calls(PULL, &["qemu.live.pull.started", "qemu.live.job.concluded"]);
+}
+
+#[test]
+fn a_commit_of_what_the_guest_writes_that_qemu_dies_in_recovers() {
+    kill_in_calls(PIVOT, &["qemu.live.commit.started", "qemu.live.stopped", "qemu.live.pivoted"]);
+}
+
 #[test]
 fn the_first_create_under_a_guest_recovers() {
     kill_everywhere(FIRST_CREATE);
@@ -375,6 +454,11 @@ fn a_delete_of_the_root_under_a_guest_recovers() {
 #[test]
 fn a_delete_of_the_current_one_under_a_guest_recovers() {
     kill_everywhere(CURRENT);
+}
+
+#[test]
+fn a_pivot_under_a_guest_recovers() {
+    kill_everywhere(PIVOT);
 }
 
 #[test]
