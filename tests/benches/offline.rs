@@ -2,8 +2,9 @@
 
 #![allow(missing_docs, clippy::expect_used, reason = "a bench binary")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use snaptree_tests::images::{text, tool};
 use snaptree_tests::measure::{Times, time};
@@ -11,7 +12,9 @@ use snaptree_tests::program::Program;
 
 const ROUNDS: usize = 30;
 const MERGES: usize = 7;
-const MERGE_MIB: usize = 64;
+const DISK: &str = "4G";
+/// `SNAPTREE_MERGE_MIB` is another.
+const MERGE_MIB_DEFAULT: usize = 64;
 
 fn qemu_img(args: &[&str]) -> Command {
     let mut command = Command::new("qemu-img");
@@ -21,7 +24,7 @@ fn qemu_img(args: &[&str]) -> Command {
 
 fn machine(folder: &Path) -> Program {
     let image = folder.join("vda.qcow2");
-    tool("qemu-img", &["create", "-q", "-f", "qcow2", text(&image), "1G"]);
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", text(&image), DISK]);
     let program = Program::release(folder.join("state"));
     let disk = format!("vda={}", text(&image));
     program.json(0, &["domain", "add", "web", "--driver", "qemu", "--disk", &disk]);
@@ -33,7 +36,7 @@ fn machine(folder: &Path) -> Program {
 fn small(folder: &Path) {
     let program = machine(folder);
     let base = folder.join("bare.qcow2");
-    tool("qemu-img", &["create", "-q", "-f", "qcow2", text(&base), "1G"]);
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", text(&base), DISK]);
     let [mut bare, mut create, mut bare_delete, mut delete, mut nothing] =
         std::array::from_fn(|_| Times::default());
     for round in 0..ROUNDS {
@@ -63,49 +66,77 @@ fn small(folder: &Path) {
     delete.print("snaptree delete, a leaf", Some(&bare_delete));
 }
 
-/// A delete that has to merge, and `qemu-img commit` or `rebase` of the same data.
-fn merge(folder: &Path) {
-    let program = machine(folder);
-    let path = folder.join("vda.qcow2");
-    let fill = format!("write -P 7 0 {MERGE_MIB}M");
-    let [mut bare_commit, mut bare_rebase, mut delete] = std::array::from_fn(|_| Times::default());
-    for round in 0..MERGES {
-        tool("qemu-io", &["-f", "qcow2", "-c", &fill, text(&path)]);
-        program.json(0, &["create", "web", "middle"]);
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 8 512M 80M", text(&path)]);
-        delete.push(time(&mut program.command(&["delete", "web", "middle", "--now"])));
+/// Writes so many MiB from that GiB on.
+fn fill(image: &Path, from: &str, mib: usize) {
+    let write = format!("write -P 7 {from} {mib}M");
+    tool("qemu-io", &["-f", "qcow2", "-c", &write, text(image)]);
+}
 
-        let [low, middle, high] =
-            ["low", "middle", "high"].map(|name| folder.join(format!("{name}-{round}")));
-        for (file, backing) in [(&low, None), (&middle, Some(&low)), (&high, Some(&middle))] {
+/// A delete that has to merge: `lower` MiB are in the layer that goes, `upper` in what stands upon it.
+struct Merge {
+    lower_mib: usize,
+    upper_mib: usize,
+    /// What is run on the bare layers `low`, `middle` and `high` for the same end.
+    bare: fn(&[PathBuf; 3]) -> Command,
+}
+
+impl Merge {
+    fn bare(&self, folder: &Path) -> Duration {
+        let files = ["low", "middle", "high"].map(|name| folder.join(name));
+        let [low, middle, high] = &files;
+        for (file, backing) in [(low, None), (middle, Some(low)), (high, Some(middle))] {
             let mut args = vec!["create", "-q", "-f", "qcow2"];
             backing.iter().for_each(|backing| args.extend(["-b", text(backing), "-F", "qcow2"]));
-            args.extend([text(file), "1G"]);
+            args.extend([text(file), DISK]);
             tool("qemu-img", &args);
         }
-        tool("qemu-io", &["-f", "qcow2", "-c", &fill, text(&middle)]);
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 8 512M 80M", text(&high)]);
-        bare_commit.push(time(&mut qemu_img(&["commit", "-q", "-d", "-f", "qcow2", text(&middle)])));
-        bare_rebase.push(time(&mut qemu_img(&[
-            "rebase",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            text(&low),
-            "-F",
-            "qcow2",
-            text(&high),
-        ])));
-        [low, middle, high].iter().for_each(|file| std::fs::remove_file(file).expect("it is there"));
+        fill(middle, "0", self.lower_mib);
+        fill(high, "2G", self.upper_mib);
+        let took = time(&mut (self.bare)(&files));
+        files.iter().for_each(|file| std::fs::remove_file(file).expect("it is there"));
+        took
     }
-    bare_rebase.print(&format!("qemu-img rebase, {MERGE_MIB} MiB"), None);
-    bare_commit.print(&format!("qemu-img commit, {MERGE_MIB} MiB"), None);
-    delete.print(&format!("snaptree delete, merging {MERGE_MIB} MiB"), Some(&bare_rebase));
+
+    fn print(&self, what: &str, rounds: usize) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let program = machine(folder.path());
+        let path = folder.path().join("vda.qcow2");
+        let [mut bare, mut delete] = std::array::from_fn(|_| Times::default());
+        let mut merges = serde_json::Value::Null;
+        for _ in 0..rounds {
+            bare.push(self.bare(folder.path()));
+            fill(&path, "0", self.lower_mib);
+            program.json(0, &["create", "web", "middle"]);
+            fill(&path, "2G", self.upper_mib);
+            merges = program.json(0, &["delete", "web", "middle", "--dry-run"])["merges"].take();
+            delete.push(time(&mut program.command(&["delete", "web", "middle", "--now"])));
+            program.json(0, &["revert", "web", "first"]);
+            program.json(0, &["reconcile", "web"]);
+        }
+        bare.print(&format!("qemu-img {what}"), None);
+        delete.print(&format!("snaptree delete, by {what}"), Some(&bare));
+        println!(
+            "throughput beside bare qemu-img {:.2}; planned: {merges}",
+            bare.median_ms() / delete.median_ms()
+        );
+    }
+}
+
+fn rebase([low, _, high]: &[PathBuf; 3]) -> Command {
+    qemu_img(&["rebase", "-q", "-f", "qcow2", "-b", text(low), "-F", "qcow2", text(high)])
+}
+
+fn commit([_, _, high]: &[PathBuf; 3]) -> Command {
+    qemu_img(&["commit", "-q", "-d", "-f", "qcow2", text(high)])
 }
 
 fn main() {
-    let [one, two] = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
-    small(one.path());
-    merge(two.path());
+    let folder = tempfile::tempdir().expect("a folder");
+    small(folder.path());
+    let wanted = std::env::var("SNAPTREE_MERGE_MIB").ok();
+    let mib = wanted.map_or(MERGE_MIB_DEFAULT, |wanted| wanted.parse().expect("a number"));
+    // Whichever direction moves fewer bytes is taken.
+    let more = mib + mib / 4;
+    Merge { lower_mib: mib, upper_mib: more, bare: rebase }.print(&format!("rebase, {mib} MiB"), MERGES);
+    Merge { lower_mib: more, upper_mib: mib, bare: commit }.print(&format!("commit, {mib} MiB"), MERGES);
 }

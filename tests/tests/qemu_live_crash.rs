@@ -123,30 +123,41 @@ struct Stage {
     scenario: Scenario,
     alive: Alive,
     model: Model<Hash>,
-    rewind: Rewind,
+    /// None: all is made anew, for an image that shall be adopted must have one name, so nothing can keep its inode.
+    rewind: Option<Rewind>,
     folder: tempfile::TempDir,
 }
 
 impl Stage {
     fn new(scenario: Scenario) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
-        let machine = folder.path().join("machine");
+        let mut alive = Self::prepared(&scenario, folder.path());
+        alive.running.kill();
+        let rewind = (!alive.model.snapshots.is_empty())
+            .then(|| Rewind::of(&folder.path().join("machine"), &folder.path().join("inodes")));
+        Self { scenario, model: alive.model.clone(), alive, rewind, folder }
+    }
+
+    fn prepared(scenario: &Scenario, folder: &Path) -> Alive {
+        let machine = folder.join("machine");
         std::fs::create_dir(&machine).expect("a folder");
         let mut alive = Alive::new(&machine, Way::Managed);
-        alive.running.program =
-            alive.running.program.with_settings(&folder.path().join("settings"), SETTINGS);
+        alive.running.program = alive.running.program.with_settings(&folder.join("settings"), SETTINGS);
         alive.running.start();
         alive.running.wait_for_rounds(2);
         (scenario.prepare)(&mut alive);
-        alive.running.kill();
-        let rewind = Rewind::of(&machine, &folder.path().join("inodes"));
-        Self { scenario, model: alive.model.clone(), alive, rewind, folder }
+        alive
     }
 
     /// Puts everything back, and starts the machine.
     fn begin(&mut self) {
         self.alive.running.kill();
-        self.rewind.restore();
+        let Some(rewind) = &self.rewind else {
+            std::fs::remove_dir_all(self.folder.path().join("machine")).expect("the folder");
+            self.alive = Self::prepared(&self.scenario, self.folder.path());
+            return;
+        };
+        rewind.restore();
         self.alive.model = self.model.clone();
         self.alive.running.start();
         self.alive.running.wait_for_rounds(2);

@@ -38,7 +38,7 @@ pub(super) use seen::{LiveMachine, Machine, Run};
 
 use seen::LiveNode;
 
-/// How long a machine that does not answer may take to be gone, or to answer.
+/// How long a machine that nobody answers for may take to be gone.
 const SETTLE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -63,14 +63,24 @@ pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
 /// It runs, and cannot be asked.
 pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, DriverError> {
     let (_, config) = QemuConfig::of(state)?;
-    let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(None) };
-    let Some(socket) = config.runs.qmp() else { return Err(in_use(&holder).into()) };
-    match Monitor::connect(socket).await {
-        Ok(monitor) => Ok(Some(monitor)),
-        Err(QmpError::Absent { .. }) => Err(DriverError::from(
-            in_use(&holder).hint("nobody answers at its QMP socket: was the machine started without it?"),
-        )),
-        Err(error) => Err(failed(error)),
+    let until = Instant::now() + SETTLE;
+    loop {
+        let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(None) };
+        let Some(socket) = config.runs.qmp() else { return Err(in_use(&holder).into()) };
+        match Monitor::connect(socket).await {
+            Ok(monitor) => return Ok(Some(monitor)),
+            // One that was killed lets go of its files a moment after it looks dead, and of its socket before that.
+            Err(QmpError::Absent { .. } | QmpError::Closed { .. }) if Instant::now() < until => {
+                tokio::time::sleep(POLL).await;
+            }
+            Err(QmpError::Absent { .. }) => {
+                return Err(DriverError::from(
+                    in_use(&holder)
+                        .hint("nobody answers at its QMP socket: was the machine started without it?"),
+                ));
+            }
+            Err(error) => return Err(failed(error)),
+        }
     }
 }
 
@@ -79,19 +89,11 @@ pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, Driv
 /// # Errors
 /// It runs and does not answer: it may have exchanged its disks, and only QEMU knows.
 pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
-    let until = Instant::now() + SETTLE;
-    loop {
-        match machine(state).await {
-            Ok(_) => return Ok(()),
-            // One that was killed lets go of its files a moment after it looks dead, its socket before that.
-            Err(_) if Instant::now() < until => tokio::time::sleep(POLL).await,
-            Err(error) => {
-                return Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
-                    "what became of the operation can only be told by the machine itself: free its QMP socket, or \
-                     end it",
-                ));
-            }
-        }
+    match machine(state).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
+            "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
+        )),
     }
 }
 
