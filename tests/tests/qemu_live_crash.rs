@@ -242,8 +242,11 @@ impl Stage {
 
     /// Recovers, and expects all that has to be true. Whether the operation took place.
     fn recover(&mut self, what: &str, victim: Victim, killed: &Killed) -> bool {
-        let recovered = self.alive.running.program.json(0, &["recover"]);
-        let what = &format!("{what}, after {recovered}");
+        let ran = self.alive.running.program.run(&["recover", "--json"]);
+        if ran.code != Some(0) {
+            panic!("{what}: {ran:?}\n{}", self.alive.running.program.run(&["log", "web"]).stdout);
+        }
+        let what = &format!("{what}, after {}", ran.stdout);
         self.expect_nothing_open(what);
         let after = self.settle(what);
         if victim == Victim::Snaptree {
