@@ -51,6 +51,8 @@ pub struct Running {
 pub enum Way {
     /// Snaptree, by a launch command.
     Managed,
+    /// The test, on the registered paths; Snaptree knows nothing of it.
+    Apart,
     /// The test, on the registered paths; Snaptree has the QMP socket.
     Attached,
     /// Snaptree, by a start and a stop command that work on the registered paths.
@@ -113,6 +115,7 @@ impl Running {
         let given: Vec<String> =
             DISKS.iter().zip(&running.paths).map(|(disk, path)| format!("{disk}={}", text(path))).collect();
         let ways = match way {
+            Way::Apart => Vec::new(),
             Way::Managed => vec!["--launch".to_owned(), running.launch()],
             Way::Attached => vec!["--qmp".to_owned(), text(&running.qmp).to_owned()],
             Way::Commands => {
@@ -156,7 +159,7 @@ impl Running {
     /// It does not come up.
     pub fn start(&mut self) {
         match self.way {
-            Way::Attached => self.start_by_hand(),
+            Way::Apart | Way::Attached => self.start_by_hand(),
             Way::Managed | Way::Commands => {
                 self.program.json(0, &["domain", "start", "web"]);
             }

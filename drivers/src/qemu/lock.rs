@@ -25,6 +25,8 @@ const RESIZES: libc::off_t = 103;
 const LETS_NOBODY_WRITE: libc::off_t = 201;
 const LETS_NOBODY_RESIZE: libc::off_t = 203;
 
+/// How long a machine that nobody answers for may take to be gone.
+pub(super) const DYING: Duration = Duration::from_secs(5);
 /// How long an ended process may take to be gone.
 const TERM_WAIT: Duration = Duration::from_secs(3);
 const KILL_WAIT: Duration = Duration::from_secs(10);
@@ -110,6 +112,19 @@ pub(super) fn check_unused(path: &Path) -> Result<(), DriverError> {
     match writer(path).doing("ask for the locks of", path)? {
         Some(holder) => Err(in_use(&holder).into()),
         None => Ok(()),
+    }
+}
+
+/// The same, with time for a machine that was killed in this moment to let go of its files.
+pub(super) async fn check_unused_soon(path: &Path) -> Result<(), DriverError> {
+    let until = Instant::now() + DYING;
+    loop {
+        match check_unused(path) {
+            Err(error) if error.failure.code == Code::InUse && Instant::now() < until => {
+                tokio::time::sleep(POLL).await;
+            }
+            checked => return checked,
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::adopt::{Work, backing_name, unreadable};
 use super::config::QemuConfig;
 use super::files::{self, Doing, WRITE_BITS, folder_of, if_there, remove, set_mode, stamp_of, sync};
 use super::live::{self, Monitor};
-use super::lock::check_unused;
+use super::lock::{check_unused, check_unused_soon};
 use super::observe::scan_folders;
 use super::step::{DropLayers, Dropped, Pull, Push, Under, Writer};
 
@@ -231,7 +231,7 @@ impl DropLayers {
         work.reached("qemu.drop.begin");
         self.close_nodes(work).await;
         for dropped in &self.drop {
-            self.check(work, dropped)?;
+            self.check(work, dropped).await?;
         }
         let leaving: Vec<&PathBuf> = self.drop.iter().map(|dropped| &dropped.file).collect();
         let dependants = dependants(work, leaving.iter().copied())?;
@@ -270,7 +270,7 @@ impl DropLayers {
     }
 
     /// Only a layer of the log that is not the registered image, and only the very file, is ever unlinked.
-    fn check(&self, work: Work<'_>, dropped: &Dropped) -> Result<(), DriverError> {
+    async fn check(&self, work: Work<'_>, dropped: &Dropped) -> Result<(), DriverError> {
         let layers = work.context.state.layers.disks.get(&dropped.disk);
         let layer = layers.and_then(|disk| disk.layers.get(&dropped.layer));
         let wrong = |why: &str| {
@@ -286,7 +286,7 @@ impl DropLayers {
         }
         match if_there(fs::symlink_metadata(&dropped.file)).doing("look at", &dropped.file)? {
             Some(found) if found.ino() != dropped.inode => Err(wrong("it is another file than it was")),
-            Some(_) => check_unused(&dropped.file),
+            Some(_) => check_unused_soon(&dropped.file).await,
             None => Ok(()),
         }
     }

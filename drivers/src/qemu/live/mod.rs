@@ -28,7 +28,7 @@ use snaptree_engine::operation::Code;
 use snaptree_engine::project::DomainState;
 
 use super::config::QemuConfig;
-use super::lock::in_use;
+use super::lock::{DYING, in_use};
 use super::observe::in_use as users;
 use super::qmp::QmpError;
 
@@ -38,8 +38,6 @@ pub(super) use seen::{LiveMachine, Machine, Run};
 
 use seen::LiveNode;
 
-/// How long a machine that nobody answers for may take to be gone.
-const SETTLE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 
 /// The machine, as far as it can be asked.
@@ -63,7 +61,7 @@ pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
 /// It runs, and cannot be asked.
 pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, DriverError> {
     let (_, config) = QemuConfig::of(state)?;
-    let until = Instant::now() + SETTLE;
+    let until = Instant::now() + DYING;
     loop {
         let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(None) };
         let Some(socket) = config.runs.qmp() else { return Err(in_use(&holder).into()) };

@@ -1,13 +1,14 @@
 //! Starting and ending the processes of machines.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use snaptree_engine::domain::RunState;
+use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{DriverError, ErrorClass, StepReport};
 use snaptree_engine::operation::Code;
 use snaptree_engine::project::DomainState;
@@ -18,7 +19,7 @@ use super::monitor::{Monitor, failed};
 use super::seen::Run;
 use crate::qemu::adopt::Work;
 use crate::qemu::config::QemuConfig;
-use crate::qemu::files::Doing;
+use crate::qemu::files::{Doing, if_there};
 use crate::qemu::lock::{in_use, processes_of};
 use crate::qemu::observe::in_use as users;
 use crate::qemu::qmp::QmpError;
@@ -69,7 +70,7 @@ impl Power {
 
 /// Ends the machine, if it runs.
 pub(in crate::qemu) async fn end(state: &DomainState, ending: Ending) -> Result<(), DriverError> {
-    let (_, config) = QemuConfig::of(state)?;
+    let (domain, config) = QemuConfig::of(state)?;
     let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(()) };
     match &config.runs {
         Runs::Managed { qmp, pid_file, .. } => {
@@ -100,8 +101,17 @@ pub(in crate::qemu) async fn end(state: &DomainState, ending: Ending) -> Result<
             }
             Err(in_use(&holder).hint("the stop command ended, and the machine still runs").into())
         }
-        Runs::Apart | Runs::Attached { .. } => Err(in_use(&holder).into()),
+        Runs::Apart | Runs::Attached { .. } => Err(not_ours(domain)),
     }
+}
+
+/// Why it is neither started nor ended.
+fn not_ours(domain: &Domain) -> DriverError {
+    DriverError::permanent(
+        Code::Unsupported,
+        format!("domain '{}' is started and ended by someone else", domain.name),
+    )
+    .hint("a domain that is registered with --start and --stop, or with --launch, is by Snaptree")
 }
 
 async fn tell(socket: &Path, ending: Ending) -> Result<(), DriverError> {
@@ -138,13 +148,7 @@ pub(in crate::qemu) async fn start(state: &DomainState, wish: RunState) -> Resul
                 let said = std::env::temp_dir().join(format!("snaptree-start-{}.log", domain.id));
                 Some(spawn(&words, &said)?)
             }
-            Runs::Apart | Runs::Attached { .. } => {
-                return Err(DriverError::permanent(
-                    Code::Unsupported,
-                    format!("domain '{}' is started by someone else", domain.name),
-                )
-                .hint("register it with --start and --stop, or with --launch"));
-            }
+            Runs::Apart | Runs::Attached { .. } => return Err(not_ours(domain)),
         }
     } else {
         None
@@ -201,7 +205,10 @@ fn spawn(words: &[String], said: &Path) -> Result<(Child, PathBuf), DriverError>
     if let Some(folder) = said.parent() {
         fs::create_dir_all(folder).doing("make the folder", folder)?;
     }
-    let output = File::create(said).doing("make", said)?;
+    // In a folder that others may write to, a name may be a link of theirs.
+    if_there(fs::remove_file(said)).doing("remove", said)?;
+    let output =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(said).doing("make", said)?;
     let errors = output.try_clone().doing("duplicate", said)?;
     let child = Command::new(program)
         .args(arguments)

@@ -163,7 +163,7 @@ impl Machine {
                 Code::InUse,
                 format!("{}, and QEMU cannot be asked: {why}", crate::qemu::lock::in_use(holder).message),
             )
-            .hint("end the other QMP client, or shut the machine down, and try again")),
+            .hint("end what has or stops it, or shut the machine down, and try again")),
             Self::Silent if config.runs.qmp().is_some() => Err(crate::qemu::lock::in_use(holder)
                 .hint("nobody answers at its QMP socket: was the machine started without it?")),
             Self::Silent => Err(crate::qemu::lock::in_use(holder)),

@@ -11,10 +11,14 @@
 //! The crate `qapi` (0.15) was looked at first. It reads lines of any length, knows no time limits, and ends the
 //! connection when the answer to a command arrives that was given up; a hung QEMU is an everyday thing here.
 
+mod silence;
+
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub(super) use silence::Silence;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -60,11 +64,13 @@ pub(super) enum QmpError {
         /// The socket.
         socket: PathBuf,
     },
-    /// Another client has the monitor, or QEMU hangs or is busy.
-    #[error("QEMU at {} does not greet: another client has its monitor, or it hangs", .socket.display())]
+    /// It does not greet.
+    #[error("QEMU at {} does not greet: {why}", .socket.display())]
     Silent {
         /// The socket.
         socket: PathBuf,
+        /// As far as the kernel knows.
+        why: Silence,
     },
     /// It hangs or is busy; the command may take effect later.
     #[error("QEMU has not answered {command} after {waited_ms} ms")]
@@ -123,7 +129,7 @@ impl Qmp {
         let path = || socket.to_path_buf();
         let until = Instant::now() + Duration::from_millis(limits.connect_ms);
         let stream = match timeout_at(until, UnixStream::connect(socket)).await {
-            Err(_) => return Err(QmpError::Silent { socket: path() }),
+            Err(_) => return Err(QmpError::Silent { socket: path(), why: Silence::of(socket) }),
             Ok(Ok(stream)) => stream,
             Ok(Err(source)) => {
                 return Err(match source.kind() {
@@ -136,7 +142,7 @@ impl Qmp {
             Self { socket: path(), stream, limits, partial: Vec::new(), events: VecDeque::new(), next_id: 0 };
         let until = Instant::now() + Duration::from_millis(limits.greeting_ms);
         match timeout_at(until, qmp.read()).await {
-            Err(_) => return Err(QmpError::Silent { socket: path() }),
+            Err(_) => return Err(QmpError::Silent { socket: path(), why: Silence::of(socket) }),
             Ok(greeting) => {
                 if greeting?.get("QMP").is_none() {
                     return Err(qmp.malformed("no greeting"));
