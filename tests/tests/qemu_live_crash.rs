@@ -21,7 +21,7 @@ use snaptree_tests::rewind::Rewind;
 use snaptree_tests::running::{Hash, Way, wait_until};
 
 /// How many places of an operation are tried by default.
-const POINTS: usize = 15;
+const POINTS: usize = 9;
 
 /// A tool that cannot be run is tried again at once: the pauses between are nothing that is tried here.
 const SETTINGS: &str = "[retry]\ndelay-min = \"1ms\"\ndelay-max = \"10ms\"\n";

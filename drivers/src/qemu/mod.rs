@@ -1,4 +1,5 @@
-//! QEMU, for machines that are off: every snapshot freezes the active layer of each disk and puts a new one on top.
+//! QEMU, for machines that are off and that run: every snapshot freezes the active layer of each disk and puts a new one
+//! on top.
 //!
 //! # Where things are
 //! ```text
@@ -16,7 +17,8 @@
 //!
 //! # The path of a request
 //! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
-//! `merge` (pull, push, drop) or `flatten`. `resolve` (pure) tells after an interruption what became of a step.
+//! `merge` (pull, push, drop) or `flatten`; under a machine that runs `live` does its part of `switch` and `merge`, over
+//! `qmp`. `resolve` (pure) tells after an interruption what became of a step.
 //!
 //! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
