@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use snaptree_drivers::sim::{BLOCKS, DISK_BYTES, Profile, SimDriver};
 use snaptree_engine::domain::{Domain, DriverKind, RunState};
 use snaptree_engine::driver::{
-    Driver, DriverError, ErrorClass, Head, Hooks, Learnt, NoHooks, Observation, Probe, Progress,
+    CallOff, Driver, DriverError, ErrorClass, Head, Hooks, Learnt, NoHooks, Observation, Probe, Progress,
     Registration, Resolution, StepContext, StepReport,
 };
 use snaptree_engine::event::{
@@ -174,6 +174,7 @@ impl Bench {
             now: now(),
             hooks,
             progress: &Silent,
+            call_off: CallOff::default(),
         }
     }
 

@@ -32,6 +32,7 @@ use crate::layer::{FileStamp, LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Request, Step};
 use crate::project::DomainState;
 use crate::reconcile::connection::ConnectionId;
+use crate::settings::Stop;
 use crate::tree::{SnapshotState, Tree};
 
 /// What kind of failure it is; it decides what the engine does next.
@@ -367,6 +368,27 @@ pub struct StepContext<'a> {
     pub hooks: &'a dyn Hooks,
     /// Who watches.
     pub progress: &'a dyn Progress,
+    /// Whether somebody wants it gone meanwhile.
+    pub call_off: CallOff<'a>,
+}
+
+/// Tells a step that takes long that it was called off, and may stop for that.
+///
+/// A driver that stops fails with [`ErrorClass::Unknown`] and [`Code::Cancelled`]; the engine then takes the step back.
+/// The default is never called off.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CallOff<'a>(Option<(&'a Stop, OperationId)>);
+
+impl<'a> CallOff<'a> {
+    /// Of an operation that can go back.
+    pub(crate) fn of(stop: &'a Stop, operation: OperationId) -> Self {
+        Self(Some((stop, operation)))
+    }
+
+    /// Whether it is.
+    pub fn is_asked(&self) -> bool {
+        self.0.is_some_and(|(stop, operation)| stop.called_off(operation).is_some() || stop.takes_back())
+    }
 }
 
 /// The last event of a log.

@@ -13,8 +13,8 @@ use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::{Domain, DriverKind};
 use crate::driver::{
-    Driver, Hooks, NoHooks, NoWatch, Observation, Plan, PowerWish, Registration, Resolution, StepContext,
-    Watch,
+    CallOff, Driver, Hooks, NoHooks, NoWatch, Observation, Plan, PowerWish, Registration, Resolution,
+    StepContext, Watch,
 };
 use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, LayerId, OperationId, StreamId, UuidV7};
@@ -424,6 +424,7 @@ impl Engine {
             now: self.clock.now(),
             hooks: &*self.hooks,
             progress: &NoWatch,
+            call_off: CallOff::default(),
         };
         let Some(step) = operation.steps.get(step) else { return };
         for event in events {

@@ -135,6 +135,11 @@ impl Stop {
         self.0.borrow().ending == Ending::Park
     }
 
+    /// Whether what can be undone is to be undone.
+    pub(crate) fn takes_back(&self) -> bool {
+        self.0.borrow().ending == Ending::TakeBack
+    }
+
     /// Asks for one operation to go back, in the name of `by`.
     pub fn call_off(&self, operation: OperationId, by: Actor) {
         self.0.send_modify(|asked| {

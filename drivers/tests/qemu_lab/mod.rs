@@ -15,8 +15,8 @@ use jiff::Timestamp;
 use snaptree_drivers::qemu::{PathWish, QemuConfig, QemuDriver, QemuOptions};
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::{
-    Driver, DriverError, ErrorClass, Head, Hooks, Learnt, Observation, Progress, Registration, Remedy,
-    Resolution, StepContext, StepReport,
+    CallOff, Driver, DriverError, ErrorClass, Head, Hooks, Learnt, Observation, Progress, Registration,
+    Remedy, Resolution, StepContext, StepReport,
 };
 use snaptree_engine::event::*;
 use snaptree_engine::operation::{Failure, Poison, Request, Step};
@@ -387,6 +387,7 @@ impl Lab {
             now: Timestamp::now(),
             hooks,
             progress: hooks,
+            call_off: CallOff::default(),
         }
     }
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::command::reject;
-use crate::driver::{Driver, DriverError, Head, Observation, StepContext, StepReport, Watch};
+use crate::driver::{CallOff, Driver, DriverError, Head, Observation, StepContext, StepReport, Watch};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
     Actor, Envelope, Event, HowFinished, OperationExpired, OperationFailed, OperationPlanned,
@@ -29,7 +29,9 @@ use crate::event::{
 };
 use crate::ids::{OperationId, StreamId};
 use crate::log::{LogError, NewEvent};
-use crate::operation::{Code, Failure, Operation, Outcome, Phase, Poison, Request, STEPS_MAX, Step};
+use crate::operation::{
+    Code, Failure, Operation, Outcome, Phase, Poison, Request, Reversal, STEPS_MAX, Step,
+};
 use crate::project::DomainState;
 use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::connection::was_not_asked;
@@ -350,6 +352,12 @@ impl<'a> Worker<'a> {
             now: self.engine.clock.now(),
             hooks: &*self.engine.hooks,
             progress: self.watch,
+            call_off: match operation.steps.get(index) {
+                Some(step) if step.reversal == Reversal::Undoable && operation.can_go_back() => {
+                    CallOff::of(&self.engine.stop, operation.id)
+                }
+                _ => CallOff::default(),
+            },
         }
     }
 

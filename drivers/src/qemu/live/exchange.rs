@@ -188,7 +188,7 @@ impl Switch {
                 .await?;
             work.reached("qemu.live.commit.started");
         }
-        job.until(monitor, work.context.progress, "ready").await?;
+        job.until(monitor, work, "ready").await?;
         Ok(job)
     }
 

@@ -10,7 +10,7 @@
 
 use std::path::{Path, PathBuf};
 
-use snaptree_engine::driver::{DriverError, Progress, StepReport};
+use snaptree_engine::driver::{DriverError, StepReport};
 use snaptree_engine::operation::Code;
 
 use super::monitor::{Job, Monitor};
@@ -40,12 +40,15 @@ impl JobWork {
     pub(in crate::qemu) async fn until(
         &self,
         monitor: &mut Monitor,
-        progress: &dyn Progress,
+        work: Work<'_>,
         status: &str,
     ) -> Result<(), DriverError> {
         loop {
             let job = monitor.job(&self.id).await?.ok_or_else(|| self.gone())?;
-            progress.step_progress(job.done, job.total.max(1));
+            work.context.progress.step_progress(job.done, job.total.max(1));
+            if work.context.call_off.is_asked() {
+                return Err(DriverError::unknown(Code::Cancelled, "it was called off while QEMU merged"));
+            }
             match job.status.as_str() {
                 "concluded" => return self.concluded(monitor, &job).await,
                 found if found == status => return Ok(()),
@@ -81,7 +84,7 @@ impl JobWork {
         work: Work<'_>,
         written: &[&str],
     ) -> Result<(), DriverError> {
-        self.until(monitor, work.context.progress, "pending").await?;
+        self.until(monitor, work, "pending").await?;
         work.reached("qemu.live.job.pending");
         if monitor.job(&self.id).await?.is_some_and(|job| job.status == "pending") {
             for node in written {
@@ -89,7 +92,7 @@ impl JobWork {
             }
             work.reached("qemu.live.job.flushed");
             monitor.tell_job("job-finalize", &self.id).await?;
-            self.until(monitor, work.context.progress, "concluded").await?;
+            self.until(monitor, work, "concluded").await?;
         }
         work.reached("qemu.live.job.concluded");
         for node in written {
