@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, reason = "everything here is for tests")]
 
 pub mod conformance;
+pub mod daemon;
 pub mod guest;
 pub mod history;
 pub mod images;
