@@ -19,3 +19,4 @@ pub mod simulation;
 pub mod small;
 pub mod strace;
 pub mod wrapped;
+pub mod year;

@@ -24,8 +24,8 @@ const POLICY: &str =
 /// How many snapshots the policy keeps.
 const KEPT: usize = 3;
 const KILLS: usize = 10;
-/// How long after a planned instant its run is under way, about.
-const UNDER_WAY: Duration = Duration::from_millis(800);
+/// How long an operation may go on that is seen, before the daemon is killed: its steps take some tens of milliseconds.
+const INTO_IT_MS: usize = 150;
 /// A daemon that does nothing for so long has a fault.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -94,16 +94,19 @@ impl Run {
     }
 
     /// The machine writes, if nothing is under way: a machine that writes while its snapshot is taken makes it fail.
-    /// Meanwhile the daemon stands still, so that it is known on which side of each snapshot the write is.
-    fn write_between(&mut self, daemon: &Daemon) {
+    /// Meanwhile the daemon stands still, so that it is known on which side of each snapshot the write is. Says whether
+    /// it wrote.
+    fn write_between(&mut self, daemon: &Daemon) -> bool {
         let (first, count) = (self.random.below(Content::BLOCKS), 1 + self.random.below(24));
         let pattern = u8::try_from(1 + self.random.below(255)).expect("a byte");
         daemon.while_stopped(|| {
-            if self.open() == 0 {
+            let idle = self.open() == 0;
+            if idle {
                 self.lab.write("vda", first, count, pattern);
                 self.contents.push((Timestamp::now(), self.lab.model.active["vda"].clone()));
             }
-        });
+            idle
+        })
     }
 
     /// Lets the machine write whenever an operation is over.
@@ -113,6 +116,17 @@ impl Run {
                 self.write_between(daemon);
             }
         }
+    }
+
+    /// Returns when an operation is under way, and has been for a moment.
+    fn get_into_an_operation(&mut self, log: &Log) {
+        let until = Instant::now() + PATIENCE;
+        while self.open() == 0 {
+            assert!(Instant::now() < until, "nothing was under way within {PATIENCE:?}");
+        }
+        let moment = Duration::from_millis(self.random.below(INTO_IT_MS) as u64);
+        let until = Instant::now() + moment;
+        while log.next_until(until).is_some() {}
     }
 
     fn kill(&mut self, daemon: Daemon) -> Daemon {
@@ -129,16 +143,11 @@ impl Run {
     }
 }
 
-/// The moments of the kills, from the beginning: every other one soon after a planned instant.
+/// The moments of the kills, from the beginning.
 fn moments(random: &mut Random, whole: Duration) -> Vec<Duration> {
-    let ms = |duration: Duration| usize::try_from(duration.as_millis()).expect("a short time");
-    let mut moments: Vec<Duration> = (0..KILLS)
-        .map(|number| {
-            let any = random.below(ms(whole));
-            let soon = any - any % 2_000 + random.below(ms(UNDER_WAY));
-            Duration::from_millis(if number % 2 == 0 { any } else { soon } as u64)
-        })
-        .collect();
+    let whole_ms = usize::try_from(whole.as_millis()).expect("a short time");
+    let mut moments: Vec<Duration> =
+        (0..KILLS).map(|_| Duration::from_millis(random.below(whole_ms) as u64)).collect();
     moments.sort_unstable();
     moments
 }
@@ -176,28 +185,45 @@ fn killed_ten_times_a_policy_of_seconds_runs_once_per_instant_and_keeps_what_was
     let log = Log::follow(&run.lab.program);
     let mut daemon = Daemon::start(&run.lab.program);
 
-    // Planned instants are the even seconds.
-    let since_even = Timestamp::now().as_millisecond().rem_euclid(2_000);
-    let begin = Instant::now() + Duration::from_millis(u64::try_from(2_000 - since_even).expect("a time"));
-    for moment in moments(&mut run.random, whole) {
+    let begin = Instant::now();
+    for (number, moment) in moments(&mut run.random, whole).into_iter().enumerate() {
         run.live(&daemon, &log, begin + moment);
+        if number % 2 == 1 {
+            run.get_into_an_operation(&log);
+        }
         daemon = run.kill(daemon);
     }
     run.live(&daemon, &log, begin + whole);
     // One more run with its retention, which nothing cuts short; then no more.
     run.lab.program.json(0, &["policy", "suspend", "p", "--reason", "enough"]);
-    let last = run.lab.program.json(0, &["policy", "run", "p"]);
-    assert_eq!(last["runs"][0]["outcome"], "succeeded", "{last}");
-    let last = last["runs"][0]["snapshot"].as_str().expect("a name").to_owned();
+    let until = Instant::now() + PATIENCE;
+    while !run.write_between(&daemon) {
+        assert!(Instant::now() < until, "something was under way for {PATIENCE:?}");
+    }
+    let last = run_now(&run.lab.program);
     run.lab.program.json(0, &["reconcile"]);
     daemon.end();
     log.wait_for("end of the policy", |event| event["kind"] == "Policy.Suspended");
     check(&mut run, &last, seed);
 }
 
+/// Runs the policy by hand, and says what the snapshot is called. Within the second of a planned run the name is taken.
+fn run_now(program: &Program) -> String {
+    loop {
+        let ran = program.run(&["policy", "run", "p", "--json"]);
+        let told = &ran.json()["runs"][0];
+        if ran.code == Some(0) {
+            assert_eq!(told["outcome"], "succeeded", "{ran:?}");
+            return told["snapshot"].as_str().expect("a name").to_owned();
+        }
+        assert_eq!(told["error"]["code"], "exists", "{ran:?}");
+    }
+}
+
 fn check(run: &mut Run, last: &str, seed: u64) {
     let program = run.lab.program.clone();
     assert_eq!(run.kills, KILLS);
+    assert!(run.killed_at_work > 0, "no operation was cut short");
     assert_eq!(program.json(0, &["recover"])["operations"], json!([]), "nothing was left open");
     assert_eq!(program.json(0, &["audit", "verify"])["ok"], true);
     let drift = program.json(0, &["drift"]);
