@@ -87,10 +87,12 @@ fn tell(wanted: &Wanted, figures: &Figures) {
         figures.crashes, figures.away, audited.skipped, audited.resolved
     );
     println!(
-        "{} events, a database of {} MiB; {:.1} s ({:.1} s of it in starts), and {:.1} s for the audit",
+        "{} events, a database of {} MiB; {:.1} s, of which processors worked {:.1} s ({:.1} s of it in starts), and {:.1} s \
+         for the audit",
         audited.events,
         figures.database_bytes >> 20,
         figures.lived.as_secs_f64(),
+        figures.worked.as_secs_f64(),
         figures.starting.as_secs_f64(),
         figures.auditing.as_secs_f64(),
     );

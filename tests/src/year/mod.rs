@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
@@ -28,6 +28,7 @@ use snaptree_engine::{DiskName, DomainId, DomainName};
 use snaptree_policies::runner::{Book, Scheduler, define};
 use snaptree_store::{Commits, LockWait, Store};
 
+use crate::measure::processor_time;
 use crate::random::Random;
 use audit::Audited;
 use rules::POLICIES;
@@ -78,9 +79,11 @@ pub struct Figures {
     pub audited: Audited,
     /// How long all lives took, without the audit.
     pub lived: Duration,
+    /// How long processors worked for that.
+    pub worked: Duration,
     /// How much of that went into opening the store, recovering, and reading the policies, over all starts.
     pub starting: Duration,
-    /// How long the audit took.
+    /// How long processors worked for the audit.
     pub auditing: Duration,
     /// The size of the database.
     pub database_bytes: u64,
@@ -126,8 +129,10 @@ struct Life {
 enum End {
     /// The time is up.
     Finished,
-    /// Killed while it slept.
+    /// Killed while it slept, and away for a while.
     KilledAsleep,
+    /// Killed when all was done.
+    KilledAtLast,
 }
 
 fn requester() -> Requester {
@@ -147,7 +152,7 @@ fn disk() -> DiskName {
 /// # Panics
 /// The engine fails.
 pub fn live(wanted: Wanted, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Figures, String> {
-    let began = std::time::Instant::now();
+    let (began, began_work) = (Instant::now(), processor_time());
     let mut cast = Cast::new(wanted, dir);
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     loop {
@@ -160,6 +165,7 @@ pub fn live(wanted: Wanted, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Resul
                 let hours = i64::try_from(1 + cast.random.below(AWAY_HOURS_MAX)).expect("few");
                 cast.sky.go_to(cast.sky.time() + SignedDuration::from_hours(hours));
             }
+            Ok(End::KilledAtLast) => cast.progress.crashes += 1,
             Err(panic) if panic.is::<Killed>() => {
                 cast.progress.crashes += 1;
                 let again = cast.deaths.len() > 1 && cast.random.chance(AGAIN_PERCENT);
@@ -171,7 +177,7 @@ pub fn live(wanted: Wanted, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Resul
             Err(panic) => resume_unwind(panic),
         }
     }
-    let (lived, began) = (began.elapsed(), std::time::Instant::now());
+    let (lived, worked) = (began.elapsed(), processor_time());
     let audited = runtime.block_on(cast.audit())?;
     let database = dir.join(snaptree_store::DATABASE_FILE);
     Ok(Figures {
@@ -179,8 +185,9 @@ pub fn live(wanted: Wanted, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Resul
         away: cast.away,
         audited,
         lived,
+        worked: worked - began_work,
         starting: cast.starting,
-        auditing: began.elapsed(),
+        auditing: processor_time() - worked,
         database_bytes: std::fs::metadata(database).expect("the database").len(),
     })
 }
@@ -223,7 +230,7 @@ impl<'a> Cast<'a> {
     }
 
     async fn start(&mut self) -> Life {
-        let began = std::time::Instant::now();
+        let began = processor_time();
         let wait = LockWait { timeout: Duration::from_secs(5) };
         let store = Store::open_writer_with(self.dir, wait, Commits::InPlace).expect("the store opens");
         let store = Arc::new(store);
@@ -238,7 +245,7 @@ impl<'a> Cast<'a> {
         }
         engine.recover(&requester(), &NoWatch).await.expect("recovered");
         let scheduler = Scheduler::new(engine.clone(), requester().origin).await.expect("a scheduler");
-        self.starting += began.elapsed();
+        self.starting += processor_time() - began;
         Life { store, engine, scheduler }
     }
 
@@ -272,7 +279,8 @@ impl<'a> Cast<'a> {
             self.looked.push(now);
             self.pass_the_day(&life, now, tell).await;
             if next > self.end() {
-                return End::Finished;
+                let left = self.sky.spare() || self.deaths.pop().is_some();
+                return if left { End::KilledAtLast } else { End::Finished };
             }
             self.sky.go_to(next);
             if self.deaths.last().is_some_and(|death| *death <= next) && !self.sky.is_doomed() {

@@ -54,6 +54,11 @@ impl Sky {
         self.inner().places_left = Some(places);
     }
 
+    /// It is not to be killed after all. Says whether it was.
+    pub fn spare(&self) -> bool {
+        self.inner().places_left.take().is_some()
+    }
+
     /// Whether it will be killed.
     pub fn is_doomed(&self) -> bool {
         self.inner().places_left.is_some()
