@@ -233,7 +233,11 @@ fn check(run: &mut Run, last: &str, seed: u64) {
     // The one that was asked for at the end is no planned one.
     let created = events(&program, "Snapshot.Created");
     assert_eq!(created.len(), ran + 1);
-    assert_eq!(events(&program, "Snapshot.CreateRequested").len(), ran + 1, "every request took its snapshot");
+    assert_eq!(
+        events(&program, "Snapshot.CreateRequested").len(),
+        ran + 1,
+        "every request took its snapshot"
+    );
 
     let kept = the_kept(run);
     assert_eq!(run.lab.model.current.as_deref(), Some(last));

@@ -72,7 +72,11 @@ struct Reading {
 ///
 /// # Errors
 /// It is not so.
-pub async fn audit(store: &Arc<Store>, looked: &[Timestamp], domains: &[DomainId]) -> Result<Audited, String> {
+pub async fn audit(
+    store: &Arc<Store>,
+    looked: &[Timestamp],
+    domains: &[DomainId],
+) -> Result<Audited, String> {
     match store.verify(None) {
         Ok(Verification::Sound { .. }) => {}
         other => return Err(format!("the chain does not hold: {other:?}")),
@@ -143,16 +147,14 @@ impl Reading {
     fn of_domain(&mut self, domain: DomainId, envelope: &Envelope, event: &Event) -> Result<(), String> {
         match event {
             Event::SnapshotCreateRequested(request) => {
-                let asked =
-                    Asked { name: request.name.to_string(), policy: policy_of(&envelope.actor)? };
+                let asked = Asked { name: request.name.to_string(), policy: policy_of(&envelope.actor)? };
                 self.asked.insert((domain, request.snapshot), asked);
             }
             Event::SnapshotCreated(created) => {
                 let Some(asked) = self.asked.get(&(domain, created.snapshot.id)) else {
                     return Err("created and not asked for".to_owned());
                 };
-                let taken =
-                    Taken::new(&POLICIES[asked.policy], asked.name.clone(), created.snapshot.created);
+                let taken = Taken::new(&POLICIES[asked.policy], asked.name.clone(), created.snapshot.created);
                 self.names.entry((domain, asked.policy)).or_default().push(asked.name.clone());
                 self.live.entry((domain, asked.policy)).or_default().push(taken);
                 self.audited.created += 1;

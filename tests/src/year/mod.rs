@@ -136,7 +136,8 @@ enum End {
 }
 
 fn requester() -> Requester {
-    let origin = Origin { uid: 0, host: "year".to_owned(), pid: 1, via: "engine".to_owned(), sudo_user: None };
+    let origin =
+        Origin { uid: 0, host: "year".to_owned(), pid: 1, via: "engine".to_owned(), sudo_user: None };
     Requester { actor: Actor::User("year".to_owned()), origin }
 }
 

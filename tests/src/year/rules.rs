@@ -177,7 +177,8 @@ impl Policy {
         let mut reasons = Vec::new();
         let mut full_rules = 0;
         for (number, Rule(every, count)) in self.keep.iter().enumerate() {
-            let mut newer: Vec<&String> = all[index + 1..].iter().map(|taken| &taken.periods[number]).collect();
+            let mut newer: Vec<&String> =
+                all[index + 1..].iter().map(|taken| &taken.periods[number]).collect();
             newer.dedup();
             let period = &all[index].periods[number];
             if newer.len() >= *count {
