@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, reason = "everything here is for tests")]
 
 pub mod conformance;
+pub mod daemon;
 pub mod guest;
 pub mod history;
 pub mod images;
@@ -18,3 +19,4 @@ pub mod simulation;
 pub mod small;
 pub mod strace;
 pub mod wrapped;
+pub mod year;
