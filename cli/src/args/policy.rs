@@ -41,8 +41,8 @@ const RUN_EXAMPLES: &str = "Examples:
   snaptree policy run hourly                   now, on all its domains
   snaptree policy run hourly web-1
 
-With --json: {\"policy\", \"planned\", \"runs\": [{\"domain\",\"snapshot\",\"operation\",\"outcome\",\"error\",\"deletes\":
-[{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}]}";
+With --json: {\"policy\", \"planned\", \"runs\": [{\"domain\",\"snapshot\",\"operation\",\"outcome\",\"error\",\"hooks\":
+[{\"hook\": \"before\"|\"after\",\"outcome\": \"done\"|\"failed\",\"error\"}], \"deletes\": [{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}]}";
 const RUNS_EXAMPLES: &str = "Examples:
   snaptree policy runs                         what ran, how it ended, and what was skipped
   snaptree policy runs hourly --count 100

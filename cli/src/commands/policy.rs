@@ -21,10 +21,11 @@ use crate::exit::{ErrorView, Exit, Trouble};
 use crate::office::{domains_of, in_engine, readable};
 use crate::render;
 use crate::render::policy::{
-    DeleteView, DomainPlanView, EntryView, NextView, PlanView, PolicyView, RanView, RunView, SetView, What,
+    DeleteView, DomainPlanView, EntryView, HookView, NextView, PlanView, PolicyView, RanView, RunView, SetView, What,
     changes,
 };
 use crate::render::text::{Look, count, safe};
+use crate::story::Story;
 use crate::wire::PolicyAsk;
 
 use super::carry::open;
@@ -319,21 +320,21 @@ async fn ran_view(
     outcome: RunOutcome,
     deletes: Vec<DeleteView>,
 ) -> Result<RanView> {
-    let error = match (&create.refused, create.operation) {
-        (Some(refused), _) => Some(ErrorView::from(refused)),
-        (None, Some(operation)) if !outcome.is_success() && outcome != RunOutcome::Open => {
-            let events = engine.operation_events(operation).await?;
-            let story = crate::story::Story::of(&events);
-            story.and_then(|story| story.failure.as_ref().map(ErrorView::from))
-        }
-        (None, _) => None,
+    let story = match create.operation {
+        Some(operation) => Story::of(&engine.operation_events(operation).await?),
+        None => None,
     };
+    let failure = story.as_ref().and_then(|story| story.failure.as_ref());
+    let failure = failure.filter(|_| !outcome.is_success() && outcome != RunOutcome::Open);
+    let error = create.refused.as_ref().or(failure).map(ErrorView::from);
+    let hooks = story.iter().flat_map(|story| &story.hooks).map(HookView::from).collect();
     Ok(RanView {
         domain,
         snapshot: create.snapshot.clone(),
         operation: create.operation,
         outcome: outcome.as_str(),
         error,
+        hooks,
         deletes,
     })
 }

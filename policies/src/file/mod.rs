@@ -34,8 +34,8 @@
 //! environment = { MODE = "snapshot" }
 //! on-failure = "abort"               # or "go-on"; after is always "go-on"
 //!
-//! [notify]
-//! webhook = "https://example.com/hook"
+//! [notify]                           # by the daemon: JSON by POST, and on the program's standard input
+//! webhook = "https://example.com/hook" # or webhook-file = "/etc/snaptree/hook.url", where the address is a secret
 //! command = ["/usr/local/bin/page"]
 //! timeout = "10s"
 //! on = ["failure", "recovery", "needs-attention"]

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -218,6 +219,9 @@ pub struct Notify {
     /// An address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub webhook: Option<Webhook>,
+    /// A file that holds an address, which is a secret; its absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub webhook_file: Option<PathBuf>,
     /// A program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<CommandLine>,

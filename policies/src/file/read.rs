@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use snaptree_engine::LabelKey;
@@ -339,8 +340,10 @@ impl<'a> Reader<'a> {
 
     fn notify(&mut self, top: Section<'a>) -> Option<Notify> {
         top.table?.get("notify")?;
-        let section = self.inner(top, "notify", "notify.", &["webhook", "command", "timeout", "on"]);
+        let known = ["webhook", "webhook-file", "command", "timeout", "on"];
+        let section = self.inner(top, "notify", "notify.", &known);
         let webhook = self.value(section, "webhook", parsed);
+        let webhook_file = self.value(section, "webhook-file", absolute);
         let command = self.value(section, "command", command);
         let timeout = self.value(section, "timeout", parsed).unwrap_or(NOTIFY_TIMEOUT);
         let all = [
@@ -350,11 +353,15 @@ impl<'a> Reader<'a> {
         ];
         let on = self.value(section, "on", |value| items(value, |value| one_of(value, &all)));
         let given = |key: &str| section.table.is_some_and(|table| table.get(key).is_some());
-        if !given("webhook") && !given("command") {
-            self.problem(section.at, "[notify] has neither 'webhook' nor 'command'".to_owned());
+        if !given("webhook") && !given("webhook-file") && !given("command") {
+            let message = "[notify] has none of 'webhook', 'webhook-file' and 'command'";
+            self.problem(section.at, message.to_owned());
+        }
+        if given("webhook") && given("webhook-file") {
+            self.problem(section.at, "[notify] has both 'webhook' and 'webhook-file'".to_owned());
         }
         let on = on.map_or_else(|| all.iter().map(|(_, on)| *on).collect(), BTreeSet::from_iter);
-        Some(Notify { webhook, command, timeout, on })
+        Some(Notify { webhook, webhook_file, command, timeout, on })
     }
 }
 
@@ -457,6 +464,11 @@ fn environment<'a>(value: &'a DeValue<'a>) -> Result<BTreeMap<String, String>, S
             Ok((key.to_owned(), text(value)?.to_owned()))
         })
         .collect()
+}
+
+fn absolute<'a>(value: &'a DeValue<'a>) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text(value)?);
+    if path.is_absolute() { Ok(path) } else { Err("should be an absolute path".to_owned()) }
 }
 
 fn command<'a>(value: &'a DeValue<'a>) -> Result<CommandLine, String> {
