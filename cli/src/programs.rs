@@ -227,7 +227,8 @@ impl HookPrograms {
 #[async_trait]
 impl HookRunner for HookPrograms {
     async fn run(&self, call: &HookCall<'_>) -> Result<(), Failure> {
-        let Some((path, arguments)) = call.hook.program.split_first().filter(|(path, _)| path.starts_with('/'))
+        let Some((path, arguments)) =
+            call.hook.program.split_first().filter(|(path, _)| path.starts_with('/'))
         else {
             return Err(Failure::new(Code::Invalid, "a hook has no program with an absolute path"));
         };
@@ -274,19 +275,20 @@ fn environment<'a>(call: &HookCall<'a>) -> Vec<(&'a str, String)> {
 
 /// The lock of a hook, when an earlier run of it, whose Snaptree was killed, is over.
 async fn locked(folder: &Path, file: &Path, wait: Duration) -> Result<Flock<File>, Failure> {
-    let cannot = |error: std::io::Error| {
-        Failure::new(Code::Io, format!("cannot lock {}: {error}", file.display()))
-    };
+    let cannot =
+        |error: std::io::Error| Failure::new(Code::Io, format!("cannot lock {}: {error}", file.display()));
     std::fs::create_dir_all(folder).map_err(cannot)?;
     let deadline = Instant::now() + wait;
-    let mut opened = File::options().create(true).append(true).open(file).map_err(cannot)?;
+    let mut opened = File::options().create(true).read(true).append(true).open(file).map_err(cannot)?;
     loop {
         match Flock::lock(opened, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
             Err((_, error)) if error != nix::errno::Errno::EWOULDBLOCK => return Err(cannot(error.into())),
             Err(_) if Instant::now() >= deadline => {
                 let message = "an earlier run of it, whose Snaptree was killed, is still at work";
-                return Err(Failure::new(Code::InUse, message).hint(format!("`fuser {}` names it", file.display())));
+                return Err(
+                    Failure::new(Code::InUse, message).hint(format!("`fuser {}` names it", file.display()))
+                );
             }
             Err((again, _)) => opened = again,
         }

@@ -134,7 +134,9 @@ fn hooks_run_around_the_snapshot_and_are_told_what_it_is_about() {
     let log = lab.program.run(&["log", "--json", "--operation", &word("operation")]).stdout;
     let kinds: Vec<String> = log
         .lines()
-        .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["kind"].as_str().expect("a kind").into())
+        .map(|line| {
+            serde_json::from_str::<Value>(line).expect("JSON")["kind"].as_str().expect("a kind").into()
+        })
         .collect();
     let place = |kind: &str| kinds.iter().position(|other| other == kind).expect("it is in the log");
     assert!(place("Operation.HookFinished") < place("Operation.Planned"), "{kinds:?}");
@@ -185,8 +187,8 @@ fn a_hook_that_cannot_be_started_is_told_of_with_its_path() {
 #[test]
 fn the_hook_after_runs_also_when_the_snapshot_fails() {
     let lab = Lab::new();
-    // The machine is gone from the hypervisor when it is asked.
-    let before = lab.hook("before", "rm -rf \"$DIR\"state/sim*; mkdir \"$DIR\"state/sim", "");
+    // What the hypervisor says cannot be read when it is asked.
+    let before = lab.hook("before", "for file in \"$DIR\"state/sim/*; do echo broken > \"$file\"; done", "");
     let after = lab.hook("after", "echo \"$SNAPTREE_OUTCOME\" >> \"$LOG\"", "");
     lab.set(&format!("{before}{after}"));
     let ran = lab.program.run(&["policy", "run", "p", "--json"]).json();
@@ -199,7 +201,8 @@ fn past_its_time_a_hook_is_ended_with_all_that_it_began() {
     let lab = Lab::new();
     let pipe = lab.pipe("pipe");
     // The pipe's other end is open until the last of them has ended.
-    let script = format!("exec 3> '{}'; (trap '' TERM; while :; do sleep 1; done) & sleep 1000", pipe.display());
+    let script =
+        format!("exec 3> '{}'; (trap '' TERM; while :; do sleep 1; done) & sleep 1000", pipe.display());
     lab.set(&lab.hook("before", &script, "timeout = \"1s\""));
     let reader = std::thread::spawn(move || fs::read(pipe).expect("the pipe").len());
     let ran = lab.program.json(1, &["policy", "run", "p"]);
@@ -264,8 +267,7 @@ fn a_hook_that_outlives_a_killed_snaptree_is_waited_for_before_it_runs_again() {
     fs::read(&begun).expect("the hook is at work");
     signal(&first, "KILL");
     first.wait().expect("it ends");
-    let mut recovering =
-        lab.program.command(&["recover"]).stdout(Stdio::null()).spawn().expect("it starts");
+    let mut recovering = lab.program.command(&["recover"]).stdout(Stdio::null()).spawn().expect("it starts");
     // It has written that it begins the hook again; the one that is at work holds it up.
     let is_begun = || {
         let log = lab.program.run(&["log", "--kind", "Operation.HookStarted", "--json"]).stdout;
@@ -285,7 +287,8 @@ fn a_hook_that_outlives_a_killed_snaptree_is_waited_for_before_it_runs_again() {
 fn a_daemon_that_is_told_to_end_between_the_hooks_runs_the_one_after_first() {
     let lab = Lab::new();
     let (begun, go) = (lab.pipe("begun"), lab.pipe("go"));
-    let before = lab.hook("before", "echo x > \"$DIR\"begun; read line < \"$DIR\"go; echo before >> \"$LOG\"", "");
+    let before =
+        lab.hook("before", "echo x > \"$DIR\"begun; read line < \"$DIR\"go; echo before >> \"$LOG\"", "");
     let after = lab.hook("after", "echo after >> \"$LOG\"", "");
     lab.set(&format!("{before}{after}"));
     let mut daemon = daemon(&lab.program);
@@ -308,7 +311,11 @@ fn a_daemon_that_is_told_to_end_between_the_hooks_runs_the_one_after_first() {
 #[test]
 fn what_was_called_off_between_the_hooks_ends_with_the_hook_after() {
     let lab = Lab::new();
-    lab.set(&format!("{}{}", lab.hook("before", TELLS, ""), lab.hook("after", "echo \"$SNAPTREE_OUTCOME\" >> \"$LOG\"", "")));
+    lab.set(&format!(
+        "{}{}",
+        lab.hook("before", TELLS, ""),
+        lab.hook("after", "echo \"$SNAPTREE_OUTCOME\" >> \"$LOG\"", "")
+    ));
     let mut stopped = lab
         .program
         .with_fault("hook.done.before=stop")
@@ -356,10 +363,15 @@ fn a_webhook_is_told_again_after_an_error_that_may_pass() {
     let lab = Lab::new();
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
-    lab.set_with(FAILING, &format!("[notify]\nwebhook = \"http://127.0.0.1:{port}/told\"\non = [\"failure\"]\n"));
+    lab.set_with(
+        FAILING,
+        &format!("[notify]\nwebhook = \"http://127.0.0.1:{port}/told\"\non = [\"failure\"]\n"),
+    );
     let mut daemon = daemon(&lab.program);
-    let all: Vec<(String, Value)> =
-        ["503 Busy", "500 Oh", "204 Fine", "204 Fine"].iter().map(|answer| serve_one(&listener, answer)).collect();
+    let all: Vec<(String, Value)> = ["503 Busy", "500 Oh", "204 Fine", "204 Fine"]
+        .iter()
+        .map(|answer| serve_one(&listener, answer))
+        .collect();
     for (first, told) in &all {
         assert_eq!(first, "POST /told HTTP/1.1");
         assert_eq!((&told["policy"], &told["occasion"]), (&"p".into(), &"failure".into()), "{told}");
@@ -381,7 +393,10 @@ fn the_address_in_a_file_is_a_secret_and_a_final_answer_is_not_asked_for_again()
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
     fs::write(lab.path("url"), format!("http://127.0.0.1:{port}/hunter2\n")).expect("written");
-    lab.set_with(FAILING, &format!("[notify]\nwebhook-file = {}\non = [\"failure\"]\n", json!(lab.text("url"))));
+    lab.set_with(
+        FAILING,
+        &format!("[notify]\nwebhook-file = {}\non = [\"failure\"]\n", json!(lab.text("url"))),
+    );
     let said = lab.path("said");
     let mut daemon = lab
         .program

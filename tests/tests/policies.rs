@@ -24,7 +24,9 @@ use snaptree_engine::log::{EventFilter, EventLog};
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 use snaptree_policies::file::Policy;
 use snaptree_policies::retention::{LongRun, long_run};
-use snaptree_policies::runner::{Book, Entry, Notable, Scheduler, define, plan_of, resume};
+use snaptree_policies::runner::{
+    Book, Entry, Firing, Notable, Scheduler, chosen, define, fire, plan_of, resume,
+};
 use snaptree_store::{LockWait, Store};
 use snaptree_tests::images::tool;
 use snaptree_tests::program::Program;
@@ -515,14 +517,7 @@ fn through_a_daemon_the_commands_on_policies_do_the_same() {
     let run = &first["runs"][0];
     assert_eq!((&run["outcome"], &run["deletes"]), (&"succeeded".into(), &serde_json::json!([])), "{first}");
     let first_name = run["snapshot"].as_str().expect("a name");
-    // Within the same second the name is taken, which is told like any refusal.
-    let second = loop {
-        let ran = program.run(&["policy", "run", "p", "web-1", "--json"]);
-        if ran.code == Some(0) {
-            break ran.json();
-        }
-        assert_eq!(ran.json()["runs"][0]["error"]["code"], "exists", "{ran:?}");
-    };
+    let second = program.json(0, &["policy", "run", "p", "web-1"]);
     let deleted = &second["runs"][0]["deletes"][0];
     assert_eq!(
         (&deleted["snapshot"], &deleted["outcome"]),
@@ -617,4 +612,48 @@ fn a_daemon_that_is_killed_again_and_again_takes_each_planned_snapshot_once() {
     assert_eq!(created, seen.len());
     assert!(created >= 4, "{runs:#}");
     program.json(0, &["audit", "verify"]);
+}
+
+#[test]
+fn runs_that_fail_in_the_foreground_suspend_the_policy_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::new(folder.path().join("state"));
+    program.json(0, &["domain", "add", "web-1", "--driver", "sim"]);
+    let policy =
+        "name = \"p\"\ndomains = [\"*\"]\nschedule = \"2190-01-01\"\nmax-depth = 1\nsuspend-after = 2\n";
+    program.json(0, &["policy", "set", &hourly_file(folder.path(), policy)]);
+    assert_eq!(program.json(0, &["policy", "run", "p"])["suspended"], Value::Null);
+    assert_eq!(program.json(4, &["policy", "run", "p"])["suspended"], Value::Null);
+    let ran = program.run(&["policy", "run", "p", "--json"]);
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    assert_eq!(ran.json()["suspended"], "2 runs in a row took no snapshot");
+    assert!(ran.stderr.contains("`snaptree policy resume p`"), "{ran:?}");
+    let list = program.json(0, &["policy", "list"]);
+    assert_eq!(list["policies"][0]["suspended"], "2 runs in a row took no snapshot");
+    // Resumed, the count begins anew.
+    program.json(0, &["policy", "resume", "p"]);
+    assert_eq!(program.json(4, &["policy", "run", "p"])["suspended"], Value::Null);
+}
+
+#[tokio::test]
+async fn a_second_run_within_a_second_takes_the_next_free_name() {
+    let lab = Lab::new(1).await;
+    lab.set(&HOURLY.replace("last = 2", "last = 9")).await;
+    let engine = lab.engine(Arc::new(NoHooks));
+    let book = Book::read(&engine).await.expect("read");
+    let state = book.find("p").expect("the policy");
+    let policy = state.policy().expect("it can be read");
+    let domains = chosen(&engine, policy).await.expect("chosen");
+    let by = Actor::User("ada".to_owned());
+    let mut names = Vec::new();
+    for micros in [0, 1, 400_000] {
+        let book = Book::read(&engine).await.expect("read");
+        let planned = at("2026-03-01T00:00:00Z") + SignedDuration::from_micros(micros);
+        let firing = Firing { planned, asked_by: Some(&by), domains: &domains, skipped: &[] };
+        let state = book.find("p").expect("the policy");
+        let ran = fire(&engine, &origin(), state, policy, firing).await.expect("fired");
+        assert!(ran[0].operation().is_some(), "{ran:?}");
+        names.push(ran[0].request.snapshot.clone());
+    }
+    assert_eq!(names, ["p-20260301T000000Z", "p-20260301T000000Z-2", "p-20260301T000000Z-3"]);
 }

@@ -42,7 +42,8 @@ const RUN_EXAMPLES: &str = "Examples:
   snaptree policy run hourly web-1
 
 With --json: {\"policy\", \"planned\", \"runs\": [{\"domain\",\"snapshot\",\"operation\",\"outcome\",\"error\",\"hooks\":
-[{\"hook\": \"before\"|\"after\",\"outcome\": \"done\"|\"failed\",\"error\"}], \"deletes\": [{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}]}";
+[{\"hook\": \"before\"|\"after\",\"outcome\": \"done\"|\"failed\",\"error\"}], \"deletes\": [{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}], \"suspended\"}; the last says why the policy was suspended, if its failures in a row
+are too many now (a daemon does that a little later).";
 const RUNS_EXAMPLES: &str = "Examples:
   snaptree policy runs                         what ran, how it ended, and what was skipped
   snaptree policy runs hourly --count 100

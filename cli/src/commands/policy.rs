@@ -21,8 +21,8 @@ use crate::exit::{ErrorView, Exit, Trouble};
 use crate::office::{domains_of, in_engine, readable};
 use crate::render;
 use crate::render::policy::{
-    DeleteView, DomainPlanView, EntryView, HookView, NextView, PlanView, PolicyView, RanView, RunView, SetView, What,
-    changes,
+    DeleteView, DomainPlanView, EntryView, HookView, NextView, PlanView, PolicyView, RanView, RunView,
+    SetView, What, changes,
 };
 use crate::render::text::{Look, count, safe};
 use crate::story::Story;
@@ -274,7 +274,17 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
         runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
     }
     let exit = exit_of(&runs);
-    let view = RunView { policy: args.name, planned: answer.planned, runs };
+    // A daemon sees to it by itself, and tells whoever wants to hear of it.
+    let suspended = if writer.office.works_on_alone() || exit == Exit::Done {
+        None
+    } else {
+        writer.office.policy(PolicyAsk::Review { name: args.name.clone() }).await?.suspended
+    };
+    if let Some(reason) = &suspended {
+        let resume = format!("`snaptree policy resume {}`", args.name);
+        render::note(&safe(&format!("the policy does not run by itself any more, until {resume}: {reason}")));
+    }
+    let view = RunView { policy: args.name, planned: answer.planned, runs, suspended };
     if context.json {
         render::json(&view)?;
     } else {

@@ -31,4 +31,4 @@ pub use look::{candidates, plan_of, shape};
 pub use outcome::{RunOutcome, outcome_of};
 pub use project::{Definition, Entry, PolicyState, RUNS_KEPT_MAX, Run, Skip, Suspension};
 pub use retain::retain;
-pub use scheduler::{Notable, Scheduler, Tick};
+pub use scheduler::{Notable, Scheduler, Tick, suspend_if_hopeless};

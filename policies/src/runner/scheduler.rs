@@ -244,9 +244,7 @@ impl Scheduler {
                     }
                 }
                 outcome => {
-                    if run.asked_by.is_none() {
-                        failed.insert(name.clone());
-                    }
+                    failed.insert(name.clone());
                     if how == Watched::Fresh {
                         tick.notable.push(failure(&self.engine, &name, &run, outcome).await?);
                     }
@@ -283,15 +281,9 @@ impl Scheduler {
     /// Suspends a policy whose last runs took no snapshot of any domain.
     async fn suspend_if_hopeless(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
         let Some(state) = self.book.shared(name) else { return Ok(()) };
-        let Some(policy) = state.running() else { return Ok(()) };
-        let limit = policy.suspend_after.get();
-        if failures_in_a_row(&self.engine, &state, limit).await? < limit {
-            return Ok(());
-        }
-        let reason = format!("{limit} runs in a row took no snapshot");
-        let event = PolicySuspended { reason: reason.clone() };
-        match write(&self.engine, &requester(&state, &self.origin), &state, event.into()).await {
-            Ok(()) => tick.notable.push(Notable::Suspended { policy: name.clone(), reason }),
+        match suspend_if_hopeless(&self.engine, &self.origin, &state).await {
+            Ok(Some(reason)) => tick.notable.push(Notable::Suspended { policy: name.clone(), reason }),
+            Ok(None) => return Ok(()),
             Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
             Err(error) => return Err(error),
         }
@@ -434,13 +426,32 @@ fn passed_over(domain: &Chosen, skipped: &Skipped) -> PolicySkipped {
     }
 }
 
-/// How many of the last planned instants took no snapshot of any domain, up to `most`. One that is not over does not
-/// count, nor does one that somebody asked for, nor any before the policy was defined or resumed.
+/// Suspends a policy whose last runs took no snapshot of any domain. Says why, if it did.
+///
+/// # Errors
+/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+pub async fn suspend_if_hopeless(
+    engine: &Engine,
+    origin: &Origin,
+    state: &PolicyState,
+) -> Result<Option<String>, EngineError> {
+    let Some(policy) = state.running() else { return Ok(None) };
+    let limit = policy.suspend_after.get();
+    if failures_in_a_row(engine, state, limit).await? < limit {
+        return Ok(None);
+    }
+    let reason = format!("{limit} runs in a row took no snapshot");
+    let event = PolicySuspended { reason: reason.clone() };
+    write(engine, &requester(state, origin), state, event.into()).await?;
+    Ok(Some(reason))
+}
+
+/// How many of the last runs took no snapshot of any domain, up to `most`; also those that somebody asked for. One that
+/// is not over does not count, nor any before the policy was defined or resumed.
 async fn failures_in_a_row(engine: &Engine, state: &PolicyState, most: u32) -> Result<u32, EngineError> {
     let since = state.definition.as_ref().map_or(state.since, |defined| defined.at.max(state.since));
     let mut instants: BTreeMap<Timestamp, Vec<&Run>> = BTreeMap::new();
-    let due = |run: &&Run| run.asked_by.is_none();
-    for run in state.runs().take_while(|run| run.at >= since).filter(due) {
+    for run in state.runs().take_while(|run| run.at >= since) {
         instants.entry(run.planned).or_default().push(run);
         if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
             break;

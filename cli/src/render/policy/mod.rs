@@ -223,6 +223,8 @@ pub struct RunView {
     pub planned: Option<Timestamp>,
     /// Domain by domain.
     pub runs: Vec<RanView>,
+    /// Why the policy was suspended after it, if it was.
+    pub suspended: Option<String>,
 }
 
 /// What a run or a skip was.
