@@ -681,6 +681,60 @@ mod tests {
     }
 
     #[test]
+    fn the_stages_of_hooks_follow_one_another_and_a_hook_that_was_cut_short_may_begin_again() {
+        use HookPhase::{After, Before};
+        let started = |hook| Event::from(crate::event::OperationHookStarted { hook });
+        let ended = |hook| Event::from(crate::event::OperationHookFinished { hook, failure: None });
+        let planned = || Event::from(OperationPlanned { steps: vec![] });
+        let failed = || Event::from(OperationFailed { failure: failure() });
+        let attention = || Event::from(OperationNeedsAttention { failure: failure() });
+        let follow = |events: &[Event]| {
+            let request = crate::event::DomainUnregisterRequested {
+                wish: crate::event::UnregisterWish::Untouched,
+                request: crate::event::RequestTerms::default(),
+            };
+            let mut operation = Operation {
+                id: OperationId::from_uuid(uuid::Uuid::nil()),
+                request: Request::Unregister(request),
+                seq: 1,
+                requested: Timestamp::UNIX_EPOCH,
+                actor: Actor::Engine,
+                cause: None,
+                steps: vec![],
+                phase: Phase::Requested,
+                attempts: 0,
+                learnt: Learnt::default(),
+                stages: HookStages::default(),
+            };
+            let broken = events.iter().position(|event| operation.apply(event, 2).is_err());
+            broken.map_or(Ok(operation.stages), Err)
+        };
+        let stages = |before, after| Ok(HookStages { before, after });
+        let all = [
+            started(Before),
+            started(Before),
+            ended(Before),
+            planned(),
+            started(After),
+            ended(After),
+            failed(),
+        ];
+        assert_eq!(follow(&all), stages(HookStage::Finished, HookStage::Finished));
+        assert_eq!(follow(&all[..5]), stages(HookStage::Finished, HookStage::Started));
+        for (events, at) in [
+            (vec![ended(Before)], 0),
+            (vec![started(Before), ended(After)], 1),
+            (vec![started(Before), ended(Before), started(Before)], 2),
+            (vec![planned(), started(Before)], 1),
+            (vec![started(After), ended(After), started(After)], 2),
+            (vec![attention(), started(After)], 1),
+            (vec![failed(), started(After)], 1),
+        ] {
+            assert_eq!(follow(&events), Err(at), "{events:?}");
+        }
+    }
+
+    #[test]
     fn illegal_histories_are_refused_at_the_event_that_breaks_them() {
         let planned = || Event::from(OperationPlanned { steps: vec![] });
         let failed = || Event::from(OperationFailed { failure: failure() });

@@ -351,7 +351,7 @@ async fn a_log_of_the_first_format_gets_its_index_of_policies() {
     let store = open(dir.path());
     fill(&store).await;
     let policy = StreamId::Policy("nightly".parse().unwrap());
-    let events = vec![new(&policy, PolicyResumed {}.into()), new(&policy, PolicyRemoved {}.into())];
+    let events = vec![new(&policy, PolicyResumed {}), new(&policy, PolicyRemoved {})];
     store.append(facts(events)).await.unwrap();
     let whole = everything(&store).await;
     drop(store);
