@@ -689,7 +689,7 @@ mod tests {
         let failed = || Event::from(OperationFailed { failure: failure() });
         let attention = || Event::from(OperationNeedsAttention { failure: failure() });
         let follow = |events: &[Event]| {
-            let request = crate::event::DomainUnregisterRequested {
+            let request = DomainUnregisterRequested {
                 wish: crate::event::UnregisterWish::Untouched,
                 request: crate::event::RequestTerms::default(),
             };

@@ -45,14 +45,17 @@ impl Lab {
     }
 
     /// A policy that runs when it is told to.
-    fn set(&self, sections: &str) {
-        self.set_with("schedule = \"2190-01-01\"\n", sections);
+    fn set(&self, sections: &str) -> String {
+        self.set_with("schedule = \"2190-01-01\"\n", sections)
     }
 
-    fn set_with(&self, keys: &str, sections: &str) {
+    /// What it said on standard error is given back.
+    fn set_with(&self, keys: &str, sections: &str) -> String {
         let file = self.path("policy.toml");
         fs::write(&file, format!("name = \"p\"\ndomains = [\"*\"]\n{keys}{sections}")).expect("written");
-        self.program.json(0, &["policy", "set", &self.text("policy.toml")]);
+        let ran = self.program.run(&["policy", "set", &self.text("policy.toml")]);
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        ran.stderr
     }
 
     fn log(&self) -> Vec<String> {
@@ -427,7 +430,8 @@ fn the_address_in_a_file_is_a_secret_and_a_final_answer_is_not_asked_for_again()
 fn a_policy_whose_domain_cannot_be_quiesced_is_told_so_by_the_run() {
     let lab = Lab::new();
     lab.program.json(0, &["domain", "add", "plain", "--driver", "sim", "--profile", "virtualbox"]);
-    lab.set("[snapshot]\nquiesce = true\n");
+    let said = lab.set("[snapshot]\nquiesce = true\n");
+    assert!(said.contains("domain 'plain' cannot be quiesced") && !said.contains("'web'"), "{said}");
     let ran = lab.program.json(4, &["policy", "run", "p"]);
     let of = |domain: &str| {
         let runs = ran["runs"].as_array().expect("runs");

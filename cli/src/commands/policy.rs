@@ -125,6 +125,7 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
         dry_run: args.dry_run,
         plan: plan_view(&engine, &policy, &chosen(&engine, &policy).await?).await?,
     };
+    tell_unquiesced(&engine, &policy).await?;
     let text = render::policy::set(&view, &Look::of_stdout());
     if let Some(writer) = writer {
         let going = view.plan.deletes();
@@ -146,6 +147,24 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
         render::print(&text)?;
     }
     Ok(Exit::Done)
+}
+
+/// Says which machines would take no snapshot under a policy that wants them quiesced.
+async fn tell_unquiesced(engine: &Engine, policy: &Policy) -> Result<()> {
+    if !policy.snapshot.quiesce {
+        return Ok(());
+    }
+    for domain in chosen(engine, policy).await? {
+        let state = engine.load(domain.id).await?;
+        let kind = state.domain.filter(|domain| !domain.capabilities.quiesce).map(|domain| domain.driver);
+        if let Some(kind) = kind {
+            let name = safe(domain.name.as_str());
+            render::note(&format!(
+                "domain '{name}' cannot be quiesced ({kind}): its runs will be refused while snapshot.quiesce is set"
+            ));
+        }
+    }
+    Ok(())
 }
 
 async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Result<PlanView> {
