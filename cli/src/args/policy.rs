@@ -19,6 +19,10 @@ A policy file:
   last = 3
   hourly = 24
   daily = 7
+  [hooks.before]                # also [hooks.after]: a program around each snapshot
+  program = [\"/usr/local/bin/freeze\"]
+  [notify]                      # failure, recovery, needs attention
+  command = [\"/usr/local/bin/page\"]
 
 With --json: {\"name\", \"change\": \"new\"|\"changed\"|\"same\", \"changes\": [{\"key\",\"old\",\"new\"}], \"dry_run\", \"plan\"}; `plan` as
 `policy plan` has it.";
