@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::Serialize;
+use snaptree_engine::around::HookPhase;
 use snaptree_engine::event::{Actor, Envelope, Event, Origin};
 use snaptree_engine::operation::{Failure, Outcome, Request, Verdict};
 use snaptree_engine::{OperationId, SnapshotId};
@@ -32,6 +33,17 @@ pub struct StepView {
     pub outcome: StepOutcome,
 }
 
+/// A program before or after, and what became of it.
+#[derive(Clone, Debug)]
+pub struct HookStory {
+    /// Which of the two.
+    pub phase: HookPhase,
+    /// Whether its end is known.
+    pub ended: bool,
+    /// What went wrong.
+    pub failure: Option<Failure>,
+}
+
 /// An operation's life.
 #[derive(Clone, Debug)]
 pub struct Story {
@@ -47,6 +59,8 @@ pub struct Story {
     pub origin: Origin,
     /// Its steps.
     pub steps: Vec<StepView>,
+    /// The programs around it that were started.
+    pub hooks: Vec<HookStory>,
     /// How it ended; none while it is open.
     pub outcome: Option<Outcome>,
     /// When it ended.
@@ -75,6 +89,7 @@ impl Story {
             actor: first.actor.clone(),
             origin: first.origin.clone(),
             steps: Vec::new(),
+            hooks: Vec::new(),
             outcome: None,
             finished: None,
             failure: None,
@@ -103,6 +118,17 @@ impl Story {
                     outcome: StepOutcome::NotDone,
                 };
                 self.steps = e.steps.iter().map(step).collect();
+            }
+            Event::OperationHookStarted(e) => {
+                // One that was cut short is started again.
+                self.hooks.retain(|hook| hook.phase != e.hook);
+                self.hooks.push(HookStory { phase: e.hook, ended: false, failure: None });
+            }
+            Event::OperationHookFinished(e) => {
+                if let Some(hook) = self.hooks.iter_mut().find(|hook| hook.phase == e.hook) {
+                    hook.ended = true;
+                    hook.failure.clone_from(&e.failure);
+                }
             }
             Event::OperationStepFinished(e) => self.set(e.step, StepOutcome::Done),
             Event::OperationUndoStarted(e) => self.failure = Some(e.failure.clone()),

@@ -184,6 +184,11 @@ pub enum PolicyAsk {
         /// The domain.
         domain: DomainId,
     },
+    /// Suspend it if its last runs took no snapshot. A daemon does that by itself.
+    Review {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// What a request about a policy came to.
@@ -195,6 +200,9 @@ pub struct PolicyAnswer {
     /// What was asked of each domain.
     #[serde(default)]
     pub runs: Vec<PolicyRun>,
+    /// Why it is suspended now, for `Review`.
+    #[serde(default)]
+    pub suspended: Option<String>,
 }
 
 /// How a daemon stands.

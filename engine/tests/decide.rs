@@ -167,11 +167,15 @@ fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
         Command::Delete(delete) => Command::Delete(Delete { what: DeleteWhat::Metadata, ..delete }),
         other => other,
     };
-    let cases: [(Change, Command, Code); 5] = [
+    let quiesce = || Command::Create(Create { quiesce: true, ..create(None) });
+    let cases: [(Change, Command, Code); 7] = [
         (|c| c.memory = false, memory, Code::Unsupported),
         (|c| c.children_only = false, delete(&["b"], DeleteScope::ChildrenOnly), Code::Unsupported),
         (|c| c.metadata_only = false, metadata, Code::Unsupported),
         (|c| c.depth_max = 3, Command::Create(create(Some("x"))), Code::Unsupported),
+        (|c| c.quiesce = false, quiesce(), Code::Unsupported),
+        // libvirt: quiesce requires disk-only, and memory would be kept here.
+        (|c| (c.quiesce, c.memory) = (true, true), quiesce(), Code::Invalid),
         (|c| c.name_bytes_max = 3, Command::Create(create(Some("long"))), Code::Invalid),
     ];
     for (change, command, code) in cases {

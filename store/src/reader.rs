@@ -149,6 +149,9 @@ pub(crate) fn stream(
     )
 }
 
+/// What the kinds begin with that have an index of their own.
+const POLICY_KINDS: &str = "Policy.";
+
 /// The events after `seq` that `filter` lets through. A kind is a prefix if it ends with a dot, and else exact.
 pub(crate) fn filtered(
     connection: &Connection,
@@ -156,17 +159,22 @@ pub(crate) fn filtered(
     filter: &EventFilter,
     count: usize,
 ) -> Result<Vec<Envelope>, LogError> {
-    let mut sql = format!("SELECT {SELECT} FROM events WHERE ");
+    let mut sql = format!("SELECT {SELECT} FROM events ");
     let mut params: Vec<Value> = Vec::new();
     let mut order = "seq";
     if let Some(stream) = &filter.stream {
         let stream = stream.to_string();
         let version = version_at(connection, &stream, seq)?;
-        sql.push_str("stream = ? AND version > ?");
+        sql.push_str("WHERE stream = ? AND version > ?");
         params.extend([Value::from(stream), Value::from(integer(version))]);
         order = "version";
     } else {
-        sql.push_str("seq > ?");
+        sql.push_str(match &filter.kind {
+            Some(kind) if kind.starts_with(POLICY_KINDS) => {
+                "INDEXED BY events_policies WHERE kind >= 'Policy.' AND kind < 'Policy/' AND seq > ?"
+            }
+            _ => "WHERE seq > ?",
+        });
         params.push(integer(seq.max(before(connection, filter.since)?)).into());
     }
     let mut and = |clause: &str, value: Value| {

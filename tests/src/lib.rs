@@ -4,6 +4,7 @@
 
 pub mod alive;
 pub mod conformance;
+pub mod daemon;
 pub mod guest;
 pub mod history;
 pub mod images;
@@ -20,3 +21,4 @@ pub mod simulation;
 pub mod small;
 pub mod strace;
 pub mod wrapped;
+pub mod year;

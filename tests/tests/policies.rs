@@ -24,7 +24,9 @@ use snaptree_engine::log::{EventFilter, EventLog};
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 use snaptree_policies::file::Policy;
 use snaptree_policies::retention::{LongRun, long_run};
-use snaptree_policies::runner::{Book, Entry, Notable, Scheduler, define, plan_of, resume};
+use snaptree_policies::runner::{
+    Book, Entry, Firing, Notable, Scheduler, chosen, define, fire, plan_of, resume,
+};
 use snaptree_store::{LockWait, Store};
 use snaptree_tests::images::tool;
 use snaptree_tests::program::Program;
@@ -96,20 +98,24 @@ impl Lab {
         let faults = Arc::new(NoCreates::default());
         let mut lab = Self { folder, store: Arc::new(store), clock, faults, domains: Vec::new() };
         for number in 1..=domains {
-            let registration = Registration {
-                id: DomainId::from_uuid(uuid::Uuid::now_v7()),
-                name: DomainName::new(format!("web-{number}")).expect("a name"),
-                driver: DriverKind::Sim,
-                disks: vec![],
-                options: Value::Null,
-                taken: BTreeMap::default(),
-            };
-            let engine = lab.engine(Arc::new(NoHooks));
-            let (domain, _) =
-                engine.register(&ada(), registration, BTreeMap::default()).await.expect("registered");
-            lab.domains.push(domain.id);
+            lab.register(&format!("web-{number}"), Value::Null).await;
         }
         lab
+    }
+
+    async fn register(&mut self, name: &str, options: Value) {
+        let registration = Registration {
+            id: DomainId::from_uuid(uuid::Uuid::now_v7()),
+            name: DomainName::new(name).expect("a name"),
+            driver: DriverKind::Sim,
+            disks: vec![],
+            options,
+            taken: BTreeMap::default(),
+        };
+        let engine = self.engine(Arc::new(NoHooks));
+        let (domain, _) =
+            engine.register(&ada(), registration, BTreeMap::default()).await.expect("registered");
+        self.domains.push(domain.id);
     }
 
     /// An engine that remembers nothing, as after a start.
@@ -321,8 +327,10 @@ async fn a_run_that_failed_deletes_nothing_and_many_in_a_row_suspend_the_policy(
 
 #[tokio::test]
 async fn what_is_held_or_was_made_by_others_stays_and_a_domain_that_refuses_keeps_no_other_back() {
-    let lab = Lab::new(2).await;
-    lab.set(HOURLY).await;
+    let mut lab = Lab::new(2).await;
+    // One that cannot be quiesced.
+    lab.register("web-3", serde_json::json!({ "profile": "virtualbox" })).await;
+    lab.set(&HOURLY.replace("[keep]", "[snapshot]\nquiesce = true\n[keep]")).await;
     let engine = lab.engine(Arc::new(NoHooks));
     let foreign = Create { name: Some("mine".parse().expect("a name")), ..Default::default() };
     engine.submit(&ada(), lab.domains[0], &Command::Create(foreign), None).await.expect("asked");
@@ -334,8 +342,9 @@ async fn what_is_held_or_was_made_by_others_stays_and_a_domain_that_refuses_keep
     for hour in 1..=4 {
         lab.go_to(at("2026-01-01T00:00:00Z") + SignedDuration::from_hours(hour));
         let notable = lab.life(Arc::new(NoHooks)).await;
-        let told = matches!(&*notable, [Notable::Failed { why, .. }] if why.starts_with("refused: "));
-        assert_eq!(told, hour == 2, "{notable:?}");
+        let told = matches!(&*notable, [Notable::Failed { domain, why, .. }]
+            if why.starts_with("refused: ") && domain.as_str() == "web-3");
+        assert!(told, "{notable:?}");
         if hour == 1 {
             let hold = Command::Hold {
                 snapshot: SnapshotRef::Name("p-20260101T010000Z".parse().expect("a name")),
@@ -351,8 +360,15 @@ async fn what_is_held_or_was_made_by_others_stays_and_a_domain_that_refuses_keep
     assert_eq!(
         lab.snapshots(1).await,
         [hours(&[2]), hours(&[3, 4])].concat(),
-        "the foreign one is there still"
+        "the foreign one is there still, and the run's own, which had another name, is gone"
     );
+    let filter = EventFilter { kind: Some("Snapshot.Created".to_owned()), ..EventFilter::default() };
+    let created = lab.store.read(0, &filter, 100).await.expect("the log");
+    let names = created.iter().filter_map(|envelope| match &envelope.event {
+        Event::SnapshotCreated(e) => Some(e.snapshot.name.as_str()),
+        _ => None,
+    });
+    assert_eq!(names.filter(|name| *name == "p-20260101T020000Z-2").count(), 1);
 }
 
 #[tokio::test]
@@ -515,14 +531,7 @@ fn through_a_daemon_the_commands_on_policies_do_the_same() {
     let run = &first["runs"][0];
     assert_eq!((&run["outcome"], &run["deletes"]), (&"succeeded".into(), &serde_json::json!([])), "{first}");
     let first_name = run["snapshot"].as_str().expect("a name");
-    // Within the same second the name is taken, which is told like any refusal.
-    let second = loop {
-        let ran = program.run(&["policy", "run", "p", "web-1", "--json"]);
-        if ran.code == Some(0) {
-            break ran.json();
-        }
-        assert_eq!(ran.json()["runs"][0]["error"]["code"], "exists", "{ran:?}");
-    };
+    let second = program.json(0, &["policy", "run", "p", "web-1"]);
     let deleted = &second["runs"][0]["deletes"][0];
     assert_eq!(
         (&deleted["snapshot"], &deleted["outcome"]),
@@ -617,4 +626,50 @@ fn a_daemon_that_is_killed_again_and_again_takes_each_planned_snapshot_once() {
     assert_eq!(created, seen.len());
     assert!(created >= 4, "{runs:#}");
     program.json(0, &["audit", "verify"]);
+}
+
+#[test]
+fn runs_that_fail_in_the_foreground_suspend_the_policy_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::new(folder.path().join("state"));
+    program.json(0, &["domain", "add", "web-1", "--driver", "sim"]);
+    let policy =
+        "name = \"p\"\ndomains = [\"*\"]\nschedule = \"2190-01-01\"\nmax-depth = 1\nsuspend-after = 2\n";
+    program.json(0, &["policy", "set", &hourly_file(folder.path(), policy)]);
+    // The disk may stand upon one snapshot when a run begins, and nothing may go: from the third run on, each fails.
+    assert_eq!(program.json(0, &["policy", "run", "p"])["suspended"], Value::Null);
+    assert_eq!(program.json(0, &["policy", "run", "p"])["suspended"], Value::Null);
+    assert_eq!(program.json(4, &["policy", "run", "p"])["suspended"], Value::Null);
+    let ran = program.run(&["policy", "run", "p", "--json"]);
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    assert_eq!(ran.json()["suspended"], "2 runs in a row took no snapshot");
+    assert!(ran.stderr.contains("`snaptree policy resume p`"), "{ran:?}");
+    let list = program.json(0, &["policy", "list"]);
+    assert_eq!(list["policies"][0]["suspended"], "2 runs in a row took no snapshot");
+    // Resumed, the count begins anew.
+    program.json(0, &["policy", "resume", "p"]);
+    assert_eq!(program.json(4, &["policy", "run", "p"])["suspended"], Value::Null);
+}
+
+#[tokio::test]
+async fn a_second_run_within_a_second_takes_the_next_free_name() {
+    let lab = Lab::new(1).await;
+    lab.set(&HOURLY.replace("last = 2", "last = 9")).await;
+    let engine = lab.engine(Arc::new(NoHooks));
+    let book = Book::read(&engine).await.expect("read");
+    let state = book.find("p").expect("the policy");
+    let policy = state.policy().expect("it can be read");
+    let domains = chosen(&engine, policy).await.expect("chosen");
+    let by = Actor::User("ada".to_owned());
+    let mut names = Vec::new();
+    for micros in [0, 1, 400_000] {
+        let book = Book::read(&engine).await.expect("read");
+        let planned = at("2026-03-01T00:00:00Z") + SignedDuration::from_micros(micros);
+        let firing = Firing { planned, asked_by: Some(&by), domains: &domains, skipped: &[] };
+        let state = book.find("p").expect("the policy");
+        let ran = fire(&engine, &origin(), state, policy, firing).await.expect("fired");
+        assert!(ran[0].operation().is_some(), "{ran:?}");
+        names.push(ran[0].request.snapshot.clone());
+    }
+    assert_eq!(names, ["p-20260301T000000Z", "p-20260301T000000Z-2", "p-20260301T000000Z-3"]);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 use sha2::{Digest, Sha256};
-use snaptree_engine::event::Envelope;
+use snaptree_engine::event::{Envelope, PolicyRemoved, PolicyResumed};
 use snaptree_engine::ids::{DomainName, StreamId};
 use snaptree_engine::log::{Checkpoint, EventFilter, EventLog, LogError, NewEvent, OperationFilter};
 use snaptree_store::{DATABASE_FILE, LockWait, Store, StoreError, Verification};
@@ -337,12 +337,37 @@ async fn what_is_not_ours_is_left_alone() {
 async fn a_newer_format_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()));
-    raw(dir.path()).execute_batch("PRAGMA user_version = 2").unwrap();
+    raw(dir.path()).execute_batch("PRAGMA user_version = 3").unwrap();
     for result in [Store::open_reader(dir.path()), Store::open_writer(dir.path(), NO_WAIT)] {
         let error = result.unwrap_err();
-        assert!(matches!(error, StoreError::Newer { found: 2, known: 1, .. }));
+        assert!(matches!(error, StoreError::Newer { found: 3, known: 2, .. }));
         assert!(error.to_string().contains("newer snaptree"), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_log_of_the_first_format_gets_its_index_of_policies() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    fill(&store).await;
+    let policy = StreamId::Policy("nightly".parse().unwrap());
+    let events = vec![new(&policy, PolicyResumed {}), new(&policy, PolicyRemoved {})];
+    store.append(facts(events)).await.unwrap();
+    let whole = everything(&store).await;
+    drop(store);
+    raw(dir.path()).execute_batch("DROP INDEX events_policies; PRAGMA user_version = 1").unwrap();
+    assert!(matches!(Store::open_reader(dir.path()), Err(StoreError::Older { found: 1, .. })));
+    let store = open(dir.path());
+    assert_eq!(everything(&store).await[..whole.len()], whole);
+    let kinds = async |kind: &str, seq: u64| {
+        let filter = EventFilter { kind: Some(kind.to_owned()), ..EventFilter::default() };
+        let read = store.read(seq, &filter, usize::MAX).await.unwrap();
+        read.iter().map(|envelope| envelope.event.kind()).collect::<Vec<_>>()
+    };
+    assert_eq!(kinds("Policy.", 0).await, ["Policy.Resumed", "Policy.Removed"]);
+    assert_eq!(kinds("Policy.Removed", 0).await, ["Policy.Removed"]);
+    let last = whole.last().unwrap().seq;
+    assert_eq!(kinds("Policy.", last - 1).await, ["Policy.Removed"]);
 }
 
 #[tokio::test]

@@ -19,6 +19,10 @@ A policy file:
   last = 3
   hourly = 24
   daily = 7
+  [hooks.before]                # also [hooks.after]: a program around each snapshot
+  program = [\"/usr/local/bin/freeze\"]
+  [notify]                      # failure, recovery, needs attention
+  command = [\"/usr/local/bin/page\"]
 
 With --json: {\"name\", \"change\": \"new\"|\"changed\"|\"same\", \"changes\": [{\"key\",\"old\",\"new\"}], \"dry_run\", \"plan\"}; `plan` as
 `policy plan` has it.";
@@ -41,8 +45,9 @@ const RUN_EXAMPLES: &str = "Examples:
   snaptree policy run hourly                   now, on all its domains
   snaptree policy run hourly web-1
 
-With --json: {\"policy\", \"planned\", \"runs\": [{\"domain\",\"snapshot\",\"operation\",\"outcome\",\"error\",\"deletes\":
-[{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}]}";
+With --json: {\"policy\", \"planned\", \"runs\": [{\"domain\",\"snapshot\",\"operation\",\"outcome\",\"error\",\"hooks\":
+[{\"hook\": \"before\"|\"after\",\"outcome\": \"done\"|\"failed\",\"error\"}], \"deletes\": [{\"snapshot\",\"operation\",\"outcome\",\"reasons\":[],\"error\"}]}], \"suspended\"}; the last says why the policy was suspended, if its failures in a row
+are too many now (a daemon does that a little later).";
 const RUNS_EXAMPLES: &str = "Examples:
   snaptree policy runs                         what ran, how it ended, and what was skipped
   snaptree policy runs hourly --count 100

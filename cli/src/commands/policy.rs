@@ -11,7 +11,7 @@ use snaptree_engine::event::PolicyRequest;
 use snaptree_policies::file::{FILE_BYTES_MAX, Policy};
 use snaptree_policies::retention::long_run;
 use snaptree_policies::runner::{
-    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of, read,
+    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of,
 };
 
 use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
@@ -21,10 +21,11 @@ use crate::exit::{ErrorView, Exit, Trouble};
 use crate::office::{domains_of, in_engine, readable};
 use crate::render;
 use crate::render::policy::{
-    DeleteView, DomainPlanView, EntryView, NextView, PlanView, PolicyView, RanView, RunView, SetView, What,
-    changes,
+    DeleteView, DomainPlanView, EntryView, HookView, NextView, PlanView, PolicyView, RanView, RunView,
+    SetView, What, changes,
 };
 use crate::render::text::{Look, count, safe};
+use crate::story::Story;
 use crate::wire::PolicyAsk;
 
 use super::carry::open;
@@ -104,7 +105,7 @@ fn source_of(file: &Path) -> Result<String> {
 
 async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     let source = source_of(&args.file)?;
-    let policy = read(&source).map_err(in_engine)?;
+    let policy = Policy::from_toml(&source).map_err(|error| in_engine(error.into()))?;
     let writer = if args.dry_run { None } else { Some(context.writer(&args.writer, Missing::Make).await?) };
     let engine = match &writer {
         Some(writer) => writer.engine.clone(),
@@ -124,6 +125,7 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
         dry_run: args.dry_run,
         plan: plan_view(&engine, &policy, &chosen(&engine, &policy).await?).await?,
     };
+    tell_unquiesced(&engine, &policy).await?;
     let text = render::policy::set(&view, &Look::of_stdout());
     if let Some(writer) = writer {
         let going = view.plan.deletes();
@@ -145,6 +147,24 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
         render::print(&text)?;
     }
     Ok(Exit::Done)
+}
+
+/// Says which machines would take no snapshot under a policy that wants them quiesced.
+async fn tell_unquiesced(engine: &Engine, policy: &Policy) -> Result<()> {
+    if !policy.snapshot.quiesce {
+        return Ok(());
+    }
+    for domain in chosen(engine, policy).await? {
+        let state = engine.load(domain.id).await?;
+        let kind = state.domain.filter(|domain| !domain.capabilities.quiesce).map(|domain| domain.driver);
+        if let Some(kind) = kind {
+            let name = safe(domain.name.as_str());
+            render::note(&format!(
+                "domain '{name}' cannot be quiesced ({kind}): its runs will be refused while snapshot.quiesce is set"
+            ));
+        }
+    }
+    Ok(())
 }
 
 async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Result<PlanView> {
@@ -273,7 +293,17 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
         runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
     }
     let exit = exit_of(&runs);
-    let view = RunView { policy: args.name, planned: answer.planned, runs };
+    // A daemon sees to it by itself, and tells whoever wants to hear of it.
+    let suspended = if writer.office.works_on_alone() || exit == Exit::Done {
+        None
+    } else {
+        writer.office.policy(PolicyAsk::Review { name: args.name.clone() }).await?.suspended
+    };
+    if let Some(reason) = &suspended {
+        let resume = format!("`snaptree policy resume {}`", args.name);
+        render::note(&safe(&format!("the policy does not run by itself any more, until {resume}: {reason}")));
+    }
+    let view = RunView { policy: args.name, planned: answer.planned, runs, suspended };
     if context.json {
         render::json(&view)?;
     } else {
@@ -319,21 +349,21 @@ async fn ran_view(
     outcome: RunOutcome,
     deletes: Vec<DeleteView>,
 ) -> Result<RanView> {
-    let error = match (&create.refused, create.operation) {
-        (Some(refused), _) => Some(ErrorView::from(refused)),
-        (None, Some(operation)) if !outcome.is_success() && outcome != RunOutcome::Open => {
-            let events = engine.operation_events(operation).await?;
-            let story = crate::story::Story::of(&events);
-            story.and_then(|story| story.failure.as_ref().map(ErrorView::from))
-        }
-        (None, _) => None,
+    let story = match create.operation {
+        Some(operation) => Story::of(&engine.operation_events(operation).await?),
+        None => None,
     };
+    let failure = story.as_ref().and_then(|story| story.failure.as_ref());
+    let failure = failure.filter(|_| !outcome.is_success() && outcome != RunOutcome::Open);
+    let error = create.refused.as_ref().or(failure).map(ErrorView::from);
+    let hooks = story.iter().flat_map(|story| &story.hooks).map(HookView::from).collect();
     Ok(RanView {
         domain,
         snapshot: create.snapshot.clone(),
         operation: create.operation,
         outcome: outcome.as_str(),
         error,
+        hooks,
         deletes,
     })
 }

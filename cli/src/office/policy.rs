@@ -1,7 +1,7 @@
 //! Requests about policies, carried out with the engine of this process.
 
 use anyhow::Result;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use snaptree_engine::DomainId;
 use snaptree_engine::engine::{Engine, EngineError, Requester};
 use snaptree_engine::event::PolicyRun;
@@ -9,7 +9,7 @@ use snaptree_engine::log::LogError;
 use snaptree_policies::file::Policy;
 use snaptree_policies::runner::{
     Book, Chosen, Firing, PolicyRequestError, PolicyState, chosen, define, fire, outcome_of, remove, resume,
-    retain, suspend,
+    retain, suspend, suspend_if_hopeless,
 };
 
 use crate::exit::{Exit, Trouble};
@@ -54,6 +54,11 @@ async fn once(engine: &Engine, requester: &Requester, ask: &PolicyAsk) -> Result
         PolicyAsk::Retain { name, planned, domain } => {
             book.refresh(engine).await?;
             return keep(engine, requester, &book, name, *planned, *domain).await;
+        }
+        PolicyAsk::Review { name } => {
+            book.refresh(engine).await?;
+            let suspended = suspend_if_hopeless(engine, &requester.origin, book.find(name)?).await?;
+            return Ok(PolicyAnswer { suspended, ..PolicyAnswer::default() });
         }
     };
     done.map(|()| PolicyAnswer::default()).map_err(in_engine)
@@ -123,7 +128,11 @@ async fn run(
         let message = format!("policy '{}' is for no registered domain", state.name);
         return Err(Trouble::not_found(message).hint("`snaptree domain list` lists the domains").into());
     }
-    let planned = Timestamp::from_microsecond(engine.now().as_microsecond())?;
+    let mut planned = Timestamp::from_microsecond(engine.now().as_microsecond())?;
+    // Its instant is what a run is known by.
+    while state.runs().any(|run| run.planned == planned) {
+        planned = planned.checked_add(SignedDuration::from_micros(1))?;
+    }
     let asked_by = Some(&requester.actor);
     let firing = Firing { planned, asked_by, domains: &domains, skipped: &[] };
     let ran = fire(engine, &requester.origin, state, policy, firing).await?;
@@ -132,7 +141,7 @@ async fn run(
         name: ran.domain.name,
         requests: vec![ran.request],
     });
-    Ok(PolicyAnswer { planned: Some(planned), runs: runs.collect() })
+    Ok(PolicyAnswer { planned: Some(planned), runs: runs.collect(), ..PolicyAnswer::default() })
 }
 
 /// The deletes that follow a run: those that were asked for already, or those that are asked for now.
@@ -159,5 +168,5 @@ async fn keep(
         None => Vec::new(),
     };
     let run = PolicyRun { domain, name: run.name.clone(), requests };
-    Ok(PolicyAnswer { planned: Some(planned), runs: vec![run] })
+    Ok(PolicyAnswer { planned: Some(planned), runs: vec![run], ..PolicyAnswer::default() })
 }

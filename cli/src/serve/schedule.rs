@@ -57,7 +57,8 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
             }
         };
         for notable in &tick.notable {
-            tell(notable, scheduler.as_ref().and_then(|scheduler| scheduler.policy(notable.policy())));
+            let policy = scheduler.as_ref().and_then(|scheduler| scheduler.policy(notable.policy()));
+            tell(notable, policy, daemon.engine.now());
         }
         for domain in tick.woken {
             let done = daemon.dispatcher.run(domain, Wish::Drive);
@@ -77,11 +78,11 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
     }
 }
 
-/// Says what happened, and lets the policy's program know.
-fn tell(notable: &Notable, policy: Option<&Policy>) {
+/// Says what happened, and lets those know whom the policy names.
+fn tell(notable: &Notable, policy: Option<&Policy>, now: Timestamp) {
     let name = notable.policy();
     match notable {
-        Notable::Failed { .. } | Notable::NeedsAttention { .. } => {
+        Notable::Failed { .. } | Notable::NeedsAttention { .. } | Notable::HookFailed { .. } => {
             tracing::warn!(policy = %name, "{notable}")
         }
         Notable::Recovered { .. } => tracing::info!(policy = %name, "{notable}"),
@@ -89,7 +90,7 @@ fn tell(notable: &Notable, policy: Option<&Policy>) {
     }
     let wanted = policy.and_then(|policy| policy.notify.clone());
     if let Some(wanted) = wanted.filter(|wanted| wanted.on.contains(&notable.occasion())) {
-        tokio::spawn(notify::tell(wanted, notable.clone()));
+        notify::tell(&wanted, notable, now);
     }
 }
 

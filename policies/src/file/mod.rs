@@ -17,7 +17,7 @@
 //! name = "{policy}-{time}"           # {policy}, {domain}, {time}: UTC, 20261123T021500Z; {time} must be there
 //! description = "by the hour"
 //! memory = false                     # with the machine's memory
-//! quiesce = false                    # ask the guest to sync its file systems first
+//! quiesce = false                    # ask the guest to bring its file systems to rest first; not with memory
 //! labels = { made-by = "hourly" }
 //!
 //! [keep]                             # left out: nothing is ever deleted
@@ -34,8 +34,8 @@
 //! environment = { MODE = "snapshot" }
 //! on-failure = "abort"               # or "go-on"; after is always "go-on"
 //!
-//! [notify]
-//! webhook = "https://example.com/hook"
+//! [notify]                           # by the daemon: JSON by POST, and on the program's standard input
+//! webhook = "https://example.com/hook" # or webhook-file = "/etc/snaptree/hook.url", where the address is a secret
 //! command = ["/usr/local/bin/page"]
 //! timeout = "10s"
 //! on = ["failure", "recovery", "needs-attention"]
@@ -50,8 +50,8 @@ mod read;
 mod values;
 
 pub use policy::{
-    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, OnFailure, Policy, SUSPEND_AFTER_DEFAULT,
-    Selection, SnapshotSpec,
+    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, Policy, SUSPEND_AFTER_DEFAULT, Selection,
+    SnapshotSpec,
 };
 pub use read::{FILE_BYTES_MAX, FileError, Problem};
 pub use values::{DomainGlob, NameTemplate, TimeZoneName, ValueError, Webhook};

@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use snaptree_engine::LabelKey;
+use snaptree_engine::around::OnFailure;
 use snaptree_engine::tree::Labels;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::policy::{
-    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, OnFailure, Policy, SUSPEND_AFTER_DEFAULT,
-    Selection, SnapshotSpec,
+    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, Policy, SUSPEND_AFTER_DEFAULT, Selection,
+    SnapshotSpec,
 };
 use crate::near::nearest;
 use crate::retention::{Keep, Limit, Per, Rule, count_key, within_key};
@@ -268,11 +270,17 @@ impl<'a> Reader<'a> {
     fn snapshot(&mut self, top: Section<'a>) -> SnapshotSpec {
         let known = ["name", "description", "memory", "quiesce", "labels"];
         let section = self.inner(top, "snapshot", "snapshot.", &known);
+        let memory = self.value(section, "memory", boolean).unwrap_or_default();
+        let quiesce = self.value(section, "quiesce", boolean).unwrap_or_default();
+        if memory && quiesce {
+            let message = "snapshot.quiesce is for the disks alone: leave it or snapshot.memory out";
+            self.problem(section.at, message.to_owned());
+        }
         SnapshotSpec {
             name: self.value(section, "name", parsed).unwrap_or_default(),
             description: self.value(section, "description", |value| text(value).map(str::to_owned)),
-            memory: self.value(section, "memory", boolean).unwrap_or_default(),
-            quiesce: self.value(section, "quiesce", boolean).unwrap_or_default(),
+            memory,
+            quiesce,
             labels: self.value(section, "labels", labels).unwrap_or_default(),
         }
     }
@@ -332,8 +340,10 @@ impl<'a> Reader<'a> {
 
     fn notify(&mut self, top: Section<'a>) -> Option<Notify> {
         top.table?.get("notify")?;
-        let section = self.inner(top, "notify", "notify.", &["webhook", "command", "timeout", "on"]);
+        let known = ["webhook", "webhook-file", "command", "timeout", "on"];
+        let section = self.inner(top, "notify", "notify.", &known);
         let webhook = self.value(section, "webhook", parsed);
+        let webhook_file = self.value(section, "webhook-file", absolute);
         let command = self.value(section, "command", command);
         let timeout = self.value(section, "timeout", parsed).unwrap_or(NOTIFY_TIMEOUT);
         let all = [
@@ -343,11 +353,15 @@ impl<'a> Reader<'a> {
         ];
         let on = self.value(section, "on", |value| items(value, |value| one_of(value, &all)));
         let given = |key: &str| section.table.is_some_and(|table| table.get(key).is_some());
-        if !given("webhook") && !given("command") {
-            self.problem(section.at, "[notify] has neither 'webhook' nor 'command'".to_owned());
+        if !given("webhook") && !given("webhook-file") && !given("command") {
+            let message = "[notify] has none of 'webhook', 'webhook-file' and 'command'";
+            self.problem(section.at, message.to_owned());
+        }
+        if given("webhook") && given("webhook-file") {
+            self.problem(section.at, "[notify] has both 'webhook' and 'webhook-file'".to_owned());
         }
         let on = on.map_or_else(|| all.iter().map(|(_, on)| *on).collect(), BTreeSet::from_iter);
-        Some(Notify { webhook, command, timeout, on })
+        Some(Notify { webhook, webhook_file, command, timeout, on })
     }
 }
 
@@ -450,6 +464,11 @@ fn environment<'a>(value: &'a DeValue<'a>) -> Result<BTreeMap<String, String>, S
             Ok((key.to_owned(), text(value)?.to_owned()))
         })
         .collect()
+}
+
+fn absolute<'a>(value: &'a DeValue<'a>) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text(value)?);
+    if path.is_absolute() { Ok(path) } else { Err("should be an absolute path".to_owned()) }
 }
 
 fn command<'a>(value: &'a DeValue<'a>) -> Result<CommandLine, String> {

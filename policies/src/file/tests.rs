@@ -25,7 +25,7 @@ deletes-per-run = 20
 [snapshot]
 name = "{domain}.{policy}-{time}"
 description = "by the hour"
-memory = true
+memory = false
 quiesce = true
 labels = { made-by = "hourly" }
 
@@ -119,6 +119,8 @@ fn what_is_wrong_is_told_with_its_place_and_what_is_allowed() {
         with("[hooks]\nbefore = { program = [\"freeze\"] }\nafter = { timeout = \"1m\" }"),
         with("[hooks.after]\nprogram = [\"/x\"]\non-failure = \"abort\""),
         with("[notify]\non = [\"success\"]"),
+        with("[notify]\nwebhook = \"https://example.com/\"\nwebhook-file = \"hook.url\""),
+        with("[snapshot]\nmemory = true\nquiesce = true"),
         with("[notify]\nwebhook = \"https://user:secret@example.com/\""),
         problems("name = \"a/b\"\nschedule = \"hourli\"\nlabels = { \"a b\" = \"x\" }"),
         problems("name = \"x\"\nschedule = \"every 6mo\"\ndomains = [\"[a\"]"),

@@ -26,8 +26,14 @@ pub enum Depth {
 pub fn press(verdicts: &mut [Verdict], shape: &Shape, depth_max: NonZeroU32) -> Depth {
     let mut going: Vec<SnapshotId> = verdicts.iter().filter(|v| !v.keeps()).map(|v| v.snapshot).collect();
     going.sort_unstable();
-    let mut chain: Vec<SnapshotId> = shape.chain().filter(|id| going.binary_search(id).is_err()).collect();
+    let mut chain: Vec<SnapshotId> = shape.chain().collect();
     chain.sort_unstable();
+    // Both are sorted, so one walk along them tells what stays.
+    let mut left = going.iter().peekable();
+    chain.retain(|id| {
+        while left.next_if(|going| *going < id).is_some() {}
+        left.peek() != Some(&id)
+    });
     let depth = chain.len();
     let limit = usize::try_from(depth_max.get()).unwrap_or(usize::MAX);
     let mut least: Vec<(Rule, &mut Verdict)> = verdicts

@@ -50,8 +50,25 @@ pub fn long_run(schedule: &Schedule, keep: &Keep, from: Timestamp, zone: &TimeZo
     if endless && keep.max_age().is_none() {
         return LongRun::Grows;
     }
-    let (mut most, mut work, mut moment) = (0, 0, from);
-    for _ in 0..MOMENTS_MAX {
+    let spread = std::iter::successors(Some(from), |moment| moment.checked_add(APART).ok()).take(MOMENTS_MAX);
+    match most_at(schedule, keep, spread, zone) {
+        // No run lies behind: its first ones are to come.
+        LongRun::Levels { snapshots: 0 } => {
+            most_at(schedule, keep, schedule.upcoming(from, zone).take(MOMENTS_MAX), zone)
+        }
+        told => told,
+    }
+}
+
+/// The most that are there at any of the moments.
+fn most_at(
+    schedule: &Schedule,
+    keep: &Keep,
+    moments: impl Iterator<Item = Timestamp>,
+    zone: &TimeZone,
+) -> LongRun {
+    let (mut most, mut work) = (0, 0);
+    for moment in moments {
         match steady(schedule, keep, moment, zone) {
             Some(instants) => {
                 work += instants.looked_for;
@@ -62,8 +79,6 @@ pub fn long_run(schedule: &Schedule, keep: &Keep, from: Timestamp, zone: &TimeZo
         if work > WORK_MAX {
             break;
         }
-        let Ok(later) = moment.checked_add(APART) else { break };
-        moment = later;
     }
     LongRun::Levels { snapshots: most }
 }

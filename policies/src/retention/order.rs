@@ -111,8 +111,18 @@ impl<'a> Ordering<'a> {
         let ids: Vec<SnapshotId> = shape.nodes.keys().copied().collect();
         let nodes: Vec<Node> = shape.nodes.values().copied().collect();
         let place = |id: SnapshotId| ids.binary_search(&id).ok();
-        let parents = nodes.iter().map(|node| node.parent.and_then(place)).collect();
-        let going = ids.iter().map(|id| going.contains(id)).collect();
+        // Ids sort by time, so mostly a snapshot stands upon the one before it in the list.
+        let parent_of = |at: usize, parent: SnapshotId| {
+            let before = at.checked_sub(1).filter(|before| ids[*before] == parent);
+            before.or_else(|| place(parent))
+        };
+        let parents = nodes.iter().enumerate().map(|(at, node)| parent_of(at, node.parent?)).collect();
+        let mut left = going.iter().peekable();
+        let is_going = |id: &SnapshotId| {
+            while left.next_if(|going| *going < id).is_some() {}
+            left.next_if_eq(&id).is_some()
+        };
+        let going = ids.iter().map(is_going).collect();
         let current = shape.current.and_then(place);
         let (staying, heirs) = (vec![0; ids.len()], vec![None; ids.len()]);
         let mut ordering =

@@ -7,8 +7,9 @@ use snaptree_engine::event::{
     Actor, Event, Origin, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
 };
 use snaptree_engine::operation::{Code, Failure};
+use snaptree_engine::project::DomainState;
 use snaptree_engine::together::{Beside, Decided, Wanted};
-use snaptree_engine::{DomainId, OperationId, StreamId};
+use snaptree_engine::{DomainId, NameError, OperationId, SnapshotName, StreamId};
 
 use super::book::{Chosen, actor};
 use super::look::plan_of;
@@ -131,7 +132,13 @@ async fn wish(
     planned: Timestamp,
     domain: &Chosen,
 ) -> Result<Wish, EngineError> {
-    let name = match policy.snapshot.name.name(&policy.name, &domain.name, planned) {
+    let state = match engine.load(domain.id).await {
+        Ok(state) => Some(state),
+        // The request is refused with the reason.
+        Err(EngineError::Illegal { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    let name = match name_of(policy, planned, domain, state.as_ref()) {
         Ok(name) => name,
         Err(error) => {
             let failure = Failure::new(Code::Invalid, error.to_string()).refused();
@@ -146,25 +153,42 @@ async fn wish(
         labels: spec.labels.clone(),
         content,
         disks: None,
+        quiesce: spec.quiesce,
     };
-    if let Some(failure) = too_deep(engine, policy, domain).await? {
+    if let Some(failure) = state.and_then(|state| too_deep(engine, policy, &state)) {
         return Ok(Wish::Refused(name.to_string(), failure));
     }
-    let wanted =
-        Wanted { domain: domain.id, command: Command::Create(create), key: key(policy, planned, domain.id) };
+    let wanted = Wanted {
+        domain: domain.id,
+        command: Command::Create(create),
+        key: key(policy, planned, domain.id),
+        around: policy.hooks.around(),
+    };
     Ok(Wish::Asked(name.to_string(), Box::new(wanted)))
 }
 
+/// The snapshot's name. Times in names are whole seconds: within one, and where somebody else took the name, the second
+/// gets a number.
+fn name_of(
+    policy: &Policy,
+    planned: Timestamp,
+    domain: &Chosen,
+    state: Option<&DomainState>,
+) -> Result<SnapshotName, NameError> {
+    let name = policy.snapshot.name.name(&policy.name, &domain.name, planned)?;
+    let Some(tree) = state.map(DomainState::tree_after_open) else { return Ok(name) };
+    let mut free = name.clone();
+    let mut number = 2_u32;
+    while tree.by_name(&free).is_some() {
+        free = SnapshotName::new(format!("{name}-{number}"))?;
+        number += 1;
+    }
+    Ok(free)
+}
+
 /// The refusal of a snapshot that the machine's disk would stand upon beside more than it may.
-async fn too_deep(engine: &Engine, policy: &Policy, domain: &Chosen) -> Result<Option<Failure>, EngineError> {
-    let state = match engine.load(domain.id).await {
-        Ok(state) => state,
-        // The request is refused with the reason.
-        Err(EngineError::Illegal { .. }) => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let plan = plan_of(policy, &state, engine.now());
-    Ok(match plan.depth {
+fn too_deep(engine: &Engine, policy: &Policy, state: &DomainState) -> Option<Failure> {
+    match plan_of(policy, state, engine.now()).depth {
         Depth::Fits(_) => None,
         Depth::Exceeds(depth) => {
             let message = format!(
@@ -177,5 +201,5 @@ async fn too_deep(engine: &Engine, policy: &Policy, domain: &Chosen) -> Result<O
                     .refused(),
             )
         }
-    })
+    }
 }

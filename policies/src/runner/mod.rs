@@ -25,10 +25,10 @@ mod scheduler;
 
 pub use agenda::{Appointment, agenda};
 pub use book::{Book, Chosen, chosen};
-pub use define::{PolicyRequestError, define, read, remove, resume, suspend};
+pub use define::{PolicyRequestError, define, remove, resume, suspend};
 pub use fire::{Firing, Ran, fire};
 pub use look::{candidates, plan_of, shape};
 pub use outcome::{RunOutcome, outcome_of};
 pub use project::{Definition, Entry, PolicyState, RUNS_KEPT_MAX, Run, Skip, Suspension};
 pub use retain::retain;
-pub use scheduler::{Notable, Scheduler, Tick};
+pub use scheduler::{Notable, Scheduler, Tick, suspend_if_hopeless};

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use jiff::Timestamp;
+use snaptree_engine::around::HookPhase;
 use snaptree_engine::engine::{Engine, EngineError};
-use snaptree_engine::event::{Origin, PolicySkipped, PolicySuspended};
+use snaptree_engine::event::{Event, Origin, PolicySkipped, PolicySuspended};
 use snaptree_engine::log::LogError;
 use snaptree_engine::{DomainId, DomainName, OperationId, PolicyName};
 
@@ -15,7 +16,7 @@ use super::fire::{Firing, fire, requester};
 use super::outcome::{RunOutcome, outcome_of};
 use super::project::{PolicyState, Run};
 use super::retain::retain;
-use crate::file::{Occasion, Policy};
+use crate::file::{Hooks, Occasion, Policy};
 use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
 
 /// Something that someone may want to hear of.
@@ -46,6 +47,17 @@ pub enum Notable {
         /// The domain.
         domain: DomainName,
     },
+    /// A program around a run failed, and the run did not end with that.
+    HookFailed {
+        /// The policy.
+        policy: PolicyName,
+        /// The domain.
+        domain: DomainName,
+        /// Which program.
+        hook: HookPhase,
+        /// What went wrong.
+        why: String,
+    },
     /// The policy does not run any more.
     Suspended {
         /// The policy.
@@ -62,6 +74,7 @@ impl Notable {
             Self::Failed { policy, .. }
             | Self::NeedsAttention { policy, .. }
             | Self::Recovered { policy, .. }
+            | Self::HookFailed { policy, .. }
             | Self::Suspended { policy, .. } => policy,
         }
     }
@@ -71,7 +84,8 @@ impl Notable {
         match self {
             Self::Failed { domain, .. }
             | Self::NeedsAttention { domain, .. }
-            | Self::Recovered { domain, .. } => Some(domain),
+            | Self::Recovered { domain, .. }
+            | Self::HookFailed { domain, .. } => Some(domain),
             Self::Suspended { .. } => None,
         }
     }
@@ -79,7 +93,7 @@ impl Notable {
     /// When people want to hear of it.
     pub fn occasion(&self) -> Occasion {
         match self {
-            Self::Failed { .. } | Self::Suspended { .. } => Occasion::Failure,
+            Self::Failed { .. } | Self::HookFailed { .. } | Self::Suspended { .. } => Occasion::Failure,
             Self::NeedsAttention { .. } => Occasion::NeedsAttention,
             Self::Recovered { .. } => Occasion::Recovery,
         }
@@ -95,6 +109,9 @@ impl fmt::Display for Notable {
             }
             Self::NeedsAttention { domain, operation: None, .. } => {
                 write!(f, "the run on {domain} needs attention")
+            }
+            Self::HookFailed { domain, hook, why, .. } => {
+                write!(f, "the hook {} the run on {domain} failed: {why}", hook.as_str())
             }
             Self::Recovered { domain, .. } => write!(f, "runs on {domain} take their snapshots again"),
             Self::Suspended { policy, reason } => {
@@ -206,6 +223,9 @@ impl Scheduler {
                     continue;
                 }
                 outcome if outcome.is_success() => {
+                    if how == Watched::Fresh && policy.hooks != Hooks::default() {
+                        tick.notable.extend(hooks_failed(&self.engine, &name, &run).await?);
+                    }
                     if how == Watched::Fresh && self.failed_before(&name, &run).await? {
                         let (policy, domain) = (name.clone(), run.name.clone());
                         tick.notable.push(Notable::Recovered { policy, domain });
@@ -224,11 +244,9 @@ impl Scheduler {
                     }
                 }
                 outcome => {
-                    if run.asked_by.is_none() {
-                        failed.insert(name.clone());
-                    }
+                    failed.insert(name.clone());
                     if how == Watched::Fresh {
-                        tick.notable.push(failure(&name, &run, outcome));
+                        tick.notable.push(failure(&self.engine, &name, &run, outcome).await?);
                     }
                 }
             }
@@ -263,15 +281,9 @@ impl Scheduler {
     /// Suspends a policy whose last runs took no snapshot of any domain.
     async fn suspend_if_hopeless(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
         let Some(state) = self.book.shared(name) else { return Ok(()) };
-        let Some(policy) = state.running() else { return Ok(()) };
-        let limit = policy.suspend_after.get();
-        if failures_in_a_row(&self.engine, &state, limit).await? < limit {
-            return Ok(());
-        }
-        let reason = format!("{limit} runs in a row took no snapshot");
-        let event = PolicySuspended { reason: reason.clone() };
-        match write(&self.engine, &requester(&state, &self.origin), &state, event.into()).await {
-            Ok(()) => tick.notable.push(Notable::Suspended { policy: name.clone(), reason }),
+        match suspend_if_hopeless(&self.engine, &self.origin, &state).await {
+            Ok(Some(reason)) => tick.notable.push(Notable::Suspended { policy: name.clone(), reason }),
+            Ok(None) => return Ok(()),
             Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
             Err(error) => return Err(error),
         }
@@ -347,17 +359,49 @@ impl Scheduler {
     }
 }
 
-fn failure(policy: &PolicyName, run: &Run, outcome: RunOutcome) -> Notable {
+async fn failure(
+    engine: &Engine,
+    policy: &PolicyName,
+    run: &Run,
+    outcome: RunOutcome,
+) -> Result<Notable, EngineError> {
     let (policy, domain) = (policy.clone(), run.name.clone());
     if outcome == RunOutcome::NeedsAttention {
-        return Notable::NeedsAttention { policy, domain, operation: run.create.operation };
+        return Ok(Notable::NeedsAttention { policy, domain, operation: run.create.operation });
     }
-    let word = outcome.as_str().unwrap_or("open");
-    let why = match &run.create.refused {
-        Some(failure) => format!("{word}: {failure}"),
-        None => word.to_owned(),
+    let failure = match (&run.create.refused, run.create.operation) {
+        (Some(refused), _) => Some(refused.clone()),
+        (None, Some(operation)) => {
+            let events = engine.operation_events(operation).await?;
+            events.iter().rev().find_map(|envelope| match &envelope.event {
+                Event::OperationFailed(e) => Some(e.failure.clone()),
+                Event::OperationCancelled(e) => Some(e.failure.clone()),
+                Event::OperationExpired(e) => Some(e.failure.clone()),
+                Event::OperationResolved(e) => e.abandoned(),
+                _ => None,
+            })
+        }
+        (None, None) => None,
     };
-    Notable::Failed { policy, domain, why }
+    let word = outcome.as_str().unwrap_or("open");
+    let why = failure.map_or_else(|| word.to_owned(), |failure| format!("{word}: {failure}"));
+    Ok(Notable::Failed { policy, domain, why })
+}
+
+/// What is to be told of the programs around a run that took its snapshot.
+async fn hooks_failed(engine: &Engine, policy: &PolicyName, run: &Run) -> Result<Vec<Notable>, EngineError> {
+    let Some(operation) = run.create.operation else { return Ok(Vec::new()) };
+    let events = engine.operation_events(operation).await?;
+    let failed = events.into_iter().filter_map(|envelope| match envelope.event {
+        Event::OperationHookFinished(e) => Some(Notable::HookFailed {
+            policy: policy.clone(),
+            domain: run.name.clone(),
+            hook: e.hook,
+            why: e.failure?.message,
+        }),
+        _ => None,
+    });
+    Ok(failed.collect())
 }
 
 /// The event of a skip.
@@ -382,13 +426,32 @@ fn passed_over(domain: &Chosen, skipped: &Skipped) -> PolicySkipped {
     }
 }
 
-/// How many of the last planned instants took no snapshot of any domain, up to `most`. One that is not over does not
-/// count, nor does one that somebody asked for, nor any before the policy was defined or resumed.
+/// Suspends a policy whose last runs took no snapshot of any domain. Says why, if it did.
+///
+/// # Errors
+/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+pub async fn suspend_if_hopeless(
+    engine: &Engine,
+    origin: &Origin,
+    state: &PolicyState,
+) -> Result<Option<String>, EngineError> {
+    let Some(policy) = state.running() else { return Ok(None) };
+    let limit = policy.suspend_after.get();
+    if failures_in_a_row(engine, state, limit).await? < limit {
+        return Ok(None);
+    }
+    let reason = format!("{limit} runs in a row took no snapshot");
+    let event = PolicySuspended { reason: reason.clone() };
+    write(engine, &requester(state, origin), state, event.into()).await?;
+    Ok(Some(reason))
+}
+
+/// How many of the last runs took no snapshot of any domain, up to `most`; also those that somebody asked for. One that
+/// is not over does not count, nor any before the policy was defined or resumed.
 async fn failures_in_a_row(engine: &Engine, state: &PolicyState, most: u32) -> Result<u32, EngineError> {
     let since = state.definition.as_ref().map_or(state.since, |defined| defined.at.max(state.since));
     let mut instants: BTreeMap<Timestamp, Vec<&Run>> = BTreeMap::new();
-    let due = |run: &&Run| run.asked_by.is_none();
-    for run in state.runs().take_while(|run| run.at >= since).filter(due) {
+    for run in state.runs().take_while(|run| run.at >= since) {
         instants.entry(run.planned).or_default().push(run);
         if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
             break;

@@ -14,6 +14,7 @@ use snaptree_policies::retention::{Decision, Depth, LongRun, Plan};
 use snaptree_policies::runner::RunOutcome;
 
 use crate::exit::ErrorView;
+use crate::story::HookStory;
 
 /// A policy in the list.
 #[derive(Debug, Serialize)]
@@ -163,8 +164,41 @@ pub struct RanView {
     pub outcome: Option<&'static str>,
     /// Why it failed or was refused.
     pub error: Option<ErrorView>,
+    /// The programs around it that were started.
+    pub hooks: Vec<HookView>,
     /// The deletes that followed.
     pub deletes: Vec<DeleteView>,
+}
+
+/// A program before or after a run.
+#[derive(Debug, Serialize)]
+pub struct HookView {
+    /// `before` or `after`.
+    pub hook: &'static str,
+    /// `done` or `failed`; none while it is at work.
+    pub outcome: Option<&'static str>,
+    /// Why it failed.
+    pub error: Option<ErrorView>,
+}
+
+impl From<&HookStory> for HookView {
+    fn from(hook: &HookStory) -> Self {
+        let word = if hook.failure.is_some() { "failed" } else { "done" };
+        Self {
+            hook: hook.phase.as_str(),
+            outcome: hook.ended.then_some(word),
+            error: hook.failure.as_ref().map(ErrorView::from),
+        }
+    }
+}
+
+impl RanView {
+    /// What is to be said of the programs around it: those that failed and did not end it.
+    pub(super) fn hooks_failed(&self) -> impl Iterator<Item = (&'static str, &ErrorView)> {
+        let ended_it = |hook: &&HookView| hook.hook == "before" && self.outcome != Some("succeeded");
+        let failed = self.hooks.iter().filter(move |hook| !ended_it(hook));
+        failed.filter_map(|hook| Some((hook.hook, hook.error.as_ref()?)))
+    }
 }
 
 impl DeleteView {
@@ -189,6 +223,8 @@ pub struct RunView {
     pub planned: Option<Timestamp>,
     /// Domain by domain.
     pub runs: Vec<RanView>,
+    /// Why the policy was suspended after it, if it was.
+    pub suspended: Option<String>,
 }
 
 /// What a run or a skip was.

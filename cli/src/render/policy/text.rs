@@ -137,6 +137,9 @@ fn ran_words(ran: &RanView, look: &Look) -> String {
     if let Some(error) = &ran.error {
         let _ = write!(text, ": {}", safe(&error.message));
     }
+    for (hook, error) in ran.hooks_failed() {
+        let _ = write!(text, "\n  hook {hook} {}: {}", look.paint.warn("failed"), safe(&error.message));
+    }
     for delete in &ran.deletes {
         let _ = write!(
             text,
@@ -157,6 +160,9 @@ pub fn runs(views: &[EntryView], look: &Look) -> String {
                 let mut words = format!("'{}'", safe(&ran.snapshot));
                 if let Some(error) = &ran.error {
                     let _ = write!(words, ": {}", safe(&error.message));
+                }
+                for (hook, error) in ran.hooks_failed() {
+                    let _ = write!(words, ", hook {hook} failed: {}", safe(&error.message));
                 }
                 if !ran.deletes.is_empty() {
                     let _ = write!(words, ", deleted {}", ran.deletes.len());

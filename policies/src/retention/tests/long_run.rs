@@ -61,3 +61,12 @@ fn the_number_levels_or_grows() {
     assert_eq!(runs("daily", &aged), LongRun::Levels { snapshots: 11 }, "one is just ten days old");
     assert_eq!(runs("every 1s", &aged), LongRun::MoreThan { snapshots: 10_000 });
 }
+
+#[test]
+fn a_schedule_whose_runs_are_all_to_come_has_a_number_too() {
+    let last = |number| keep(&[count(Per::Snapshot, number)]);
+    assert_eq!(runs("2190-01-01", &last(3)), LongRun::Levels { snapshots: 1 });
+    assert_eq!(runs("2190..2199-01-01", &last(3)), LongRun::Levels { snapshots: 3 });
+    assert_eq!(runs("2190..2191-01-01", &last(3)), LongRun::Levels { snapshots: 2 });
+    assert_eq!(runs("2020-01-01", &last(3)), LongRun::Levels { snapshots: 1 }, "it has run");
+}

@@ -1,0 +1,79 @@
+//! `snaptree serve` as a process that can be stopped, let go on, and killed.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+
+use crate::images::tool;
+use crate::program::{Program, wait_until_stopped};
+
+/// A daemon that listens; killed when it is dropped.
+#[derive(Debug)]
+pub struct Daemon(Child);
+
+impl Daemon {
+    /// Starts one, and returns when it listens. What it says is read by nobody.
+    ///
+    /// # Panics
+    /// It ends before that.
+    pub fn start(program: &Program) -> Self {
+        let mut child = program
+            .command(&["serve"])
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("it starts");
+        let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
+        let (mut line, mut said) = (String::new(), String::new());
+        while !line.contains("listening") {
+            line.clear();
+            assert_ne!(log.read_line(&mut line).expect("its log"), 0, "it ended before it listened: {said}");
+            said.push_str(&line);
+        }
+        // A pipe that nobody empties would block it.
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        Self(child)
+    }
+
+    /// Runs `act` while the daemon stands still. Its children do not.
+    ///
+    /// # Panics
+    /// It has ended.
+    pub fn while_stopped<T>(&self, act: impl FnOnce() -> T) -> T {
+        self.signal("STOP");
+        wait_until_stopped(self.0.id());
+        let answer = act();
+        self.signal("CONT");
+        answer
+    }
+
+    /// Kills it, as a power cut would.
+    ///
+    /// # Panics
+    /// It had ended by itself.
+    pub fn kill(mut self) {
+        assert!(self.0.try_wait().expect("its state").is_none(), "it ended by itself");
+        self.0.kill().expect("it is killed");
+        self.0.wait().expect("it ends");
+    }
+
+    /// Tells it to end, and waits until it has.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn end(mut self) {
+        self.signal("TERM");
+        assert!(self.0.wait().expect("it ends").success(), "it failed");
+    }
+
+    fn signal(&self, name: &str) {
+        tool("kill", &[&format!("-{name}"), &self.0.id().to_string()]);
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
