@@ -22,6 +22,7 @@ use crate::exit::{Exit, NO_STATE_HINT, Trouble};
 use crate::hooks;
 use crate::office::there::{self, There};
 use crate::office::{Here, Office, ReadOut};
+use crate::programs::HookPrograms;
 use crate::render::note;
 use crate::render::text::safe;
 use crate::requester::this_user;
@@ -226,6 +227,7 @@ impl Context {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER)).tool_times(config.qemu);
         engine
             .with_settings(config.settings)
+            .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))
     }

@@ -12,6 +12,7 @@ mod demo;
 mod exit;
 mod hooks;
 mod office;
+mod programs;
 mod progress;
 mod render;
 mod requester;

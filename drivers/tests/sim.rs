@@ -262,6 +262,7 @@ fn create(name: &str) -> SnapshotCreateRequested {
         labels: BTreeMap::new(),
         disks: BTreeSet::from([vda()]),
         memory: MemoryKind::Internal,
+        quiesce: false,
         request: RequestTerms::default(),
     }
 }

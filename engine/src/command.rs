@@ -63,6 +63,10 @@ pub struct Create {
     pub content: Content,
     /// The disks that it is to hold; none for all.
     pub disks: Option<BTreeSet<DiskName>>,
+    /// Whether the guest is to bring its file systems to rest first (libvirt's `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE`); of
+    /// the disks alone.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub quiesce: bool,
 }
 
 /// Asks for a delete.

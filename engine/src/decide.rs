@@ -215,6 +215,9 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         }
         Content::Auto | Content::WithMemory => MemoryKind::Internal,
     };
+    if create.quiesce {
+        may_quiesce(domain, memory)?;
+    }
     Ok(SnapshotCreateRequested {
         snapshot: SnapshotId::from_uuid(ctx.fresh),
         name,
@@ -222,9 +225,27 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         labels: create.labels.clone(),
         disks: selected_disks(domain, create.disks.as_ref())?,
         memory,
+        quiesce: create.quiesce,
         request: ctx.terms.clone(),
     }
     .into())
+}
+
+/// libvirt: `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE` needs `VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY`.
+fn may_quiesce(domain: &Domain, memory: MemoryKind) -> Result<(), Rejection> {
+    if memory != MemoryKind::No {
+        return Err(reject(Code::Invalid, "quiesce requires disk-only: memory that is kept needs no rest")
+            .hint("add --disk-only, or leave out --quiesce"));
+    }
+    if !domain.capabilities.quiesce {
+        let message = format!(
+            "domain '{}' cannot be quiesced: {} does not ask its guests to bring their file systems to rest",
+            domain.name, domain.driver
+        );
+        return Err(reject(Code::Unsupported, message)
+            .hint("leave out quiesce, or freeze and thaw by a policy's hooks"));
+    }
+    Ok(())
 }
 
 fn selected_disks(

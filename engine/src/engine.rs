@@ -9,6 +9,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tracing::instrument;
 
+use crate::around::{HookRunner, NoHookRunner};
 use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::{Domain, DriverKind};
@@ -80,6 +81,7 @@ pub struct Engine {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) ids: Arc<dyn IdSource>,
     pub(crate) hooks: Arc<dyn Hooks>,
+    pub(crate) hook_runner: Arc<dyn HookRunner>,
     pub(crate) settings: Settings,
     pub(crate) stop: Stop,
     loaded: Arc<Loaded>,
@@ -98,6 +100,7 @@ impl Engine {
             clock: Arc::new(SystemClock),
             ids: Arc::new(UuidV7),
             hooks: Arc::new(NoHooks),
+            hook_runner: Arc::new(NoHookRunner),
             settings,
             stop: Stop::default(),
             loaded: Arc::default(),
@@ -130,6 +133,13 @@ impl Engine {
     #[must_use]
     pub fn with_hooks(mut self, hooks: Arc<dyn Hooks>) -> Self {
         self.hooks = hooks;
+        self
+    }
+
+    /// Runs the programs before and after by this.
+    #[must_use]
+    pub fn with_hook_runner(mut self, hook_runner: Arc<dyn HookRunner>) -> Self {
+        self.hook_runner = hook_runner;
         self
     }
 
@@ -446,7 +456,7 @@ impl Engine {
             now,
             fresh: self.ids.next(),
             actor: requester.actor.clone(),
-            terms: RequestTerms { command_sha256: digest, deadline },
+            terms: RequestTerms { command_sha256: digest, deadline, around: None },
             blocked: self.driver_of(state).map_or(Blocked::Domain, |driver| beside::blocked(&*driver, state)),
         }
     }

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
 
+use crate::around::{Around, HookPhase};
 use crate::domain::{Domain, RunState};
 use crate::ids::{
     DiskName, DomainId, DomainName, EventId, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
@@ -252,6 +253,10 @@ events! {
     OperationUndoStarted = "Operation.UndoStarted" 1,
     /// It is undone.
     OperationUndoFinished = "Operation.UndoFinished" 1,
+    /// A program before or after is about to be run.
+    OperationHookStarted = "Operation.HookStarted" 1,
+    /// It has ended.
+    OperationHookFinished = "Operation.HookFinished" 1,
     /// A step did not come to its end this time.
     OperationAttemptFailed = "Operation.AttemptFailed" 1,
     /// Outcome: done.
@@ -345,12 +350,15 @@ pub struct RequestTerms {
     /// The moment after which the first step must not begin; none for whenever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Timestamp>,
+    /// Programs to be run before and after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub around: Option<Around>,
 }
 
 impl RequestTerms {
-    /// The same for a request that may begin whenever.
+    /// The same for a request that may begin whenever, with nothing around it.
     pub(crate) fn whenever(&self) -> Self {
-        Self { deadline: None, ..self.clone() }
+        Self { deadline: None, around: None, ..self.clone() }
     }
 }
 
@@ -371,6 +379,9 @@ pub struct SnapshotCreateRequested {
     pub disks: BTreeSet<DiskName>,
     /// Whether the machine's memory belongs to it.
     pub memory: MemoryKind,
+    /// Whether the guest is asked to bring its file systems to rest first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quiesce: bool,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,
@@ -544,6 +555,23 @@ pub struct OperationUndoFinished {
     /// What of the layer graph changed back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<LayerChange>,
+}
+
+/// Payload: a program before or after is about to be run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OperationHookStarted {
+    /// Which of the two.
+    pub hook: HookPhase,
+}
+
+/// Payload: a program before or after has ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OperationHookFinished {
+    /// Which of the two.
+    pub hook: HookPhase,
+    /// What went wrong, with the end of what it wrote; none if it ended well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
 }
 
 /// Why a step is tried again.

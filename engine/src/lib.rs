@@ -2,11 +2,12 @@
 //!
 //! The modules follow the path of a request: [`command`] (what can be asked), [`decide`](mod@decide) (may it be?),
 //! [`event`] (what happened), [`project`] (what is true now), [`operation`] (one request's life),
-//! [`driver`] and [`log`] (the ports), [`reconcile`] (driving the hypervisors there), [`engine`] (the facade).
+//! [`driver`], [`log`] and [`around`](mod@around) (the ports), [`reconcile`] (driving the hypervisors there), [`engine`] (the facade).
 //!
 //! Architecture Invariant: this crate knows no SQL, no hypervisor and no terminal. `decide`, `project` and the
 //! planners are pure: no clock, no randomness, no environment.
 
+pub mod around;
 pub mod command;
 pub mod decide;
 pub mod domain;

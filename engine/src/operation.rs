@@ -30,6 +30,9 @@
 //! * `Waiting(i)`: the driver said that step `i` did not happen and may be tried again.
 //! * `Undone(i)`: step `i` and all after it are undone.
 //!
+//! Programs around it ([`around`](mod@crate::around)) change no phase: the one before runs while it is `Requested`, the one
+//! after in whatever phase it is about to end or to rest.
+//!
 //! [`Phase::next`] is total over the events. What the drawing does not allow is an [`IllegalHistory`]: the log was
 //! not written by this program, and loading it is refused.
 
@@ -38,6 +41,7 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::around::{HookPhase, HookStage, HookStages};
 use crate::driver::Learnt;
 use crate::event::{
     Actor, DomainUnregisterRequested, Event, MergeStarted, OperationResolved, RetryKind,
@@ -455,6 +459,15 @@ impl Phase {
     }
 }
 
+/// The stage that an event brings a program around an operation to, if it is about one.
+fn staged(event: &Event) -> Option<(HookPhase, HookStage)> {
+    match event {
+        Event::OperationHookStarted(e) => Some((e.hook, HookStage::Started)),
+        Event::OperationHookFinished(e) => Some((e.hook, HookStage::Finished)),
+        _ => None,
+    }
+}
+
 /// An operation, as the log tells it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Operation {
@@ -482,6 +495,9 @@ pub struct Operation {
     /// What its steps learnt so far.
     #[serde(default)]
     pub learnt: Learnt,
+    /// How far the programs around it have come.
+    #[serde(default, skip_serializing_if = "HookStages::is_untouched")]
+    pub stages: HookStages,
 }
 
 impl Operation {
@@ -490,14 +506,16 @@ impl Operation {
     /// # Errors
     /// [`IllegalHistory`] if the event cannot follow; the operation is unchanged then.
     pub fn apply(&mut self, event: &Event, seq: u64) -> Result<(), IllegalHistory> {
+        if let Some((phase, stage)) = staged(event) {
+            if !self.may_stage(phase, stage) {
+                return Err(self.illegal(event, seq));
+            }
+            *self.stages.of(phase) = stage;
+            return Ok(());
+        }
         let steps = if let Event::OperationPlanned(e) = event { e.steps.len() } else { self.steps.len() };
         let Some(next) = self.phase.next(event, steps) else {
-            return Err(IllegalHistory {
-                operation: self.id,
-                phase: self.phase.as_str().to_owned(),
-                event: event.kind().to_owned(),
-                seq,
-            });
+            return Err(self.illegal(event, seq));
         };
         match event {
             Event::OperationPlanned(e) => self.steps.clone_from(&e.steps),
@@ -513,6 +531,30 @@ impl Operation {
         }
         self.phase = next;
         Ok(())
+    }
+
+    fn illegal(&self, event: &Event, seq: u64) -> IllegalHistory {
+        IllegalHistory {
+            operation: self.id,
+            phase: self.phase.as_str().to_owned(),
+            event: event.kind().to_owned(),
+            seq,
+        }
+    }
+
+    /// Whether a program around it may come to that stage. One that was cut short is started again.
+    fn may_stage(&self, phase: HookPhase, stage: HookStage) -> bool {
+        let rests = matches!(self.phase, Phase::NeedsAttention { .. } | Phase::Ended { .. });
+        let (now, in_place) = match phase {
+            HookPhase::Before => (self.stages.before, self.phase == Phase::Requested),
+            HookPhase::After => (self.stages.after, !rests),
+        };
+        in_place
+            && match stage {
+                HookStage::Started => now != HookStage::Finished,
+                HookStage::Finished => now == HookStage::Started,
+                HookStage::NotRun => false,
+            }
     }
 
     /// Keeps what a step learnt. What is not of [`Learnt`]'s shape was for the driver alone.

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::around::HookStages;
 use crate::domain::Domain;
 use crate::driver::{Learnt, SeenSnapshot};
 use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, SystemRestored};
@@ -157,6 +158,7 @@ impl DomainState {
             phase: Phase::Requested,
             attempts: 0,
             learnt: Learnt::default(),
+            stages: HookStages::default(),
         });
     }
 

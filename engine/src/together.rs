@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use crate::around::Around;
 use crate::command::Command;
 use crate::decide::decide;
 use crate::engine::{CONFLICTS_MAX, Engine, EngineError, Requester, Submitted, command_digest};
@@ -21,6 +22,8 @@ pub struct Wanted {
     pub command: Command,
     /// The key that makes it idempotent.
     pub key: String,
+    /// Programs to be run before and after; of a create alone.
+    pub around: Option<Around>,
 }
 
 /// What was decided on one of several requests.
@@ -120,7 +123,8 @@ impl Engine {
                     }
                 },
             };
-            let ctx = self.ctx(requester, state, Some(command_digest(&want.command)?));
+            let mut ctx = self.ctx(requester, state, Some(command_digest(&want.command)?));
+            ctx.terms.around.clone_from(&want.around);
             let events = match decide(state, &want.command, &ctx) {
                 Ok(events) => events,
                 Err(rejection) => {

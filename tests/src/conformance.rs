@@ -107,6 +107,7 @@ pub fn create_requested(snapshot: SnapshotId, name: &str) -> Event {
         labels: BTreeMap::new(),
         disks: BTreeSet::new(),
         memory: MemoryKind::No,
+        quiesce: false,
         request: RequestTerms::default(),
     }
     .into()

@@ -107,6 +107,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         labels: BTreeMap::new(),
         disks: disks.clone(),
         memory: MemoryKind::No,
+        quiesce: false,
         request: RequestTerms::default(),
     };
     let snapshot = Snapshot {

@@ -90,6 +90,9 @@ pub struct CreateArgs {
     /// The disks alone
     #[arg(long)]
     pub disk_only: bool,
+    /// Ask the guest to bring its file systems to rest first; needs --disk-only where memory would be kept
+    #[arg(long, conflicts_with = "memory")]
+    pub quiesce: bool,
     /// Read libvirt snapshot XML from FILE, or from standard input with '-'
     #[arg(long, value_name = "FILE")]
     pub xml: Option<String>,

@@ -11,7 +11,7 @@ use snaptree_engine::event::PolicyRequest;
 use snaptree_policies::file::{FILE_BYTES_MAX, Policy};
 use snaptree_policies::retention::long_run;
 use snaptree_policies::runner::{
-    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of, read,
+    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of,
 };
 
 use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
@@ -104,7 +104,7 @@ fn source_of(file: &Path) -> Result<String> {
 
 async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     let source = source_of(&args.file)?;
-    let policy = read(&source).map_err(in_engine)?;
+    let policy = Policy::from_toml(&source).map_err(|error| in_engine(error.into()))?;
     let writer = if args.dry_run { None } else { Some(context.writer(&args.writer, Missing::Make).await?) };
     let engine = match &writer {
         Some(writer) => writer.engine.clone(),

@@ -72,6 +72,7 @@ fn overridden(base: Create, args: &CreateArgs) -> Create {
         labels: all,
         content,
         disks: base.disks,
+        quiesce: args.quiesce || base.quiesce,
     }
 }
 

@@ -163,6 +163,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
     let words = safe(words);
     match event {
         Event::OperationFailed(_) | Event::OperationNeedsAttention(_) => look.paint.bad(words),
+        Event::OperationHookFinished(e) if e.failure.is_some() => look.paint.warn(words),
         Event::OperationUndoStarted(_)
         | Event::OperationUndoFinished(_)
         | Event::OperationAttemptFailed(_)
@@ -333,6 +334,11 @@ fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::OperationAttemptFailed(e) => {
             format!("{} did not work: {}; again at {}", step(e.step), e.failure, look.precise(e.retry_at))
         }
+        Event::OperationHookStarted(e) => format!("hook {} begins", e.hook.as_str()),
+        Event::OperationHookFinished(e) => match &e.failure {
+            None => format!("hook {} done", e.hook.as_str()),
+            Some(failure) => format!("hook {} failed: {failure}", e.hook.as_str()),
+        },
         Event::SystemRecovered(e) => recovered_words(e, &step(e.step)),
         Event::OperationSucceeded(_) => "operation succeeded".to_owned(),
         Event::OperationFailed(e) => format!("operation failed: {}", e.failure),

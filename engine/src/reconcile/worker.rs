@@ -2,16 +2,19 @@
 //!
 //! ```text
 //!   take the first open operation
-//!     Requested         observe, plan            commit Planned + StepStarted(0)
+//!     Requested         the hook before          commit HookStarted, HookFinished
+//!                       observe, plan            commit Planned + StepStarted(0)
 //!     Running, fresh    driver.execute           commit StepFinished(i) + StepStarted(i+1) | outcome
 //!     Running, found    settle, observe, resolve, then execute, undo or commit
 //!     Undoing           driver.undo              commit UndoFinished(i) + UndoStarted(i-1) | outcome
+//!     about to end      the hook after           commit HookStarted, HookFinished, then the outcome
 //!   then look at the tombstones; a merge is an operation of its own, and is taken the same way
 //! ```
 //!
 //! Architecture Invariant: the driver is asked for an effect only after the event that announces it is on disk, and a
 //! step whose end is not known is resolved before anything else happens to the domain.
 
+mod around;
 mod back;
 mod merging;
 mod outcome;
@@ -214,7 +217,7 @@ impl<'a> Worker<'a> {
             if let Some(pass) = self.take_back(operation, failure).await? {
                 return Ok(pass);
             }
-        } else if self.engine.stop.asked() && hand == Hand::Found {
+        } else if self.engine.stop.asked() && hand == Hand::Found && !self.sees_through(operation) {
             return self.park_or_cancel(operation).await;
         }
         match &operation.phase {
@@ -250,6 +253,9 @@ impl<'a> Worker<'a> {
     async fn plan(&mut self, operation: &Operation) -> Result<Pass, EngineError> {
         if let Some(failure) = self.expired(operation) {
             return self.end(operation, vec![OperationExpired { failure }.into()]).await;
+        }
+        if let Some(hook) = operation.hook_before() {
+            return self.before(operation, hook).await;
         }
         let seen = self.observe_and_adopt().await?;
         // The hypervisor may have been busy with others for long.

@@ -268,6 +268,7 @@ impl SnapshotXml {
             labels: Labels::new(),
             content: self.content()?,
             disks: self.selection(disks_of_domain)?,
+            quiesce: false,
         })
     }
 

@@ -342,6 +342,7 @@ fn a_create_is_made() {
         labels: Labels::new(),
         content: Content::DisksOnly,
         disks: only(&["vda", "vdc"]),
+        quiesce: false,
     };
     assert_eq!(made.unwrap(), expected);
     for (memory, content) in [("internal", Content::WithMemory), ("external", Content::WithMemory)] {

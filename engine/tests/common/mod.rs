@@ -136,6 +136,7 @@ impl History {
             labels: BTreeMap::new(),
             disks: self.disks(),
             memory: MemoryKind::No,
+            quiesce: false,
             request: RequestTerms::default(),
         }
     }

@@ -17,7 +17,7 @@
 //! name = "{policy}-{time}"           # {policy}, {domain}, {time}: UTC, 20261123T021500Z; {time} must be there
 //! description = "by the hour"
 //! memory = false                     # with the machine's memory
-//! quiesce = false                    # ask the guest to sync its file systems first
+//! quiesce = false                    # ask the guest to bring its file systems to rest first; not with memory
 //! labels = { made-by = "hourly" }
 //!
 //! [keep]                             # left out: nothing is ever deleted
@@ -50,8 +50,8 @@ mod read;
 mod values;
 
 pub use policy::{
-    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, OnFailure, Policy, SUSPEND_AFTER_DEFAULT,
-    Selection, SnapshotSpec,
+    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, Policy, SUSPEND_AFTER_DEFAULT, Selection,
+    SnapshotSpec,
 };
 pub use read::{FILE_BYTES_MAX, FileError, Problem};
 pub use values::{DomainGlob, NameTemplate, TimeZoneName, ValueError, Webhook};

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+use snaptree_engine::around::{self, Around, OnFailure};
 use snaptree_engine::tree::Labels;
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
@@ -144,6 +145,20 @@ pub struct Hooks {
     pub after: Option<Hook>,
 }
 
+impl Hooks {
+    /// What goes with a request; none if there is no program.
+    pub(crate) fn around(&self) -> Option<Around> {
+        let hook = |hook: &Hook| around::Hook {
+            program: hook.program.clone().into(),
+            timeout_s: u64::from(hook.timeout.seconds()),
+            environment: hook.environment.clone(),
+            on_failure: hook.on_failure,
+        };
+        let around = Around { before: self.before.as_ref().map(hook), after: self.after.as_ref().map(hook) };
+        (around != Around::default()).then_some(around)
+    }
+}
+
 /// A program with its arguments, run without a shell. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<String>", into = "Vec<String>")]
@@ -194,16 +209,6 @@ pub struct Hook {
     pub environment: BTreeMap<String, String>,
     /// What its failure means.
     pub on_failure: OnFailure,
-}
-
-/// What a hook's failure means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnFailure {
-    /// The run fails and takes no snapshot.
-    Abort,
-    /// The run goes on.
-    GoOn,
 }
 
 /// Who is told, and when.

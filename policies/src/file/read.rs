@@ -6,13 +6,14 @@ use std::num::NonZeroU32;
 use std::str::FromStr;
 
 use snaptree_engine::LabelKey;
+use snaptree_engine::around::OnFailure;
 use snaptree_engine::tree::Labels;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::policy::{
-    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, OnFailure, Policy, SUSPEND_AFTER_DEFAULT,
-    Selection, SnapshotSpec,
+    CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, Policy, SUSPEND_AFTER_DEFAULT, Selection,
+    SnapshotSpec,
 };
 use crate::near::nearest;
 use crate::retention::{Keep, Limit, Per, Rule, count_key, within_key};
@@ -268,11 +269,17 @@ impl<'a> Reader<'a> {
     fn snapshot(&mut self, top: Section<'a>) -> SnapshotSpec {
         let known = ["name", "description", "memory", "quiesce", "labels"];
         let section = self.inner(top, "snapshot", "snapshot.", &known);
+        let memory = self.value(section, "memory", boolean).unwrap_or_default();
+        let quiesce = self.value(section, "quiesce", boolean).unwrap_or_default();
+        if memory && quiesce {
+            let message = "snapshot.quiesce is for the disks alone: leave it or snapshot.memory out";
+            self.problem(section.at, message.to_owned());
+        }
         SnapshotSpec {
             name: self.value(section, "name", parsed).unwrap_or_default(),
             description: self.value(section, "description", |value| text(value).map(str::to_owned)),
-            memory: self.value(section, "memory", boolean).unwrap_or_default(),
-            quiesce: self.value(section, "quiesce", boolean).unwrap_or_default(),
+            memory,
+            quiesce,
             labels: self.value(section, "labels", labels).unwrap_or_default(),
         }
     }

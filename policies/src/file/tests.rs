@@ -25,7 +25,7 @@ deletes-per-run = 20
 [snapshot]
 name = "{domain}.{policy}-{time}"
 description = "by the hour"
-memory = true
+memory = false
 quiesce = true
 labels = { made-by = "hourly" }
 

@@ -32,33 +32,6 @@ impl From<Failure> for PolicyRequestError {
     }
 }
 
-/// What a policy file says that this program does not carry out.
-fn unsupported(policy: &Policy) -> Option<&'static str> {
-    if policy.hooks.before.is_some() || policy.hooks.after.is_some() {
-        return Some("[hooks]");
-    }
-    if policy.notify.as_ref().is_some_and(|notify| notify.webhook.is_some()) {
-        return Some("notify.webhook");
-    }
-    policy.snapshot.quiesce.then_some("snapshot.quiesce")
-}
-
-/// Reads the text of a policy file, and refuses what is not carried out yet.
-///
-/// # Errors
-/// The file is no policy, or asks for what there is not.
-pub fn read(source: &str) -> Result<Policy, PolicyRequestError> {
-    let policy = Policy::from_toml(source)?;
-    if let Some(key) = unsupported(&policy) {
-        let message = format!("{key} is not carried out yet");
-        return Err(Failure::new(Code::Unsupported, message)
-            .hint("leave it out of the policy file")
-            .refused()
-            .into());
-    }
-    Ok(policy)
-}
-
 /// Defines a policy, or changes it. One that says the same already is left as it is, with its schedule.
 ///
 /// # Errors
@@ -69,7 +42,7 @@ pub async fn define(
     book: &mut Book,
     source: &str,
 ) -> Result<Policy, PolicyRequestError> {
-    let policy = read(source)?;
+    let policy = Policy::from_toml(source)?;
     book.refresh(engine).await?;
     let state = book.get(&policy.name).cloned().unwrap_or_else(|| PolicyState::new(policy.name.clone()));
     let defined = state.definition.as_ref();

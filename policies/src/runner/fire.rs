@@ -146,12 +146,17 @@ async fn wish(
         labels: spec.labels.clone(),
         content,
         disks: None,
+        quiesce: spec.quiesce,
     };
     if let Some(failure) = too_deep(engine, policy, domain).await? {
         return Ok(Wish::Refused(name.to_string(), failure));
     }
-    let wanted =
-        Wanted { domain: domain.id, command: Command::Create(create), key: key(policy, planned, domain.id) };
+    let wanted = Wanted {
+        domain: domain.id,
+        command: Command::Create(create),
+        key: key(policy, planned, domain.id),
+        around: policy.hooks.around(),
+    };
     Ok(Wish::Asked(name.to_string(), Box::new(wanted)))
 }
 

@@ -25,7 +25,7 @@ mod scheduler;
 
 pub use agenda::{Appointment, agenda};
 pub use book::{Book, Chosen, chosen};
-pub use define::{PolicyRequestError, define, read, remove, resume, suspend};
+pub use define::{PolicyRequestError, define, remove, resume, suspend};
 pub use fire::{Firing, Ran, fire};
 pub use look::{candidates, plan_of, shape};
 pub use outcome::{RunOutcome, outcome_of};

@@ -52,6 +52,7 @@ pub async fn retain(
                 reasons: request.reasons.clone(),
             }),
             key: format!("{run}/delete/{}", delete.snapshot),
+            around: None,
         })
         .collect();
     let tell = |decided: &[Decided]| {

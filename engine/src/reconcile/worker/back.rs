@@ -2,6 +2,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use crate::around::HookEnd;
 use crate::driver::{DriverError, ErrorClass, Remedy, Resolution};
 use crate::engine::EngineError;
 use crate::event::{
@@ -321,6 +322,7 @@ impl Worker<'_> {
         operation: &Operation,
         failure: Failure,
     ) -> Result<Pass, EngineError> {
+        self.after(operation, HookEnd::NeedsAttention).await?;
         self.commit(operation, vec![OperationNeedsAttention { failure }.into()]).await?;
         Ok(Pass::Rests)
     }

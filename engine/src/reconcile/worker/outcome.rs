@@ -1,5 +1,6 @@
 //! How an operation ends: the events that make its request true, and the account of it.
 
+use crate::around::HookEnd;
 use crate::driver::Learnt;
 use crate::engine::EngineError;
 use crate::event::{
@@ -74,11 +75,12 @@ impl Worker<'_> {
             .collect()
     }
 
-    /// Commits the events that end an operation, and keeps what it came to.
+    /// Commits the events that end an operation, and keeps what it came to. The program after it runs before that, when
+    /// what was done is written and the outcome is not.
     pub(super) async fn end(
         &mut self,
         operation: &Operation,
-        events: Vec<Event>,
+        mut events: Vec<Event>,
     ) -> Result<Pass, EngineError> {
         let ended = events.iter().find_map(|event| match event {
             Event::OperationSucceeded(_) => Some((Outcome::Succeeded, None)),
@@ -87,6 +89,16 @@ impl Worker<'_> {
             Event::OperationExpired(e) => Some((Outcome::Expired, Some(e.failure.clone()))),
             _ => None,
         });
+        if let Some((outcome, _)) = &ended {
+            let end = HookEnd::Ended(*outcome);
+            if operation.hook_after(end).is_some() {
+                let done: Vec<Event> = events.extract_if(.., |event| is_done(event)).collect();
+                if !done.is_empty() {
+                    self.commit(operation, done).await?;
+                }
+                self.after(operation, end).await?;
+            }
+        }
         self.commit(operation, events).await?;
         self.engine.stop.forget(operation.id);
         if let Some((outcome, failure)) = ended {
@@ -96,6 +108,11 @@ impl Worker<'_> {
         }
         Ok(Pass::Rests)
     }
+}
+
+/// Whether an event says of a step what became of it.
+fn is_done(event: &Event) -> bool {
+    matches!(event, Event::OperationStepFinished(_) | Event::OperationUndoFinished(_))
 }
 
 /// A merge that failed leaves its tombstones for later, with the reason.
