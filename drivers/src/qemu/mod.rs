@@ -22,6 +22,7 @@
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
 
 mod adopt;
+mod agent;
 mod config;
 mod drift;
 mod files;
