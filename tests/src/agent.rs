@@ -154,7 +154,8 @@ impl Agent {
             let answer = match command {
                 "guest-sync-delimited" => {
                     let id = json!({ "return": heard["arguments"]["id"] });
-                    let mut bytes = b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"stray\"}}\n\xff".to_vec();
+                    let mut bytes =
+                        b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"stray\"}}\n\xff".to_vec();
                     bytes.extend(format!("{id}\n").bytes());
                     Some(bytes)
                 }
@@ -269,8 +270,9 @@ impl RealAgent {
 
 impl Drop for RealAgent {
     fn drop(&mut self) {
-        // A frozen file system would outlive its mount.
-        Command::new("fsfreeze").arg("--unfreeze").arg(self.file_system()).status().ok();
+        // A frozen file system would outlive its mount; one that is not frozen is an error, which nobody needs to read.
+        let thawing = Command::new("fsfreeze").arg("--unfreeze").arg(self.file_system()).output();
+        thawing.ok();
         self.child.kill().ok();
         self.child.wait().ok();
     }

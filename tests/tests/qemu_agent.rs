@@ -60,7 +60,8 @@ impl Quiet {
 
     /// What the last step of the last create learnt.
     fn learnt(&self) -> Value {
-        let ran = self.alive.running.program.run(&["log", "web", "--kind", "Operation.StepFinished", "--json"]);
+        let ran =
+            self.alive.running.program.run(&["log", "web", "--kind", "Operation.StepFinished", "--json"]);
         let last = ran.stdout.lines().last().expect("an event").to_owned();
         let event: Value = serde_json::from_str(&last).expect("an event");
         event["data"]["learnt"].clone()
@@ -93,7 +94,9 @@ fn expect_order(agent: &Agent, what: &str) {
     let asked = agent.asked();
     let said: Vec<(&str, bool, bool)> = asked
         .iter()
-        .map(|asked| (asked.command.as_str(), asked.guest_ran, asked.snapshots.iter().any(|name| name == "new")))
+        .map(|asked| {
+            (asked.command.as_str(), asked.guest_ran, asked.snapshots.iter().any(|name| name == "new"))
+        })
         .collect();
     let expected = [("guest-fsfreeze-freeze", true, false), ("guest-fsfreeze-thaw", true, true)];
     assert_eq!(said, expected, "{what}");
@@ -173,7 +176,10 @@ fn a_freeze_that_fails_hangs_or_freezes_nothing_is_thawed_and_fails_the_create()
         (Freeze::Fails, "the guest agent refuses guest-fsfreeze-freeze: failed to freeze /"),
         (Freeze::Nothing, "it froze no file system"),
         (Freeze::Unanswered, "the guest agent has not answered guest-fsfreeze-freeze after 5000 ms"),
-        (Freeze::Late(Duration::from_secs(6)), "the guest agent has not answered guest-fsfreeze-freeze after 5000 ms"),
+        (
+            Freeze::Late(Duration::from_secs(6)),
+            "the guest agent has not answered guest-fsfreeze-freeze after 5000 ms",
+        ),
     ] {
         quiet.agent.takes(freeze);
         let began = Instant::now();
@@ -209,7 +215,10 @@ fn an_agent_that_hangs_for_good_needs_attention_until_it_goes_on() {
     let mut quiet = Quiet::scripted(Way::Managed);
     quiet.agent.takes(Freeze::Hangs);
     let stuck = quiet.alive.running.program.json(5, &QUIESCED);
-    assert!(stuck["error"]["message"].as_str().expect("a message").contains("may still be frozen"), "{stuck}");
+    assert!(
+        stuck["error"]["message"].as_str().expect("a message").contains("may still be frozen"),
+        "{stuck}"
+    );
     quiet.alive.expect_alive("a freeze that hangs");
     quiet.agent.goes_on();
     let operation = stuck["operation"].as_str().expect("an id");
@@ -298,7 +307,10 @@ fn quiesce_is_refused_where_it_cannot_be_had() {
     let agent: PathBuf = folder.path().join("ga");
     let add = ["domain", "add", "other", "--driver", "qemu", "--disk", &disk, "--agent", text(&agent)];
     let refused = plain.program.json(4, &add);
-    assert!(refused["error"]["message"].as_str().expect("a message").contains("--agent is of no use"), "{refused}");
+    assert!(
+        refused["error"]["message"].as_str().expect("a message").contains("--agent is of no use"),
+        "{refused}"
+    );
 }
 
 fn pause(qmp: &Path) {
@@ -306,7 +318,9 @@ fn pause(qmp: &Path) {
     let stream = std::os::unix::net::UnixStream::connect(qmp).expect("the monitor");
     let mut lines = BufReader::new(stream.try_clone().expect("a stream")).lines();
     let mut stream = &stream;
-    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"stop\",\"id\":1}\n").expect("it hears");
+    stream
+        .write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"stop\",\"id\":1}\n")
+        .expect("it hears");
     let answered = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("\"id\": 1")));
     answered.expect("an answer").expect("a line");
 }

@@ -245,7 +245,10 @@ impl Planner<'_> {
             tops.push((disk.clone(), top));
         }
         let mut switch = self.empty_switch();
-        switch.live = self.live()?.map(|live| if request.quiesce { self.at_rest(live) } else { Ok(live) }).transpose()?;
+        switch.live = self
+            .live()?
+            .map(|live| if request.quiesce { self.at_rest(live) } else { Ok(live) })
+            .transpose()?;
         for (disk, top) in tops {
             switch.fresh.push(self.fresh(&disk, (top.layer.clone(), top.file.clone()), top.mode, &top.facts));
             if switch.live.is_none() {

@@ -107,8 +107,10 @@ pub(super) async fn probe(
 fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
     let Some(socket) = &config.agent else { return Ok(()) };
     if config.runs.qmp().is_none() {
-        return Err(invalid("--agent is of no use without a way to reach the machine while it runs".to_owned())
-            .hint("add --qmp SOCKET, or let Snaptree start the machine with --launch"));
+        return Err(invalid(
+            "--agent is of no use without a way to reach the machine while it runs".to_owned(),
+        )
+        .hint("add --qmp SOCKET, or let Snaptree start the machine with --launch"));
     }
     let bytes = socket.as_os_str().len();
     if bytes > SOCKET_PATH_BYTES_MAX {

@@ -192,12 +192,7 @@ impl Agent {
         self.number(COMMAND, &answer)
     }
 
-    async fn thaw_now(
-        &mut self,
-        command: &'static str,
-        words: &[u8],
-        id: u64,
-    ) -> Result<Value, AgentError> {
+    async fn thaw_now(&mut self, command: &'static str, words: &[u8], id: u64) -> Result<Value, AgentError> {
         self.write(words).await?;
         self.skip_to(id).await?;
         self.answer(command).await

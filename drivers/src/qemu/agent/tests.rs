@@ -11,8 +11,13 @@ use tokio::net::{UnixListener, UnixStream};
 use super::{Agent, AgentError, Limits, Status};
 
 /// Short, so that a test of a limit is short.
-const LIMITS: Limits =
-    Limits { connect_ms: 1_000, sync_ms: 200, reply_ms: 200, line_bytes_max: 4096, skipped_bytes_max: 32_768 };
+const LIMITS: Limits = Limits {
+    connect_ms: 1_000,
+    sync_ms: 200,
+    reply_ms: 200,
+    line_bytes_max: 4096,
+    skipped_bytes_max: 32_768,
+};
 const LONG: Duration = Duration::from_secs(2);
 const SHORT: Duration = Duration::from_millis(20);
 
@@ -48,7 +53,8 @@ impl Peer {
     }
 
     async fn answer_sync(&mut self, id: &Value) {
-        self.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"JSON parse error, stray\"}}\n").await;
+        self.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"JSON parse error, stray\"}}\n")
+            .await;
         self.say(b"\xff").await;
         self.say(format!("{}\n", json!({ "return": id })).as_bytes()).await;
     }

@@ -110,6 +110,7 @@ impl Switch {
         live: Live,
         rest: Option<&Rest>,
     ) -> Result<(), DriverError> {
+        rest.map_or(Ok(()), Rest::check)?;
         match (live.was, rest) {
             (Run::Running, Some(rest)) => monitor.stop_within(rest.left()).await?,
             (Run::Running, None) => monitor.stop().await?,

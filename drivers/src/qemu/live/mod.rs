@@ -24,8 +24,8 @@ mod seen;
 
 use std::time::{Duration, Instant};
 
-use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::DomainName;
+use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 

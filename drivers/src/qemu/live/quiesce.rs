@@ -64,8 +64,10 @@ impl Switch {
                 Code::InUse,
                 "the guest was not quiesced: somebody else has frozen its file systems already",
             )
-            .hint("another snapshot or backup may be under way; if not, thaw them with guest-fsfreeze-thaw, or \
-                   restart the guest agent"));
+            .hint(
+                "another snapshot or backup may be under way; if not, thaw them with guest-fsfreeze-thaw, or \
+                   restart the guest agent",
+            ));
         }
         self.turn.mark_frozen()?;
         work.reached("qemu.live.freezing");
@@ -152,7 +154,12 @@ impl Rest {
     async fn take_back(mut self, turn: &Turn, failure: String) -> DriverError {
         let error = match self.thaw().await {
             Ok(_) => match turn.unmark_frozen() {
-                Ok(()) => return DriverError::permanent(Code::Io, format!("{failure}; its file systems are thawed")),
+                Ok(()) => {
+                    return DriverError::permanent(
+                        Code::Io,
+                        format!("{failure}; its file systems are thawed"),
+                    );
+                }
                 Err(error) => error.to_string(),
             },
             Err(error) => format!("they may still be frozen: {error}"),
