@@ -96,6 +96,11 @@ impl Agent {
         self.state().witness = Some(witness);
     }
 
+    /// Nobody looks any more when it is asked, which takes time.
+    pub fn unwatch(&self) {
+        self.state().witness = None;
+    }
+
     /// From now on it takes a freeze so; what it was asked before is forgotten.
     pub fn takes(&self, freeze: Freeze) {
         let mut state = self.state();
