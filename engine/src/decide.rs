@@ -239,11 +239,13 @@ fn may_quiesce(domain: &Domain, memory: MemoryKind) -> Result<(), Rejection> {
     }
     if !domain.capabilities.quiesce {
         let message = format!(
-            "domain '{}' cannot be quiesced: {} does not ask its guests to bring their file systems to rest",
-            domain.name, domain.driver
+            "domain '{}' cannot be quiesced: it was registered without a way to ask its guest for it",
+            domain.name
         );
-        return Err(reject(Code::Unsupported, message)
-            .hint("leave out quiesce, or freeze and thaw by a policy's hooks"));
+        return Err(reject(Code::Unsupported, message).hint(
+            "register it with its guest agent's socket (domain add --agent, with the drivers that have it), leave out \
+             quiesce, or freeze and thaw by a policy's hooks",
+        ));
     }
     Ok(())
 }

@@ -28,7 +28,12 @@ type Read = ([Hash; 2], u32);
 impl Alive {
     /// A machine in `folder`; it is off.
     pub fn new(folder: &Path, way: Way) -> Self {
-        Self { running: Running::new(folder, way), model: Model::default(), read: BTreeMap::new() }
+        Self::of(Running::new(folder, way))
+    }
+
+    /// The same of a machine that was registered already, and has no snapshot.
+    pub fn of(running: Running) -> Self {
+        Self { running, model: Model::default(), read: BTreeMap::new() }
     }
 
     /// Takes a snapshot, and notes what it reads as.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "everything here is for tests")]
 
+pub mod agent;
 pub mod alive;
 pub mod conformance;
 pub mod daemon;

@@ -92,6 +92,14 @@ impl Running {
     /// # Panics
     /// Anything fails.
     pub fn new(folder: &Path, way: Way) -> Self {
+        Self::with_options(folder, way, &[])
+    }
+
+    /// The same with more options of `domain add`.
+    ///
+    /// # Panics
+    /// Anything fails.
+    pub fn with_options(folder: &Path, way: Way, options: &[&str]) -> Self {
         let paths = DISKS.map(|disk| folder.join(format!("{disk}.qcow2")));
         let mut raw = boot_sector("writer.S");
         raw.resize(DISK_BYTES, 0);
@@ -127,7 +135,7 @@ impl Running {
         };
         let mut add = vec!["domain", "add", "web", "--driver", "qemu"];
         add.extend(given.iter().flat_map(|disk| ["--disk", disk.as_str()]));
-        add.extend(ways.iter().map(String::as_str));
+        add.extend(ways.iter().map(String::as_str).chain(options.iter().copied()));
         let added = running.program.json(0, &add);
         let id = added["id"].as_str().expect("the domain's id").to_owned();
         running.layers = folder.join(".snaptree").join(&id);
@@ -200,14 +208,14 @@ impl Running {
         }
     }
 
-    /// Rounds since the boot, and rounds of the disk, of the last line that the guest printed.
+    /// Someone who looks at the machine from another thread.
+    pub fn witness(&self) -> Witness {
+        Witness { serial: self.serial(), layers: self.layers.clone() }
+    }
+
+    /// See [`Witness::counters`].
     pub fn counters(&self) -> Option<(u32, u32)> {
-        let said = std::fs::read_to_string(self.serial()).ok()?;
-        said.rsplit('\n').find_map(|line| {
-            let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
-            let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
-            Some((number(memory)?, number(disk)?))
-        })
+        self.witness().counters()
     }
 
     /// Waits until the guest has gone on by some rounds.
@@ -221,22 +229,12 @@ impl Running {
         });
     }
 
-    /// Per live snapshot and disk, the file that it reads as; by the manifest beside the layers.
+    /// See [`Witness::files`].
     ///
     /// # Panics
     /// The manifest cannot be read.
     pub fn files(&self) -> BTreeMap<String, [PathBuf; 2]> {
-        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else {
-            return BTreeMap::new();
-        };
-        let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
-        let snapshots = manifest["snapshots"].as_array().expect("snapshots").iter();
-        let live = snapshots.filter(|snapshot| snapshot["tombstone"] == false);
-        live.map(|snapshot| {
-            let file = |disk: &str| PathBuf::from(snapshot["files"][disk].as_str().expect("a path"));
-            (snapshot["name"].as_str().expect("a name").to_owned(), DISKS.map(file))
-        })
-        .collect()
+        self.witness().files()
     }
 
     /// What the disks of one instant read as, and the guest's round; that they are of one instant is checked on the way.
@@ -296,6 +294,49 @@ impl Running {
                 Command::new("qemu-img").args(["check", "-q", "-U", text(file)]).status().expect("it runs");
             assert!(matches!(checked.code(), Some(0 | 3)), "{what}: {} is damaged", file.display());
         }
+    }
+}
+
+/// What can be seen of the machine without the program.
+#[derive(Clone, Debug)]
+pub struct Witness {
+    serial: PathBuf,
+    layers: PathBuf,
+}
+
+impl Witness {
+    /// Rounds since the boot, and rounds of the disk, of the last line that the guest printed.
+    pub fn counters(&self) -> Option<(u32, u32)> {
+        let said = std::fs::read_to_string(&self.serial).ok()?;
+        said.rsplit('\n').find_map(|line| {
+            let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
+            let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
+            Some((number(memory)?, number(disk)?))
+        })
+    }
+
+    /// Per live snapshot and disk, the file that it reads as; by the manifest beside the layers.
+    ///
+    /// # Panics
+    /// The manifest cannot be read.
+    pub fn files(&self) -> BTreeMap<String, [PathBuf; 2]> {
+        let Ok(bytes) = std::fs::read(self.layers.join("active/manifest.json")) else {
+            return BTreeMap::new();
+        };
+        let manifest: Value = serde_json::from_slice(&bytes).expect("a manifest");
+        let snapshots = manifest["snapshots"].as_array().expect("snapshots").iter();
+        let live = snapshots.filter(|snapshot| snapshot["tombstone"] == false);
+        live.map(|snapshot| {
+            let file = |disk: &str| PathBuf::from(snapshot["files"][disk].as_str().expect("a path"));
+            (snapshot["name"].as_str().expect("a name").to_owned(), DISKS.map(file))
+        })
+        .collect()
+    }
+
+    /// Whether the guest goes on.
+    pub fn goes_on(&self) -> bool {
+        let before = self.counters();
+        becomes(|| self.counters() != before)
     }
 }
 

@@ -18,7 +18,11 @@ const ADD_EXAMPLES: &str = "Examples:
       --stop 'systemctl stop web' --qmp /run/web.qmp
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --launch 'qemu-system-x86_64 -m 2G \
       -drive file={vda},format={vda.format} -qmp unix:{qmp},server=on,wait=off -pidfile {pidfile} {incoming}'
+  snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --qmp /run/web.qmp --agent /run/web.agent
 
+--agent is the socket behind which QEMU has the guest's agent, for create --quiesce: QEMU is started with -device
+virtio-serial -chardev socket,id=ga,path=/run/web.agent,server=on,wait=off -device
+virtserialport,chardev=ga,name=org.qemu.guest_agent.0, and qemu-ga runs in the guest. Nobody else may hold the socket.
 A machine that Snaptree cannot reach is left alone while it runs: with --qmp its snapshots are taken and merged under the
 running guest, with --start and --stop or --launch it can be reverted, too. The commands are kept in the log.
 With the qemu driver the registered path becomes a symlink that always opens the machine's current disk, so whatever
@@ -120,7 +124,7 @@ pub struct AddArgs {
     /// {vda.format}, {qmp}, {pidfile} and {incoming} for what they say
     #[arg(long, value_name = "CMD", conflicts_with_all = ["qmp", "start", "stop"])]
     pub launch: Option<String>,
-    /// The guest agent's socket, for --quiesce
+    /// The socket of the guest's agent, for create --quiesce; needs --qmp or --launch
     #[arg(long, value_name = "SOCKET")]
     pub agent: Option<PathBuf>,
     /// Whose limits the simulated machine has: default, qemu, virtualbox, esx or libvirt-test

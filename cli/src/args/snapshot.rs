@@ -13,6 +13,7 @@ pub const CREATE_EXAMPLES: &str = "Examples:
   snaptree create web                          named by the seconds since the epoch
   snaptree create web nightly --description 'before the batch run' --label made-by=cron
   snaptree create web nightly --detach         do not wait: `snaptree op show` tells how it went
+  snaptree create web nightly --quiesce        the guest's file systems are frozen meanwhile (domain add --agent)
   snaptree create web --key 2026-11-23         the same key and command again is answered with the first result
   virsh snapshot-dumpxml other s1 | snaptree create web --xml -";
 /// See `snaptree revert --help`.

@@ -20,6 +20,7 @@ pub(super) const MANIFEST: &str = "manifest.json";
 /// What every generation folder's name begins with.
 const PREFIX: &str = "gen-";
 const DRAFT_PREFIX: &str = "active.new-";
+const FROZEN_PREFIX: &str = "frozen-";
 
 /// The generation that a step makes.
 pub(super) fn name(operation: OperationId, step: usize) -> String {
@@ -145,15 +146,39 @@ impl Turn {
         sync(&self.layers).await
     }
 
+    /// Notes that the guest's file systems may be frozen for this step. A power cut thaws them, so nothing is synced.
+    pub(super) fn mark_frozen(&self) -> Result<(), DriverError> {
+        let mark = self.layers.join(self.frozen_mark());
+        fs::File::create(&mark).doing("make", &mark).map(|_| ())
+    }
+
+    /// Whether they may be.
+    pub(super) fn is_marked_frozen(&self) -> Result<bool, DriverError> {
+        let mark = self.layers.join(self.frozen_mark());
+        Ok(if_there(fs::symlink_metadata(&mark)).doing("look at", &mark)?.is_some())
+    }
+
+    /// Notes that they are not, or that the guest is gone.
+    pub(super) fn unmark_frozen(&self) -> Result<(), DriverError> {
+        remove(&self.layers.join(self.frozen_mark())).map(|_| ())
+    }
+
+    /// The name of that note in the layers folder.
+    pub(super) fn frozen_mark(&self) -> String {
+        format!("{FROZEN_PREFIX}{}", self.generation)
+    }
+
     /// Removes what was prepared and not switched on.
     pub(super) fn discard(&self) -> Result<(), DriverError> {
+        self.unmark_frozen()?;
         remove(&self.draft())?;
         remove_folder(&self.layers, &self.generation)
     }
 
     /// The names that it leaves in the layers folder when it is cut off.
     pub(super) fn leaves(&self, name: &str) -> bool {
-        name == self.generation || name.strip_prefix(DRAFT_PREFIX) == Some(&self.generation)
+        [Some(name), name.strip_prefix(DRAFT_PREFIX), name.strip_prefix(FROZEN_PREFIX)]
+            .contains(&Some(&self.generation))
     }
 }
 

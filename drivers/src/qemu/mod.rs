@@ -9,6 +9,7 @@
 //!      gen-<operation>-<step>/
 //!          vda -> /vm/.snaptree/<domain>/vda-<op 2>.qcow2
 //!          manifest.json                                which file every snapshot reads as
+//!      frozen-gen-<operation>-<step>                   the guest's file systems may be frozen for that step
 //!      vda-<op 1>-base.qcow2                            the registered image: frozen, never unlinked
 //!      vda-<op 1>.qcow2                                 built upon it: frozen by operation 2
 //!      vda-<op 2>.qcow2                                 built upon that one: the machine writes it
@@ -24,6 +25,7 @@
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
 
 mod adopt;
+mod agent;
 mod config;
 mod drift;
 mod files;

@@ -15,7 +15,7 @@ use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
 use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
 use super::generation;
-use super::live::LiveMachine;
+use super::live::{LiveMachine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
 use super::step::{
@@ -120,6 +120,20 @@ impl Planner<'_> {
     /// A switch of what the running machine writes; none if it is off.
     pub(super) fn live(&self) -> Result<Option<Live>, Failure> {
         Ok(self.machine()?.map(|machine| Live { was: machine.run, quiesce: Quiesce::No }))
+    }
+
+    /// The same with the guest's file systems frozen meanwhile. A machine that is off has none that are in use.
+    fn at_rest(&self, live: Live) -> Result<Live, Failure> {
+        let name = &self.domain.name;
+        match (live.was, &self.config.agent) {
+            (_, None) => Err(super::live::no_agent(name)),
+            (Run::Running, Some(_)) => Ok(Live { quiesce: Quiesce::ByAgent, ..live }),
+            (Run::Paused | Run::Stuck, Some(_)) => Err(Failure::new(
+                Code::Unsupported,
+                format!("domain '{name}' is paused, and a guest agent only hears while its machine runs"),
+            )
+            .hint("let it go on and try again, or leave out --quiesce")),
+        }
     }
 
     /// Refuses what cannot be done while the machine runs.
@@ -231,7 +245,10 @@ impl Planner<'_> {
             tops.push((disk.clone(), top));
         }
         let mut switch = self.empty_switch();
-        switch.live = self.live()?;
+        switch.live = self
+            .live()?
+            .map(|live| if request.quiesce { self.at_rest(live) } else { Ok(live) })
+            .transpose()?;
         for (disk, top) in tops {
             switch.fresh.push(self.fresh(&disk, (top.layer.clone(), top.file.clone()), top.mode, &top.facts));
             if switch.live.is_none() {

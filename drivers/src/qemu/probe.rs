@@ -19,7 +19,7 @@ use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync}
 use super::img::{ForceShare, QemuImg};
 use super::lock::{in_use, writer};
 use super::qcow2::{Header, HeaderError, ReadError};
-use super::runs::Runs;
+use super::runs::{Runs, SOCKET_PATH_BYTES_MAX};
 
 /// What a layer's file name adds to a disk's name: two dashes, a UUID, `base`, `.qcow2.new`, and a slash.
 const FILE_NAME_BYTES: usize = 64;
@@ -66,6 +66,7 @@ pub(super) async fn probe(
         runs: Runs::of(&options.runs, &names, &run_dir.join(registration.id.to_string()))?,
         agent: options.agent.clone(),
     };
+    check_agent(&config)?;
     let mut disks = Vec::new();
     let mut inodes = BTreeMap::new();
     for (name, given) in &registration.disks {
@@ -100,6 +101,26 @@ pub(super) async fn probe(
     let config = serde_json::to_value(&config)
         .map_err(|_| invalid("a path is no UTF-8 text, which the log cannot hold".to_owned()))?;
     Ok(Probe { disks, config, capabilities, notes })
+}
+
+/// A guest is quiesced for the moment in which its machine is stopped, and that is done by QMP.
+fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
+    let Some(socket) = &config.agent else { return Ok(()) };
+    if config.runs.qmp().is_none() {
+        return Err(invalid(
+            "--agent is of no use without a way to reach the machine while it runs".to_owned(),
+        )
+        .hint("add --qmp SOCKET, or let Snaptree start the machine with --launch"));
+    }
+    let bytes = socket.as_os_str().len();
+    if bytes > SOCKET_PATH_BYTES_MAX {
+        return Err(invalid(format!(
+            "the path of the guest agent's socket {} has {bytes} bytes, and a socket's may have \
+             {SOCKET_PATH_BYTES_MAX}",
+            socket.display()
+        )));
+    }
+    Ok(())
 }
 
 fn invalid(message: String) -> DriverError {

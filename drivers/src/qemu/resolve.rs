@@ -135,7 +135,8 @@ impl Switch {
             (Some(live), Machine::Live(machine)) => live.was == Run::Running && machine.run != Run::Running,
             _ => false,
         };
-        frozen && opened && cleaned && !waits
+        let thawed = !detail.folder.contains(&self.turn.frozen_mark());
+        frozen && opened && cleaned && thawed && !waits
     }
 
     /// Before the switch, under a machine that ran when it was planned.

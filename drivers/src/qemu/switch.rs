@@ -28,8 +28,9 @@ impl Switch {
             None => None,
         };
         let stand = self.turn.stand_now()?;
+        let mut quiesced = None;
         if let (Stand::Before, Some((live, monitor))) = (stand, machine) {
-            self.switch_under(work, live, monitor).await?;
+            quiesced = self.switch_under(work, live, monitor).await?;
         } else if stand == Stand::Before {
             for fresh in &self.fresh {
                 fresh.make(work).await?;
@@ -49,7 +50,11 @@ impl Switch {
             synced.map_err(in_effect)?;
         }
         work.reached("qemu.switch.renamed");
-        self.finish(work).await.map_err(in_effect)
+        let mut report = self.finish(work).await.map_err(in_effect)?;
+        if let (Some(quiesced), Some(learnt)) = (quiesced, report.learnt.as_object_mut()) {
+            learnt.insert("quiesced".to_owned(), serde_json::json!(quiesced));
+        }
+        Ok(report)
     }
 
     /// What comes after the rename; it may be done any number of times.
@@ -65,7 +70,9 @@ impl Switch {
             && let Some(mut monitor) = live::machine(work.context.state).await?
         {
             self.go_on(&mut monitor, live).await?;
+            self.thaw_left(work).await?;
         }
+        self.turn.unmark_frozen()?;
         work.reached("qemu.switch.done");
         Ok(self.report(work.context, &|path| stamp_of(path).ok())?)
     }

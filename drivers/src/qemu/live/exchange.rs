@@ -5,6 +5,7 @@ use snaptree_engine::operation::Code;
 
 use super::jobs::JobWork;
 use super::monitor::Monitor;
+use super::quiesce::{Quiesced, Rest};
 use super::seen::{LiveMachine, Run};
 use super::{check_name, node_name};
 use crate::qemu::adopt::Work;
@@ -12,24 +13,30 @@ use crate::qemu::files::{set_mode, sync};
 use crate::qemu::step::{Fresh, Live, Push, Switch, Writer};
 
 impl Switch {
-    /// The switch under a running machine, up to the guest that runs again.
+    /// The switch under a running machine, up to the guest that runs again; how it was quiesced, if it was.
     pub(in crate::qemu) async fn switch_under(
         &self,
         work: Work<'_>,
         live: Live,
         mut monitor: Monitor,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Option<Quiesced>, DriverError> {
         let machine = monitor.look().await?;
-        if self.fresh.is_empty() {
+        let rest = if self.fresh.is_empty() {
             self.pivot(work, &mut monitor, &machine, live).await?;
+            None
         } else {
-            self.exchange(work, &mut monitor, &machine, live).await?;
-        }
+            self.exchange(work, &mut monitor, &machine, live).await?
+        };
         // From here on the guest is stopped, and what it writes next is in the new files: only forward.
         self.turn.switch().map_err(in_effect)?;
         sync(&self.turn.layers).await.map_err(in_effect)?;
         work.reached("qemu.live.switched");
-        self.go_on(&mut monitor, live).await.map_err(in_effect)
+        self.go_on(&mut monitor, live).await.map_err(in_effect)?;
+        work.reached("qemu.live.resumed");
+        match rest {
+            Some(rest) => rest.end(work, &self.turn).await.map(Some).map_err(in_effect),
+            None => Ok(None),
+        }
     }
 
     /// Lets the guest go on as it was; any number of times.
@@ -40,39 +47,77 @@ impl Switch {
         Ok(())
     }
 
-    /// New layers under the guest. It returns with the guest stopped, and does not take them back.
+    /// New layers under the guest. It returns with the guest stopped (its file systems at rest, if that was asked for),
+    /// and does not take them back.
     async fn exchange(
         &self,
         work: Work<'_>,
         monitor: &mut Monitor,
         machine: &LiveMachine,
         live: Live,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Option<Rest>, DriverError> {
         let exchanged = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
-        if exchanged {
+        let rest = if exchanged {
             self.write_generation(work).await.map_err(in_effect)?;
             monitor.stop().await.map_err(in_effect)?;
+            None
         } else {
             let pairs = self.open_fresh(work, monitor, machine).await?;
             self.write_generation(work).await?;
             work.reached("qemu.live.prepared");
-            if live.was == Run::Running {
-                monitor.stop().await?;
-            }
-            work.reached("qemu.live.stopped");
-            if let Err(error) = monitor.exchange(&pairs).await {
-                if error.class == ErrorClass::Permanent {
-                    self.go_on(monitor, live).await?;
-                }
-                return Err(error);
-            }
-        }
+            let rest = self.freeze(work, live).await?;
+            self.exchange_at_rest(work, monitor, live, (&pairs, rest)).await?
+        };
         work.reached("qemu.live.exchanged");
         for (index, fresh) in self.fresh.iter().enumerate() {
             self.name_frozen(work, monitor, fresh, index).await.map_err(in_effect)?;
         }
         work.reached("qemu.live.named");
-        Ok(())
+        Ok(rest)
+    }
+
+    /// Stops the guest and exchanges what it writes. A failure before that takes effect lets it go on.
+    async fn exchange_at_rest(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        live: Live,
+        (pairs, rest): (&[(String, String)], Option<Rest>),
+    ) -> Result<Option<Rest>, DriverError> {
+        if let Err(error) = self.stop_in_time(work, monitor, live, rest.as_ref()).await {
+            return Err(match rest {
+                Some(rest) => rest.give_up(self, (monitor, live), error).await,
+                None => error,
+            });
+        }
+        match (monitor.exchange(pairs).await, rest) {
+            (Ok(()), rest) => Ok(rest),
+            (Err(error), Some(rest)) if error.class == ErrorClass::Permanent => {
+                Err(rest.give_up(self, (monitor, live), error).await)
+            }
+            (Err(error), _) if error.class == ErrorClass::Permanent => {
+                self.go_on(monitor, live).await?;
+                Err(error)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    async fn stop_in_time(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        live: Live,
+        rest: Option<&Rest>,
+    ) -> Result<(), DriverError> {
+        rest.map_or(Ok(()), Rest::check)?;
+        match (live.was, rest) {
+            (Run::Running, Some(rest)) => monitor.stop_within(rest.left()).await?,
+            (Run::Running, None) => monitor.stop().await?,
+            _ => {}
+        }
+        work.reached("qemu.live.stopped");
+        rest.map_or(Ok(()), Rest::check)
     }
 
     /// Makes the new layers and opens them: what writes each disk now, and what shall.
@@ -213,6 +258,7 @@ impl Switch {
             JobWork::new(work, index).cancel(&mut monitor).await?;
         }
         self.go_on(&mut monitor, live).await?;
+        self.thaw_left(work).await?;
         for fresh in &self.fresh {
             monitor.close_file(&fresh.file).await?;
         }

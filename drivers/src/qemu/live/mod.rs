@@ -9,7 +9,7 @@
 //! (its node is in a chain) or by qemu-img (it is not) follows from the chain alone.
 //!
 //! `graph` reads the block graph, `seen` compares it with the log, `monitor` is every word that is said to QEMU,
-//! `exchange` puts new layers under the guest, `jobs` merges under it.
+//! `exchange` puts new layers under the guest, `quiesce` has its file systems rest meanwhile, `jobs` merges under it.
 //!
 //! Architecture Invariant: the order is stop, transaction, the frozen layer by its own path, switch, cont. QEMU
 //! reopens images by the name that it was given, so a switch before the rest would make it open another file.
@@ -19,12 +19,14 @@ mod graph;
 mod jobs;
 mod monitor;
 mod process;
+mod quiesce;
 mod seen;
 
 use std::time::{Duration, Instant};
 
+use snaptree_engine::DomainName;
 use snaptree_engine::driver::{DriverError, ErrorClass};
-use snaptree_engine::operation::Code;
+use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
 use super::config::QemuConfig;
@@ -93,6 +95,15 @@ pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
             "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
         )),
     }
+}
+
+/// Why a guest cannot be asked to quiesce.
+pub(super) fn no_agent(domain: &DomainName) -> Failure {
+    Failure::new(
+        Code::Unsupported,
+        format!("domain '{domain}' is registered without its guest agent's socket, so it cannot be quiesced"),
+    )
+    .hint("register it with --agent SOCKET, or leave out --quiesce")
 }
 
 /// A node that Snaptree adds: QEMU allows 31 bytes.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use snaptree_engine::driver::{DriverError, ErrorClass};
@@ -89,6 +90,12 @@ impl Monitor {
     /// Stops the guest; one that is stopped stays so.
     pub(in crate::qemu) async fn stop(&mut self) -> Result<(), DriverError> {
         self.act("stop", Value::Null).await.map(|_| ())
+    }
+
+    /// The same, for someone who cannot wait for long.
+    pub(in crate::qemu) async fn stop_within(&mut self, wait: Duration) -> Result<(), DriverError> {
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        self.qmp.execute_within("stop", Value::Null, wait_ms).await.map(|_| ()).map_err(failed)
     }
 
     /// Lets the guest go on.
