@@ -223,7 +223,9 @@ impl Context {
     }
 
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
-        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER)).tool_times(config.qemu);
+        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
+            .tool_times(config.qemu)
+            .job_speed(config.job_speed_bytes);
         engine
             .with_settings(config.settings)
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))

@@ -162,6 +162,7 @@ impl Model {
             unreadable: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
             generation: None,
+            room: None,
             snapshots: vec![],
             current: None,
             detail: serde_json::Value::Null,
@@ -169,7 +170,7 @@ impl Model {
     }
 
     fn verdicts(&self) -> Vec<Verdict> {
-        let policy = MergePolicy { copy_bytes_max: 200_000, put_off: PutOff::Leave };
+        let policy = MergePolicy { copy_bytes_max: 200_000, put_off: PutOff::Leave, margin_bytes: 0 };
         verdicts(&self.history.state, &self.observation(), policy)
     }
 
