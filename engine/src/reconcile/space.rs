@@ -43,14 +43,16 @@ pub(super) fn shortage(needed_bytes: u64, seen: &Observation, margin_bytes: u64)
     ))
 }
 
-/// Refuses what there is no room for.
+/// Refuses what there is no room for; nothing was touched then.
 pub(crate) fn check(needed_bytes: u64, seen: &Observation, margin_bytes: u64) -> Result<(), Failure> {
     match shortage(needed_bytes, seen, margin_bytes) {
         None => Ok(()),
-        Some(sentence) => Err(Failure::new(Code::NoSpace, sentence).hint(
-            "free some there, for instance by deleting snapshots that are not needed; with a smaller space.margin in \
-             the settings less stays free",
-        )),
+        Some(sentence) => Err(Failure::new(Code::NoSpace, sentence)
+            .hint(
+                "free some there, for instance by deleting snapshots that are not needed; with a smaller space.margin \
+                 in the settings less stays free",
+            )
+            .refused()),
     }
 }
 
