@@ -323,12 +323,12 @@ proptest! {
         }
         let Some(n) = model.pick(index) else { return Ok(()) };
         let foreseen = model.frees(snapshot_id(n));
-        let before = model.all_bytes() as i64;
+        let before = model.all_bytes().cast_signed();
         model.history.delete(&[n], MergeWish::Auto);
         model.merge();
-        let freed = before - model.all_bytes() as i64;
+        let freed = before - model.all_bytes().cast_signed();
         prop_assert!(foreseen.at_least_bytes <= freed, "{} freed, and {:?} foreseen", freed, foreseen);
-        prop_assert!(freed <= foreseen.at_most_bytes as i64, "{} freed, and {:?} foreseen", freed, foreseen);
+        prop_assert!(freed <= foreseen.at_most_bytes.cast_signed(), "{} freed, and {:?} foreseen", freed, foreseen);
     }
 }
 
@@ -345,7 +345,7 @@ fn what_a_delete_frees_is_exact_where_nothing_stands_on_it_and_bounded_elsewhere
     model.revert(ids[2]);
     let blocks = |snapshot: u128| {
         let Frees { at_least_bytes, at_most_bytes } = model.frees(snapshot_id(snapshot));
-        (at_least_bytes / BLOCK_BYTES as i64, at_most_bytes / BLOCK_BYTES)
+        (at_least_bytes / BLOCK_BYTES.cast_signed(), at_most_bytes / BLOCK_BYTES)
     };
     assert_eq!(blocks(ids[3]), (1, 1), "nothing stands on it");
     assert_eq!(blocks(ids[1]), (0, 2), "the smaller of the two at most");

@@ -310,7 +310,7 @@ fn word(disk: &[u8], at: usize) -> u32 {
 fn check_rounds(what: &str, disk: &[u8], round: u32) {
     for slot in 0..SLOTS {
         let behind = (round + SLOTS - slot) % SLOTS;
-        let expected = if round > behind { round - behind } else { 0 };
+        let expected = round.saturating_sub(behind);
         let next = (round + 1) % SLOTS == slot;
         for sector in 0..SLOT_SECTORS_WRITTEN {
             let at = (FIRST_SLOT_SECTOR + SLOT_SECTORS * slot as usize + sector) * SECTOR_BYTES;

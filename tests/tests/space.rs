@@ -176,9 +176,12 @@ fn measured(shown: &Value) -> u64 {
     info["actual-size"].as_u64().expect("a size")
 }
 
+/// What stands before it, the snapshot that is deleted, and where that stands.
+type Case = (fn(&mut Lab), &'static str, &'static str);
+
 #[test]
 fn sizes_are_those_of_the_files_and_a_delete_frees_what_was_said() {
-    let cases: [(fn(&mut Lab), &str, &str); 6] = [
+    let cases: [Case; 6] = [
         (branched, "c", "a leaf"),
         (branched, "b", "two dependants"),
         (branched, "d", "under the machine"),
