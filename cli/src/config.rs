@@ -27,10 +27,12 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
     ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
+    ("qemu", "job-speed", "a size a second, such as \"100 MiB/s\"; 0 for no limit"),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
     ("retry", "delay-max", "a duration, such as \"30s\""),
+    ("space", "margin", "a size, such as \"64 MiB\""),
     ("serve", "socket", "an absolute path, such as \"/run/snaptree/snaptree.sock\""),
 ];
 
@@ -41,6 +43,8 @@ pub struct Config {
     pub settings: Settings,
     /// How long qemu-img may take.
     pub qemu: ToolTimes,
+    /// How many bytes a second a merge may move; 0 for no limit.
+    pub job_speed_bytes: u64,
     /// Where the daemon listens, if it is said.
     pub socket: Option<PathBuf>,
     /// How often the daemon looks for drift, domain by domain; none for never.
@@ -54,6 +58,7 @@ impl Default for Config {
         Self {
             settings: Settings::default(),
             qemu: ToolTimes::default(),
+            job_speed_bytes: 0,
             socket: None,
             drift_every: Some(DRIFT_EVERY_DEFAULT),
             files: Vec::new(),
@@ -149,6 +154,8 @@ impl Config {
             }
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
+            ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
+            ("space", "margin") => settings.space_margin_bytes = size_of(value)?,
             ("retry", "delay-min") => settings.retry_delay_ms_min = millis_of(value)?,
             ("serve", "socket") => {
                 let path = PathBuf::from(value.as_str()?);
@@ -167,6 +174,14 @@ fn size_of(value: &Value) -> Option<u64> {
         Value::Integer(number) => u64::try_from(*number).ok(),
         Value::String(text) => bytes(text).ok(),
         _ => None,
+    }
+}
+
+/// A size a second; the `/s` may be left out.
+fn speed_of(value: &Value) -> Option<u64> {
+    match value {
+        Value::String(text) => bytes(text.strip_suffix("/s").unwrap_or(text)).ok(),
+        other => size_of(other),
     }
 }
 
@@ -224,9 +239,10 @@ mod tests {
 
     #[test]
     fn settings_are_read() {
-        let text = "[concurrency]\noverall = 100\nper-connection = 20\n[drift]\nforeign = \"report\"\n[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n";
+        let text = "[concurrency]\noverall = 100\nper-connection = 20\n[drift]\nforeign = \"report\"\n[merge]\ncopy-max = \"1 GiB\"\n[operation]\ndeadline = \"2h\"\n[retry]\nattempts = 3\ndelay-min = \"1s\"\ndelay-max = \"2m\"\n[space]\nmargin = \"1 MiB\"\n";
         let expected = Settings {
             merge_copy_bytes_max: 1 << 30,
+            space_margin_bytes: 1 << 20,
             attempts_max: 3,
             retry_delay_ms_min: 1_000,
             retry_delay_ms_max: 120_000,
@@ -263,12 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn the_speed_of_merges_is_read() {
+        for (text, speed) in [
+            ("", 0),
+            ("[qemu]\njob-speed = 0", 0),
+            ("[qemu]\njob-speed = 4096", 4_096),
+            ("[qemu]\njob-speed = \"100MiB/s\"", 100 << 20),
+            ("[qemu]\njob-speed = \"2 GB\"", 2_000_000_000),
+        ] {
+            let mut config = Config::default();
+            config.read(text).unwrap();
+            assert_eq!(config.job_speed_bytes, speed, "{text}");
+        }
+    }
+
+    #[test]
     fn what_is_unknown_is_refused_with_the_nearest_name() {
         for (text, says) in [
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry, serve"),
+            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry, space, serve"),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();
@@ -281,6 +312,9 @@ mod tests {
         for (text, says) in [
             ("[merge]\ncopy-max = \"lots\"", "merge.copy-max is \"lots\", and should be a size"),
             ("[merge]\ncopy-max = -1", "should be a size"),
+            ("[qemu]\njob-speed = \"fast\"", "should be a size a second"),
+            ("[qemu]\njob-speed = \"10 MiB/min\"", "should be a size a second"),
+            ("[space]\nmargin = \"5%\"", "space.margin is \"5%\", and should be a size"),
             ("[concurrency]\noverall = 0", "should be a number from 1"),
             ("[qemu]\ntool-timeout = \"0s\"", "should be a duration above 0"),
             ("[retry]\nattempts = 0", "should be a number from 1"),

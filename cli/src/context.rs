@@ -224,7 +224,9 @@ impl Context {
     }
 
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
-        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER)).tool_times(config.qemu);
+        let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
+            .tool_times(config.qemu)
+            .job_speed(config.job_speed_bytes);
         engine
             .with_settings(config.settings)
             .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))

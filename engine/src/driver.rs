@@ -193,6 +193,15 @@ pub struct InUse {
     pub command: Option<String>,
 }
 
+/// How much room a file system has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Room {
+    /// A folder on it.
+    pub folder: PathBuf,
+    /// Bytes that may still be written there.
+    pub free_bytes: u64,
+}
+
 /// What the hypervisor says is there, read afresh.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
@@ -210,6 +219,9 @@ pub struct Observation {
     pub foreign_dependants: BTreeMap<PathBuf, Vec<PathBuf>>,
     /// The generation that is switched on.
     pub generation: Option<String>,
+    /// How much room there is for the domain's files; none where that cannot be told.
+    #[serde(default)]
+    pub room: Option<Room>,
     /// The snapshots that the hypervisor lists; empty where it keeps none.
     pub snapshots: Vec<SeenSnapshot>,
     /// The hypervisor's current snapshot, by its own id.

@@ -17,7 +17,7 @@ use crate::driver::{
     CallOff, Driver, Hooks, NoHooks, NoWatch, Observation, Plan, PowerWish, Registration, Resolution,
     StepContext, Watch,
 };
-use crate::event::{Actor, DomainRegistered, Envelope, Event, Origin, RequestTerms};
+use crate::event::{Actor, DeleteWhat, DomainRegistered, Envelope, Event, Origin, RequestTerms};
 use crate::ids::{DomainId, DomainName, IdSource, LayerId, OperationId, StreamId, UuidV7};
 use crate::layer::{LayerChange, Role};
 use crate::loaded::Loaded;
@@ -26,8 +26,9 @@ use crate::operation::{Code, Request, Verdict as Said};
 use crate::project::{DomainState, PROJECTOR};
 use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
-use crate::reconcile::merge::{self, MergePolicy, PutOff, Verdict};
+use crate::reconcile::merge::Verdict;
 use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
+use crate::reconcile::space::{self, Frees, Occupied};
 use crate::reconcile::worker::{Driven, Worker};
 
 pub use crate::error::EngineError;
@@ -63,10 +64,12 @@ pub enum Submitted {
 pub struct DryRun {
     /// The request.
     pub request: Request,
-    /// Its steps and costs.
+    /// Its steps and costs; the space is that of the worst moment, merges included.
     pub plan: Plan,
     /// For a delete: what becomes of each tombstone.
     pub merges: Vec<Verdict>,
+    /// For a delete: what it gives back once all of it is merged; none where that cannot be told.
+    pub frees: Option<Frees>,
     /// The domain, as the log tells it.
     pub state: DomainState,
     /// The domain as it would be after the request, before any merge.
@@ -597,19 +600,22 @@ impl Engine {
         let request = request.ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
         let driver = self.driver_of(&state)?;
         let observation = driver.observe(&state).await.map_err(EngineError::Driver)?;
-        let plan = driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
-        let mut after = state.clone();
-        let mut merges = Vec::new();
+        let mut plan =
+            driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
+        let policy = self.settings.merge_policy();
+        space::check_plan(&request, &plan, &observation, policy.margin_bytes)?;
+        let (mut after, mut merges, mut frees) = (state.clone(), Vec::new(), None);
         if let Request::Delete(delete) = &request {
-            after.delete_all(&delete.snapshots, delete.merge, &requester.actor, self.clock.now());
-            let copy_bytes_max = self.settings.merge_copy_bytes_max;
-            let policy = MergePolicy { copy_bytes_max, put_off: PutOff::Leave };
-            merges = merge::verdicts(&after, &observation, policy)
-                .into_iter()
-                .filter(|verdict| verdict.is_about(&delete.snapshots))
-                .collect();
+            let deleted = (&requester.actor, self.clock.now());
+            let foreseen = space::foresee(&state, delete, deleted, &observation, policy)?;
+            plan.peak_space_bytes = plan.peak_space_bytes.max(foreseen.peak_bytes);
+            (after, merges) = (foreseen.after, foreseen.verdicts);
+            let allocated = |file: &Path| Some(observation.files.get(file)?.allocated_bytes);
+            frees = (delete.what == DeleteWhat::Snapshot)
+                .then(|| Occupied::new(&state, allocated).frees(&delete.snapshots))
+                .flatten();
         }
-        Ok(DryRun { request, plan, merges, state, after })
+        Ok(DryRun { request, plan, merges, frees, state, after })
     }
 
     /// What the hypervisor says is there.

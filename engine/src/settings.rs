@@ -10,7 +10,8 @@ use tokio::sync::watch;
 
 use crate::event::Actor;
 use crate::ids::OperationId;
-use crate::reconcile::merge::COPY_BYTES_MAX_DEFAULT;
+use crate::reconcile::merge::{COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff};
+use crate::reconcile::space::MARGIN_BYTES_DEFAULT;
 
 /// Where time comes from. The system's in production, virtual in the simulation.
 #[async_trait]
@@ -55,6 +56,8 @@ pub enum Foreign {
 pub struct Settings {
     /// Most bytes that a merge with several dependants may copy (`merge.copy-max`).
     pub merge_copy_bytes_max: u64,
+    /// How much of a file system stays free when something is created or merged there (`space.margin`).
+    pub space_margin_bytes: u64,
     /// How often a step that failed for a passing reason is tried in all.
     pub attempts_max: u32,
     /// The first pause before another try; it doubles each time.
@@ -71,10 +74,22 @@ pub struct Settings {
     pub concurrency_per_connection_max: usize,
 }
 
+impl Settings {
+    /// What merges may cost by these settings.
+    pub(crate) const fn merge_policy(&self) -> MergePolicy {
+        MergePolicy {
+            copy_bytes_max: self.merge_copy_bytes_max,
+            put_off: PutOff::Leave,
+            margin_bytes: self.space_margin_bytes,
+        }
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
             merge_copy_bytes_max: COPY_BYTES_MAX_DEFAULT,
+            space_margin_bytes: MARGIN_BYTES_DEFAULT,
             attempts_max: 5,
             retry_delay_ms_min: 200,
             retry_delay_ms_max: 30_000,

@@ -8,15 +8,16 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use common::{History, at, disk, snapshot_id, uuid};
 use proptest::prelude::*;
 use snaptree_engine::domain::RunState;
-use snaptree_engine::driver::{FileFacts, Observation};
+use snaptree_engine::driver::{FileFacts, Observation, Room};
 use snaptree_engine::event::MergeWish;
 use snaptree_engine::layer::{FileStamp, Layer, LayerChange, Role};
 use snaptree_engine::reconcile::merge::{MergeAction, MergePolicy, PutOff, Verdict, verdicts};
+use snaptree_engine::reconcile::space::{Frees, Occupied, growth_bytes};
 use snaptree_engine::{LayerId, OperationId, SnapshotId};
 
 type Blocks = BTreeMap<u8, u32>;
@@ -26,7 +27,12 @@ struct Model {
     blocks: BTreeMap<LayerId, Blocks>,
     next: u128,
     value: u32,
+    policy: MergePolicy,
+    room: Option<Room>,
 }
+
+/// What a block occupies.
+const BLOCK_BYTES: u64 = 65_536;
 
 #[derive(Clone, Debug)]
 enum Act {
@@ -50,7 +56,9 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 
 impl Model {
     fn new() -> Self {
-        let mut model = Self { history: History::new(&["vda"]), blocks: BTreeMap::new(), next: 0, value: 0 };
+        let policy = MergePolicy { copy_bytes_max: 200_000, put_off: PutOff::Leave, margin_bytes: 0 };
+        let (history, blocks) = (History::new(&["vda"]), BTreeMap::new());
+        let mut model = Self { history, blocks, next: 0, value: 0, policy, room: None };
         let image = model.fresh_layer();
         model.blocks.insert(image.clone(), Blocks::new());
         let facts = model.layer(&image, None, true);
@@ -149,7 +157,7 @@ impl Model {
         let facts = |id: &LayerId| FileFacts {
             stamp: FileStamp { inode: 1, size_bytes: 1, mtime_ns: 1 },
             mode: 0o444,
-            allocated_bytes: self.blocks[id].len() as u64 * 65_536,
+            allocated_bytes: self.bytes(id),
             backing: None,
             virtual_size_bytes: 1 << 20,
             internal_snapshots: 0,
@@ -162,6 +170,7 @@ impl Model {
             unreadable: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
             generation: None,
+            room: self.room.clone(),
             snapshots: vec![],
             current: None,
             detail: serde_json::Value::Null,
@@ -169,8 +178,21 @@ impl Model {
     }
 
     fn verdicts(&self) -> Vec<Verdict> {
-        let policy = MergePolicy { copy_bytes_max: 200_000, put_off: PutOff::Leave };
-        verdicts(&self.history.state, &self.observation(), policy)
+        verdicts(&self.history.state, &self.observation(), self.policy)
+    }
+
+    fn bytes(&self, id: &LayerId) -> u64 {
+        self.blocks[id].len() as u64 * BLOCK_BYTES
+    }
+
+    fn all_bytes(&self) -> u64 {
+        self.blocks.keys().map(|id| self.bytes(id)).sum()
+    }
+
+    fn frees(&self, snapshot: SnapshotId) -> Frees {
+        let seen = self.observation();
+        let allocated = |file: &Path| seen.files.get(file).map(|facts| facts.allocated_bytes);
+        Occupied::new(&self.history.state, allocated).frees(&[snapshot]).expect("every layer can be seen")
     }
 
     /// Carries out merges until none is left.
@@ -182,9 +204,9 @@ impl Model {
             });
             let Some(plan) = plan else { return };
             let tombstones = self.history.state.tombstones.len();
-            for action in &plan.actions {
-                self.act(action);
-            }
+            let foreseen = growth_bytes(&plan.actions, &self.history.state.layers, &self.observation());
+            let grown: u64 = plan.actions.iter().map(|action| self.act(action)).sum();
+            assert!(grown <= foreseen, "it grew by {grown} and not by {foreseen} at most: {plan:?}");
             // What the projector does with a finished step: tombstones without data end.
             let held: Vec<SnapshotId> = self.history.state.layers.disks[&disk("vda")]
                 .layers
@@ -200,7 +222,8 @@ impl Model {
         panic!("the merges never end");
     }
 
-    fn act(&mut self, action: &MergeAction) {
+    /// Carries an action out; says how much the layers that took data grew by.
+    fn act(&mut self, action: &MergeAction) -> u64 {
         let registered =
             |model: &Self, id: &LayerId| model.history.state.layers.disks[&disk("vda")].layers[id].registered;
         let drop = |model: &mut Self, id: &LayerId| {
@@ -210,6 +233,7 @@ impl Model {
             model.blocks.remove(id);
             model.change(vec![LayerChange::Dropped { disk: disk("vda"), layer: id.clone() }]);
         };
+        let mut grown = 0;
         match action {
             MergeAction::Drop { layer, .. } => drop(self, layer),
             MergeAction::Pull { vanish, dependants, onto, .. } => {
@@ -217,6 +241,7 @@ impl Model {
                     let mut pulled = Blocks::new();
                     vanish.iter().for_each(|id| pulled.extend(self.blocks[id].iter()));
                     pulled.extend(self.blocks[dependant].iter());
+                    grown += pulled.len() as u64 * BLOCK_BYTES - self.bytes(dependant);
                     self.blocks.insert(dependant.clone(), pulled);
                     let (layer, parent) = (dependant.clone(), Some(onto.clone()));
                     self.change(vec![LayerChange::Rebased { disk: disk("vda"), layer, parent, stamp: None }]);
@@ -228,6 +253,7 @@ impl Model {
                 assert_eq!(layers.dependants(into).count(), 1, "a push needs exactly one dependant");
                 let mut pushed = self.blocks[into].clone();
                 between.iter().chain([from]).for_each(|id| pushed.extend(self.blocks[id].iter()));
+                grown += pushed.len() as u64 * BLOCK_BYTES - self.bytes(into);
                 self.blocks.insert(into.clone(), pushed);
                 let (from_id, into) = (from.clone(), into.clone());
                 self.change(vec![LayerChange::Pushed {
@@ -239,6 +265,7 @@ impl Model {
                 [from].into_iter().chain(between.iter().rev()).for_each(|id| drop(self, id));
             }
         }
+        grown
     }
 
     fn apply(&mut self, act: &Act) {
@@ -286,6 +313,85 @@ proptest! {
             prop_assert!(stays, "{:?}", verdict);
         }
     }
+
+    #[test]
+    fn a_delete_frees_what_was_foreseen(acts in acts(), index in any::<usize>()) {
+        let mut model = Model::new();
+        model.policy.copy_bytes_max = u64::MAX;
+        for act in acts.iter().chain([&Act::Merge]) {
+            model.apply(act);
+        }
+        let Some(n) = model.pick(index) else { return Ok(()) };
+        let foreseen = model.frees(snapshot_id(n));
+        let before = model.all_bytes().cast_signed();
+        model.history.delete(&[n], MergeWish::Auto);
+        model.merge();
+        let freed = before - model.all_bytes().cast_signed();
+        prop_assert!(foreseen.at_least_bytes <= freed, "{} freed, and {:?} foreseen", freed, foreseen);
+        prop_assert!(freed <= foreseen.at_most_bytes.cast_signed(), "{} freed, and {:?} foreseen", freed, foreseen);
+    }
+}
+
+/// s1 <- s2 <- s3 <- active, with 2, 3 and 1 blocks in the last three; s3 stands alone at the end of a branch.
+#[test]
+fn what_a_delete_frees_is_exact_where_nothing_stands_on_it_and_bounded_elsewhere() {
+    let mut model = Model::new();
+    model.create();
+    for blocks in [0..2, 2..5, 5..6] {
+        blocks.for_each(|block| model.apply(&Act::Write(block)));
+        model.create();
+    }
+    let ids: Vec<u128> = (0..4).map(|index| model.pick(index).unwrap()).collect();
+    model.revert(ids[2]);
+    let blocks = |snapshot: u128| {
+        let Frees { at_least_bytes, at_most_bytes } = model.frees(snapshot_id(snapshot));
+        (at_least_bytes / BLOCK_BYTES.cast_signed(), at_most_bytes / BLOCK_BYTES)
+    };
+    assert_eq!(blocks(ids[3]), (1, 1), "nothing stands on it");
+    assert_eq!(blocks(ids[1]), (0, 2), "the smaller of the two at most");
+    assert_eq!(blocks(ids[2]), (-3, 3), "copied into two");
+    assert_eq!(blocks(ids[0]), (0, 0), "there is nothing in it");
+}
+
+/// s1 <- s2 <- active, s2 deleted: one block would be copied.
+#[test]
+fn a_merge_needs_room_beyond_the_margin() {
+    let mut model = Model::new();
+    model.create();
+    model.apply(&Act::Write(0));
+    model.create();
+    model.apply(&Act::Write(1));
+    model.apply(&Act::Delete(1));
+    model.policy.margin_bytes = 10 * BLOCK_BYTES;
+    for (free_blocks, merges) in [(0, false), (10, false), (11, true)] {
+        model.room = Some(Room { folder: "/l".into(), free_bytes: free_blocks * BLOCK_BYTES });
+        match model.verdicts().as_slice() {
+            [Verdict::Merge(_)] => assert!(merges, "{free_blocks}"),
+            [Verdict::Defer { reason, .. }] => {
+                assert!(!merges, "{free_blocks}: {reason}");
+                assert!(
+                    reason.contains("64.0 KiB of space") && reason.contains("640.0 KiB are to stay"),
+                    "{reason}"
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// s1 <- s2, the machine stands on s1: what is in s2 is only unlinked.
+#[test]
+fn what_is_only_unlinked_needs_no_room() {
+    let mut model = Model::new();
+    model.create();
+    let first = model.pick(0).unwrap();
+    model.apply(&Act::Write(0));
+    model.create();
+    model.revert(first);
+    model.apply(&Act::Delete(1));
+    model.room = Some(Room { folder: "/l".into(), free_bytes: 0 });
+    let found = model.verdicts();
+    assert!(matches!(found.as_slice(), [Verdict::Merge(_)]), "{found:?}");
 }
 
 /// s1 <- s2 <- active, s2 deleted.

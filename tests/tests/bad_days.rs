@@ -91,6 +91,7 @@ fn a_merge_that_does_not_fit_is_put_off_with_the_reason_and_done_when_there_is_s
         let folder = tempfile::tempdir().expect("a folder");
         let small = SmallDisk::mount(&folder.path().join("images"), "24M");
         let mut lab = Lab::with_state(small.path(), &folder.path().join("state"), ONE_DISK);
+        lab.program = lab.program.with_settings(&folder.path().join("settings"), "[space]\nmargin = 0\n");
         branched(&mut lab);
         // What b holds is more than what is left.
         small.fill(left_kib * 1024);

@@ -202,6 +202,7 @@ fn a_layer_that_somebody_wrote_is_drift_and_blocks() {
 #[test]
 fn a_full_disk_fails_the_create_and_leaves_everything_as_it_was() {
     let (folder, _, program) = lab();
+    let program = program.with_settings(&folder.path().join("settings"), "[space]\nmargin = 0\n");
     let small = SmallDisk::mount(&folder.path().join("small"), "2M");
     let image = small.path().join("vda");
     make_qcow2(&image);

@@ -16,7 +16,10 @@ pub const LIST_EXAMPLES: &str = "Examples:
   snaptree list web --leaves --label tier=prod
   snaptree list web --all                      also deleted ones whose data is still there, and why
   snaptree list web --at 2d                    as it was two days ago
-  snaptree list web --names";
+  snaptree list web --names
+
+SIZE is what a snapshot's layers occupy. FREES is what deleting it would free once its data is merged: exactly, where
+nothing is built upon it; else an estimate, from the least to the most. `--json` has both as `allocated` and `frees`.";
 /// See `snaptree tree --help`.
 pub const TREE_EXAMPLES: &str = "Examples:
   snaptree tree web
@@ -24,7 +27,10 @@ pub const TREE_EXAMPLES: &str = "Examples:
   snaptree tree web --at seq:120";
 /// See `snaptree show --help`.
 pub const SHOW_EXAMPLES: &str = "Example:
-  snaptree show web before-upgrade";
+  snaptree show web before-upgrade
+
+Frees is what deleting it would free once its data is merged. Where it may take space instead, since its data is copied
+into several children, that is said.";
 /// See `snaptree xml --help`.
 pub const XML_EXAMPLES: &str = "Example:
   snaptree xml web before-upgrade > before-upgrade.xml";

@@ -162,7 +162,7 @@ pub struct DeleteArgs {
     /// Only forget the snapshots; their data stays
     #[arg(long, conflicts_with_all = ["now", "defer"])]
     pub metadata: bool,
-    /// Merge now, whatever has to be copied
+    /// Merge now, whatever has to be copied; refused where there is no room for it
     #[arg(long, conflicts_with = "defer")]
     pub now: bool,
     /// Merge later

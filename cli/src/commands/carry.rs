@@ -17,7 +17,7 @@ use crate::exit::{ErrorView, Exit, Told, Trouble, exit_of, in_words, told, whole
 use crate::render;
 use crate::render::operation::{Cost, MergeView, OperationView, done, planned};
 use crate::render::text::{Look, safe, short};
-use crate::render::view::{current_name, domain_name};
+use crate::render::view::{FreesView, current_name, domain_name};
 use crate::render::words::{Known, way};
 use crate::story::{StepOutcome, StepView, Story};
 
@@ -336,6 +336,7 @@ fn dry_view(run: &DryRun) -> OperationView {
         bytes_moved: run.plan.bytes_moved,
         bytes_freed: run.plan.bytes_freed,
         peak_space: run.plan.peak_space_bytes,
+        frees: run.frees.map(FreesView::from),
         lost: run.plan.lost.clone(),
     };
     let mut merges = Vec::new();
@@ -344,8 +345,6 @@ fn dry_view(run: &DryRun) -> OperationView {
             Verdict::Merge(plan) => {
                 cost.bytes_moved = cost.bytes_moved.saturating_add(plan.bytes_moved);
                 cost.bytes_freed = cost.bytes_freed.saturating_add(plan.bytes_freed);
-                // What is copied is there twice until the tombstone goes.
-                cost.peak_space = cost.peak_space.max(plan.bytes_moved);
                 merges.extend(plan.snapshots.iter().map(|id| MergeView {
                     operation: None,
                     snapshot: name(*id),

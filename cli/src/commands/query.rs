@@ -19,7 +19,7 @@ use crate::render;
 use crate::render::text::{Look, safe};
 use crate::render::view::{
     AtView, Files, ListView, PhaseWord, ShowView, SnapshotView, Which, current_name, disks, domain_name,
-    live, snapshots,
+    live, occupied, snapshots,
 };
 
 /// Opens the domain as it is, or was.
@@ -120,7 +120,7 @@ pub fn show_view(state: &DomainState, snapshot: &Snapshot, prefix: Option<Prefix
     let files = if past { Files::Unseen } else { Files::Seen };
     ShowView {
         domain: domain_name(state),
-        snapshot: live(state, snapshot, &state.tree.children(snapshot.id), at),
+        snapshot: live(state, snapshot, &state.tree.children(snapshot.id), at, &occupied(state, files)),
         memory: snapshot.memory,
         disks: disks(state, snapshot, files),
         made_by: snapshot.made_by.clone(),

@@ -47,6 +47,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                 "qemu": {
                     "tool-timeout-ms": millis(config.qemu.header),
                     "copy-timeout-ms": millis(config.qemu.copy),
+                    "job-speed": config.job_speed_bytes,
                 },
                 "operation": { "deadline-s": settings.first_step_s_max },
                 "retry": {
@@ -54,6 +55,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                     "delay-min-ms": settings.retry_delay_ms_min,
                     "delay-max-ms": settings.retry_delay_ms_max,
                 },
+                "space": { "margin": settings.space_margin_bytes },
                 "serve": { "socket": config.socket },
             },
         }))?;
@@ -66,7 +68,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\njob-speed = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n\n[space]\nmargin = {}    # {}\n",
         settings.concurrency_max,
         settings.concurrency_per_connection_max,
         duration_words(config.drift_every.map_or(0, millis)),
@@ -78,10 +80,17 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
         human_bytes(settings.merge_copy_bytes_max),
         duration_words(millis(config.qemu.header)),
         duration_words(millis(config.qemu.copy)),
+        config.job_speed_bytes,
+        match config.job_speed_bytes {
+            0 => "no limit".to_owned(),
+            bytes => format!("{}/s", human_bytes(bytes)),
+        },
         settings.first_step_s_max.unwrap_or(0),
         settings.attempts_max,
         duration_words(settings.retry_delay_ms_min),
         duration_words(settings.retry_delay_ms_max),
+        settings.space_margin_bytes,
+        human_bytes(settings.space_margin_bytes),
     ));
     if let Some(socket) = &config.socket {
         text.push_str(&format!("\n[serve]\nsocket = {:?}\n", socket.display().to_string()));

@@ -8,7 +8,7 @@ use snaptree_engine::tree::Labels;
 
 use super::table::{Cell, table};
 use super::text::{Look, safe};
-use super::view::{DomainView, ListView, PhaseWord, ShowView, SnapshotView};
+use super::view::{DomainView, FreesView, ListView, PhaseWord, ShowView, SnapshotView};
 
 /// The table of snapshots.
 pub fn list(view: &ListView, look: &Look) -> String {
@@ -16,7 +16,7 @@ pub fn list(view: &ListView, look: &Look) -> String {
         return String::new();
     }
     let rows: Vec<Vec<Cell>> = view.snapshots.iter().map(|snapshot| row(snapshot, look)).collect();
-    table(&["", "NAME", "CREATED", "STATE", "PARENT", "SIZE", "NOTES"], &rows, look.paint)
+    table(&["", "NAME", "CREATED", "STATE", "PARENT", "SIZE", "FREES", "NOTES"], &rows, look.paint)
 }
 
 fn row(snapshot: &SnapshotView, look: &Look) -> Vec<Cell> {
@@ -32,9 +32,27 @@ fn row(snapshot: &SnapshotView, look: &Look) -> Vec<Cell> {
             if gone { paint.dim(text) } else { text.to_owned() }
         }),
         Cell::plain(snapshot.parent.as_deref().map(|parent| safe(parent).into_owned()).unwrap_or_default()),
-        Cell::plain(snapshot.bytes.map(human_bytes).unwrap_or_default()),
+        Cell::plain(snapshot.allocated.map(human_bytes).unwrap_or_default()),
+        Cell::plain(snapshot.frees.map(freed).unwrap_or_default()),
         Cell::painted(&notes(snapshot), |text| paint.dim(text)),
     ]
+}
+
+/// What a delete frees, in words: `3.0 MiB`, `up to 3.0 MiB`, `1.0 MiB to 3.0 MiB`.
+pub fn freed(frees: FreesView) -> String {
+    let most = human_bytes(frees.at_most);
+    match u64::try_from(frees.at_least) {
+        Ok(least) if least >= frees.at_most => most,
+        Ok(least) if least > 0 => format!("{} to {most}", human_bytes(least)),
+        _ => format!("up to {most}"),
+    }
+}
+
+/// What more a delete may take for good, in words; none where it takes nothing.
+pub fn taken(frees: FreesView) -> Option<String> {
+    let more =
+        frees.at_least.checked_neg().and_then(|more| u64::try_from(more).ok()).filter(|more| *more > 0)?;
+    Some(format!("or takes up to {} more, since its data is copied into each child", human_bytes(more)))
 }
 
 /// Held, labels, and whatever is unusual.
@@ -96,6 +114,13 @@ pub fn show(view: &ShowView, look: &Look) -> String {
     if let Some(hold) = view.hold.as_ref().filter(|_| snapshot.held) {
         let until = hold.until.map_or_else(String::new, |until| format!(" until {}", look.time(until)));
         lines.push(("Held", format!("by {}{until}: {}", safe(&hold.by.to_string()), safe(&hold.reason))));
+    }
+    if let Some(bytes) = snapshot.allocated {
+        lines.push(("Size", human_bytes(bytes)));
+    }
+    if let Some(frees) = snapshot.frees {
+        let taken = taken(frees).map(|taken| format!(", {taken}")).unwrap_or_default();
+        lines.push(("Frees", format!("{} if it is deleted{taken}", freed(frees))));
     }
     for disk in &view.disks {
         let size = disk.allocated.map(|bytes| format!(" ({} used)", human_bytes(bytes))).unwrap_or_default();

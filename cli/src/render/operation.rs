@@ -6,7 +6,9 @@ use serde::Serialize;
 use snaptree_engine::OperationId;
 use snaptree_engine::reconcile::merge::human_bytes;
 
+use super::list::{freed, taken};
 use super::text::{Look, count, safe};
+use super::view::FreesView;
 use crate::exit::ErrorView;
 use crate::story::StepView;
 
@@ -32,6 +34,9 @@ pub struct Cost {
     pub bytes_freed: u64,
     /// Bytes that are needed at the worst moment.
     pub peak_space: u64,
+    /// A delete: what it frees once its data is merged, copies taken off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frees: Option<FreesView>,
     /// What would be lost for good.
     pub lost: Vec<String>,
 }
@@ -136,9 +141,13 @@ pub fn planned(view: &OperationView, look: &Look) -> String {
         for lost in &cost.lost {
             out.push_str(&format!("  {} {}\n", look.paint.warn("lost:"), safe(lost)));
         }
+        if let Some(frees) = cost.frees {
+            let taken = taken(frees).map(|taken| format!(", {taken}")).unwrap_or_default();
+            out.push_str(&format!("  once all of it is merged, it frees {}{taken}\n", freed(frees)));
+        }
         if cost.bytes_moved > 0 || cost.bytes_freed > 0 || cost.peak_space > 0 {
             out.push_str(&format!(
-                "  copies {}, frees {}, needs {} at the worst moment\n",
+                "  copies {} at most, removes files of {}, needs {} at the worst moment\n",
                 human_bytes(cost.bytes_moved),
                 human_bytes(cost.bytes_freed),
                 human_bytes(cost.peak_space),

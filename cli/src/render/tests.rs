@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::operation::{Cost, MergeView, OperationView, done, planned};
 use super::text::{Look, Paint};
-use super::view::{DomainView, Files, ListView, Which, current_name, domain_name, snapshots};
+use super::view::{DomainView, Files, FreesView, ListView, Which, current_name, domain_name, snapshots};
 use super::words::{Known, line};
 use super::{list, tree};
 use crate::exit::ErrorView;
@@ -378,7 +378,8 @@ fn an_operation_in_json() {
 
 #[test]
 fn a_dry_run_in_json_adds_what_it_costs() {
-    let cost = Cost { bytes_moved: 3, bytes_freed: 2, peak_space: 1, lost: vec!["x".to_owned()] };
+    let cost =
+        Cost { bytes_moved: 3, bytes_freed: 2, peak_space: 1, frees: None, lost: vec!["x".to_owned()] };
     let view = OperationView {
         operation: None,
         outcome: Some("planned"),
@@ -392,6 +393,22 @@ fn a_dry_run_in_json_adds_what_it_costs() {
         r#"{"operation":null,"outcome":"planned","snapshot":"b","snapshots":["b"],"current":"c","steps":[{"name":"s","outcome":"planned"}],"merges":[],"bytes_moved":3,"bytes_freed":2,"peak_space":1,"lost":["x"],"error":null}"#
     );
     insta::assert_snapshot!(planned(&view, &look()));
+}
+
+#[test]
+fn sizes_say_how_sure_they_are() {
+    let mut view = view(&grown(), Which::Live);
+    let sizes = [(3 << 20, 3 << 20), (1 << 20, 2 << 20), (0, 5 << 20), (-(1 << 30), 1 << 30)];
+    let shown = view.snapshots.iter_mut().zip(sizes).map(|(snapshot, (at_least, at_most))| {
+        snapshot.allocated = Some(7 << 20);
+        let frees = FreesView { at_least, at_most };
+        snapshot.frees = Some(frees);
+        list::taken(frees)
+    });
+    let shown: Vec<Option<String>> = shown.collect();
+    assert!(shown[..3].iter().all(Option::is_none), "{shown:?}");
+    assert!(shown[3].as_deref().is_some_and(|text| text.contains("1.0 GiB more")), "{shown:?}");
+    insta::assert_snapshot!(list::list(&view, &look()));
 }
 
 #[test]

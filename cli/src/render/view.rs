@@ -1,6 +1,5 @@
 //! Snapshots and domains as they are shown: the shapes of the JSON documents.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +11,7 @@ use snaptree_engine::layer::{DiskLayers, Layer, Role};
 use snaptree_engine::log::ClockOrder;
 use snaptree_engine::operation::Request;
 use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::space::{Frees, Occupied};
 use snaptree_engine::tree::{Hold, Labels, Snapshot};
 use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
@@ -62,9 +62,25 @@ pub struct SnapshotView {
     /// For a tombstone: when it was deleted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deleted: Option<Timestamp>,
-    /// Bytes that its layers occupy, if they can be seen.
-    #[serde(skip)]
-    pub bytes: Option<u64>,
+    /// Bytes that its layers occupy; none if they cannot be seen.
+    pub allocated: Option<u64>,
+    /// What deleting it would free; none for a tombstone, and where its layers cannot be seen.
+    pub frees: Option<FreesView>,
+}
+
+/// What a delete frees, once the data is merged: an estimate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct FreesView {
+    /// At least so many bytes; negative where copies into several children may take more than it frees.
+    pub at_least: i64,
+    /// At most so many bytes.
+    pub at_most: u64,
+}
+
+impl From<Frees> for FreesView {
+    fn from(frees: Frees) -> Self {
+        Self { at_least: frees.at_least_bytes, at_most: frees.at_most_bytes }
+    }
 }
 
 /// What `--at` came to.
@@ -237,24 +253,30 @@ pub enum Files {
 /// The snapshots of a domain, in the order of their names.
 pub fn snapshots(state: &DomainState, at: Timestamp, which: Which, files: Files) -> Vec<SnapshotView> {
     let index = state.tree.children_index();
-    let mut bytes = if files == Files::Seen { occupied(state) } else { BTreeMap::new() };
+    let occupied = occupied(state, files);
     let mut views: Vec<SnapshotView> = state
         .tree
         .iter()
         .map(|snapshot| {
             let children = index.get(&Some(snapshot.id)).map_or(&[][..], Vec::as_slice);
-            SnapshotView { bytes: bytes.remove(&snapshot.id), ..live(state, snapshot, children, at) }
+            live(state, snapshot, children, at, &occupied)
         })
         .collect();
     if which == Which::All {
-        views.extend(tombstones(state, &mut bytes));
+        views.extend(tombstones(state, &occupied));
     }
     views.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
     views
 }
 
-/// A live snapshot, without its size.
-pub fn live(state: &DomainState, snapshot: &Snapshot, children: &[&Snapshot], at: Timestamp) -> SnapshotView {
+/// A live snapshot.
+pub fn live(
+    state: &DomainState,
+    snapshot: &Snapshot,
+    children: &[&Snapshot],
+    at: Timestamp,
+    occupied: &Occupied<'_>,
+) -> SnapshotView {
     let parent = snapshot.parent.and_then(|id| state.tree.get(id));
     SnapshotView {
         id: snapshot.id,
@@ -270,7 +292,8 @@ pub fn live(state: &DomainState, snapshot: &Snapshot, children: &[&Snapshot], at
         phase: phase(state, snapshot),
         reason: None,
         deleted: None,
-        bytes: None,
+        allocated: occupied.allocated_bytes(snapshot.id),
+        frees: occupied.frees(&[snapshot.id]).map(FreesView::from),
     }
 }
 
@@ -285,7 +308,7 @@ fn phase(state: &DomainState, snapshot: &Snapshot) -> PhaseWord {
     }
 }
 
-fn tombstones(state: &DomainState, bytes: &mut BTreeMap<SnapshotId, u64>) -> Vec<SnapshotView> {
+fn tombstones(state: &DomainState, occupied: &Occupied<'_>) -> Vec<SnapshotView> {
     let view = |(id, stone): (&SnapshotId, &snaptree_engine::project::Tombstone)| SnapshotView {
         id: *id,
         name: stone.name.to_string(),
@@ -300,7 +323,8 @@ fn tombstones(state: &DomainState, bytes: &mut BTreeMap<SnapshotId, u64>) -> Vec
         phase: PhaseWord::Tombstone,
         reason: Some(stone.deferred.clone().unwrap_or_else(|| "not merged yet".to_owned())),
         deleted: Some(stone.deleted),
-        bytes: bytes.remove(id),
+        allocated: occupied.allocated_bytes(*id),
+        frees: None,
     };
     state.tombstones.iter().map(view).collect()
 }
@@ -314,15 +338,9 @@ fn built_upon(state: &DomainState, id: SnapshotId) -> Option<&Snapshot> {
     })
 }
 
-/// Per snapshot, the bytes that its layers occupy, as far as they can be seen.
-fn occupied(state: &DomainState) -> BTreeMap<SnapshotId, u64> {
-    let mut sums: BTreeMap<SnapshotId, u64> = BTreeMap::new();
-    for layer in state.layers.disks.values().flat_map(|disk| disk.layers.values()) {
-        if let (Some(snapshot), Some(bytes)) = (layer.snapshot, allocated(&layer.file)) {
-            *sums.entry(snapshot).or_default() += bytes;
-        }
-    }
-    sums
+/// What the layers occupy, as far as they can be seen.
+pub fn occupied(state: &DomainState, files: Files) -> Occupied<'_> {
+    Occupied::new(state, |file| if files == Files::Seen { allocated(file) } else { None })
 }
 
 fn allocated(file: &Path) -> Option<u64> {

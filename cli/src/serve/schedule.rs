@@ -94,7 +94,8 @@ fn tell(notable: &Notable, policy: Option<&Policy>, now: Timestamp) {
     }
 }
 
-/// Compares one domain after the other with its hypervisor, each once in `every`.
+/// Compares one domain after the other with its hypervisor, each once in `every`. Merges that were put off are looked
+/// at again on the way: nobody tells when a file system has room again.
 pub async fn drift(daemon: Arc<Daemon>, every: Duration) {
     let mut last: Option<DomainId> = None;
     loop {
@@ -122,6 +123,9 @@ pub async fn drift(daemon: Arc<Daemon>, every: Duration) {
             Err(error) => {
                 tracing::warn!(%domain, error = &error as &dyn std::error::Error, "drift could not be looked for");
             }
+        }
+        if daemon.engine.load(domain).await.is_ok_and(|state| !state.tombstones.is_empty()) {
+            daemon.dispatcher.wake(domain);
         }
     }
 }

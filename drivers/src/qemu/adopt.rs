@@ -31,8 +31,6 @@ pub(super) struct Work<'a> {
     pub(super) context: &'a StepContext<'a>,
     pub(super) img: &'a QemuImg,
     pub(super) lock: &'a OperationLock,
-    /// How fast a block job may move data, a second; 0 for as fast as it can.
-    pub(super) speed_bytes: u64,
 }
 
 impl Work<'_> {

@@ -54,6 +54,8 @@ impl Default for ToolTimes {
 pub(super) struct QemuImg {
     pub(super) program: PathBuf,
     pub(super) times: ToolTimes,
+    /// How many bytes a second it and QEMU's jobs may move; 0 for any number. qemu-img 7.2 knows no limit for a rebase.
+    pub(super) speed_bytes: u64,
 }
 
 /// What a child does, for how long it may take.
@@ -85,7 +87,7 @@ struct Run<'a> {
 
 impl QemuImg {
     pub(super) fn new(program: PathBuf) -> Self {
-        Self { program, times: ToolTimes::default() }
+        Self { program, times: ToolTimes::default(), speed_bytes: 0 }
     }
 
     /// Makes an empty overlay. The caller has made `file` itself, exclusively.
@@ -139,8 +141,10 @@ impl QemuImg {
         into: &Path,
         progress: &dyn Progress,
     ) -> Result<(), DriverError> {
-        let args = ["commit", "-p", "-d", "-f", "qcow2", "-b"].map(OsStr::new);
-        let args = args.into_iter().chain([into.as_os_str(), from.as_os_str()]);
+        let rate = self.rate();
+        let args = ["commit", "-p", "-d", "-f", "qcow2"].map(OsStr::new).into_iter();
+        let args = args.chain(rate.iter().map(OsString::as_os_str));
+        let args = args.chain([OsStr::new("-b"), into.as_os_str(), from.as_os_str()]);
         self.done("commit", from, Run::moving(args).lock(lock).progress(progress)).await
     }
 
@@ -153,8 +157,10 @@ impl QemuImg {
         into: &Path,
         progress: &dyn Progress,
     ) -> Result<(), DriverError> {
-        let args = ["convert", "-p", "-f", format, "-O", "qcow2"].map(OsStr::new);
-        let args = args.into_iter().chain([from.as_os_str(), into.as_os_str()]);
+        let rate = self.rate();
+        let args = ["convert", "-p", "-f", format, "-O", "qcow2"].map(OsStr::new).into_iter();
+        let args = args.chain(rate.iter().map(OsString::as_os_str));
+        let args = args.chain([from.as_os_str(), into.as_os_str()]);
         let mut run = Run::moving(args).progress(progress);
         run.lock = lock;
         self.done("convert", from, run).await
@@ -229,6 +235,14 @@ impl QemuImg {
                 format!("qemu-img does not say which format {} has", file.display()),
             )
         })
+    }
+
+    /// The option that limits the speed, where there is a limit.
+    fn rate(&self) -> Vec<OsString> {
+        match self.speed_bytes {
+            0 => Vec::new(),
+            bytes => vec!["-r".into(), bytes.to_string().into()],
+        }
     }
 
     async fn done(&self, command: &str, file: &Path, run: Run<'_>) -> Result<(), DriverError> {

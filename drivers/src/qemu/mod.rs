@@ -82,18 +82,12 @@ pub struct QemuDriver {
     run_dir: PathBuf,
     img: QemuImg,
     settle_grace: Duration,
-    job_speed_bytes: u64,
 }
 
 impl QemuDriver {
     /// A driver that keeps its operations' locks in `run_dir`, which it makes when it needs it.
     pub fn new(run_dir: PathBuf) -> Self {
-        Self {
-            run_dir,
-            img: QemuImg::new("qemu-img".into()),
-            settle_grace: SETTLE_GRACE_DEFAULT,
-            job_speed_bytes: 0,
-        }
+        Self { run_dir, img: QemuImg::new("qemu-img".into()), settle_grace: SETTLE_GRACE_DEFAULT }
     }
 
     /// With another qemu-img than the one on the path.
@@ -114,10 +108,11 @@ impl QemuDriver {
         Self { settle_grace: grace, ..self }
     }
 
-    /// With a limit on how many bytes a second a merge under a running machine may move; 0 for none.
+    /// With a limit on how many bytes a second a merge may move; 0 for none. It holds for QEMU's jobs and for what
+    /// qemu-img commits and converts; for a rebase qemu-img 7.2 knows none.
     #[must_use]
     pub fn job_speed(self, bytes: u64) -> Self {
-        Self { job_speed_bytes: bytes, ..self }
+        Self { img: QemuImg { speed_bytes: bytes, ..self.img }, ..self }
     }
 }
 
@@ -153,7 +148,7 @@ impl Driver for QemuDriver {
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let work = Work { context, img: &self.img, lock: &lock, speed_bytes: self.job_speed_bytes };
+        let work = Work { context, img: &self.img, lock: &lock };
         let done = match &step {
             QemuStep::Adopt(adopt) => adopt.execute(work).await,
             QemuStep::Switch(switch) => switch.execute(work).await,
@@ -183,7 +178,7 @@ impl Driver for QemuDriver {
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let work = Work { context, img: &self.img, lock: &lock, speed_bytes: self.job_speed_bytes };
+        let work = Work { context, img: &self.img, lock: &lock };
         let undone = match &step {
             QemuStep::Adopt(adopt) => adopt.undo(work).await,
             QemuStep::Switch(switch) => switch.undo(work).await,

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::DiskName;
 use snaptree_engine::domain::RunState;
-use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation};
+use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation, Room};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
@@ -96,6 +96,7 @@ pub(super) fn observe(
         unreadable: BTreeMap::new(),
         foreign_dependants: BTreeMap::new(),
         generation: None,
+        room: room(&config.layers),
         snapshots: Vec::new(),
         current: None,
         detail: serde_json::Value::Null,
@@ -143,6 +144,18 @@ pub(super) fn observe(
             .source(error)
     })?;
     Ok(seen)
+}
+
+/// How much may be written on the file system of the layers folder, or of where that will be made.
+fn room(layers: &Path) -> Option<Room> {
+    let folder = layers.ancestors().find(|folder| folder.is_dir())?;
+    let found = rustix::fs::statvfs(folder).ok()?;
+    // Some file systems do not say how large they are. What only root may use is not for QEMU.
+    let known = found.f_blocks > 0;
+    known.then(|| Room {
+        folder: folder.to_owned(),
+        free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+    })
 }
 
 fn note(

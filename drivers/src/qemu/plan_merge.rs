@@ -7,6 +7,7 @@ use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::layer::{DiskLayers, Layer, Role};
 use snaptree_engine::operation::{Code, Failure, Poison, Reversal};
 use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
+use snaptree_engine::reconcile::space;
 use snaptree_engine::{DiskName, LayerId};
 
 use super::config::PathWish;
@@ -63,7 +64,7 @@ impl Planner<'_> {
         self.push(name, Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
         self.drop_step(drop)?;
         self.costs.bytes_moved = plan.bytes_moved;
-        self.costs.peak_space_bytes = plan.bytes_moved;
+        self.costs.peak_space_bytes = space::growth_bytes(&plan.actions, &self.state.layers, self.seen);
         Ok(())
     }
 
@@ -275,6 +276,11 @@ impl Planner<'_> {
         self.push("clean", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Clean(clean))
     }
 
+    /// Whether the lowest layer is built upon a file that is not a layer.
+    fn has_base(&self, lowest: Option<&Layer>) -> bool {
+        lowest.is_some_and(|layer| self.detail.backing.contains_key(&layer.file))
+    }
+
     /// What is put at a registered path: the layer itself where it stands alone, else a flat copy.
     fn placed(&mut self, disk: &DiskName, layers: &DiskLayers) -> Result<Option<Placed>, Failure> {
         let (Some((_, active)), Some(paths)) = (layers.active_layer(), self.config.disks.get(disk)) else {
@@ -305,9 +311,13 @@ impl Planner<'_> {
         let into = self.config.layers.join(format!("{disk}-{}.flat", self.operation));
         let allocated = layers.layers.values().filter_map(|layer| self.seen.files.get(&layer.file));
         let moved: u64 = allocated.map(|facts| facts.allocated_bytes).sum();
+        let full = space::full_bytes(facts.virtual_size_bytes);
+        // What lies in a base that is copied, too, is not known.
+        let is_copied_whole = own_backing.is_none() && self.has_base(lowest);
+        let copied = if is_copied_whole { full } else { moved.min(full) };
         self.costs.bytes_moved = self.costs.bytes_moved.saturating_add(moved);
         self.costs.bytes_freed = self.costs.bytes_freed.saturating_add(moved);
-        self.costs.peak_space_bytes = self.costs.peak_space_bytes.saturating_add(moved);
+        self.costs.peak_space_bytes = self.costs.peak_space_bytes.saturating_add(copied);
         let step = Flatten {
             disk: disk.clone(),
             layers: self.config.layers.clone(),

@@ -94,6 +94,7 @@ impl Host for Machine {
             unreadable: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
             generation: None,
+            room: None,
             snapshots: snapshots.collect(),
             current: machine.current.map(|current| current.to_string()),
             detail: json(&detail)?,

@@ -287,12 +287,16 @@ impl Lab {
     /// The first merge that can be done.
     pub async fn next_merge(&self) -> Option<MergePlan> {
         let seen = self.observe().await;
-        verdicts(&self.state, &seen, MergePolicy { copy_bytes_max: u64::MAX, put_off: PutOff::Take })
-            .into_iter()
-            .find_map(|verdict| match verdict {
-                Verdict::Merge(plan) => Some(plan),
-                Verdict::Defer { .. } => None,
-            })
+        verdicts(
+            &self.state,
+            &seen,
+            MergePolicy { copy_bytes_max: u64::MAX, put_off: PutOff::Take, margin_bytes: 0 },
+        )
+        .into_iter()
+        .find_map(|verdict| match verdict {
+            Verdict::Merge(plan) => Some(plan),
+            Verdict::Defer { .. } => None,
+        })
     }
 
     /// Merges until nothing is left to do; says what was done.

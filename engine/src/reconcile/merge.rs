@@ -7,6 +7,7 @@
 //!                      what a running machine writes is pulled into where that is possible
 //!  several             pull into each, if the copies are within the limit; else it stays, with the reason
 //! ```
+//! What the file system has no [room](crate::reconcile::space) for stays, too.
 //!
 //! Two rules are older than any wish for speed. What a layer with dependants reads as never changes, except by the
 //! push of its only dependant into it. The registered image is never unlinked, so a tombstone in it can only take
@@ -23,6 +24,7 @@ use crate::event::MergeWish;
 use crate::ids::{DiskName, LayerId, SnapshotId};
 use crate::layer::{DiskLayers, Layer, Role};
 use crate::project::DomainState;
+use crate::reconcile::space;
 
 /// How much may be copied when a tombstone has several dependants; the setting `merge.copy-max`.
 pub const COPY_BYTES_MAX_DEFAULT: u64 = 4 << 30;
@@ -96,6 +98,8 @@ pub struct MergePolicy {
     pub copy_bytes_max: u64,
     /// What to do with those that were put off.
     pub put_off: PutOff,
+    /// How much of the file system stays free.
+    pub margin_bytes: u64,
 }
 
 /// What to do with tombstones whose merge was put off with `--defer`.
@@ -122,6 +126,16 @@ impl Verdict {
 /// Only the first [`Verdict::Merge`] may be carried out; it changes the graph, and the others are to be asked for
 /// again.
 pub fn verdicts(state: &DomainState, observation: &Observation, policy: MergePolicy) -> Vec<Verdict> {
+    let found = verdicts_given_room(state, observation, policy);
+    space::within_room(found, state, observation, policy.margin_bytes)
+}
+
+/// The verdicts, as if no file system could be full.
+pub(super) fn verdicts_given_room(
+    state: &DomainState,
+    observation: &Observation,
+    policy: MergePolicy,
+) -> Vec<Verdict> {
     let planner = Planner { state, observation, policy };
     let mut found = Vec::new();
     let mut done = BTreeSet::new();

@@ -9,4 +9,5 @@ mod lookout;
 pub mod merge;
 pub mod recovery;
 mod restore;
+pub mod space;
 pub mod worker;

@@ -24,10 +24,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::command::reject;
-use crate::driver::{CallOff, Driver, DriverError, Head, Observation, StepContext, StepReport, Watch};
+use crate::driver::{CallOff, Driver, DriverError, Head, Observation, Plan, StepContext, StepReport, Watch};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
-    Actor, Envelope, Event, HowFinished, OperationExpired, OperationFailed, OperationPlanned,
+    Actor, Envelope, Event, HowFinished, MergeWish, OperationExpired, OperationFailed, OperationPlanned,
     OperationStepFinished, OperationStepStarted, OperationUndoStarted,
 };
 use crate::ids::{OperationId, StreamId};
@@ -39,6 +39,7 @@ use crate::project::DomainState;
 use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::connection::was_not_asked;
 use crate::reconcile::merge::{MergePolicy, PutOff};
+use crate::reconcile::space;
 
 use outcome::deferrals;
 
@@ -111,8 +112,7 @@ impl<'a> Worker<'a> {
         let driver = engine.driver_of(&state)?;
         let domain = state.domain.as_ref().map(|domain| domain.id);
         let domain = domain.ok_or_else(|| reject(Code::NotFound, "the domain is not registered"))?;
-        let policy =
-            MergePolicy { copy_bytes_max: engine.settings.merge_copy_bytes_max, put_off: PutOff::Leave };
+        let policy = engine.settings.merge_policy();
         Ok(Self {
             engine,
             requester,
@@ -265,7 +265,10 @@ impl<'a> Worker<'a> {
             return self.end(operation, vec![OperationExpired { failure }.into()]).await;
         }
         let planned = match seen {
-            Ok(seen) => self.driver.plan(operation.id, &operation.request, &self.state, &seen),
+            Ok(seen) => self
+                .driver
+                .plan(operation.id, &operation.request, &self.state, &seen)
+                .and_then(|plan| self.check_room(operation, &seen, plan)),
             Err(error) if was_not_asked(&error) => return Ok(Pass::On(Hand::Found)),
             Err(error) => {
                 tracing::debug!(%error, "the hypervisor could not be asked");
@@ -292,6 +295,18 @@ impl<'a> Worker<'a> {
         let mut events = vec![OperationFailed { failure: failure.clone().refused() }.into()];
         events.extend(deferrals(operation, &failure));
         self.end(operation, events).await
+    }
+
+    /// The plan, if there is room for it, and for the merges that are to follow at once.
+    fn check_room(&self, operation: &Operation, seen: &Observation, plan: Plan) -> Result<Plan, Failure> {
+        space::check_plan(&operation.request, &plan, seen, self.policy.margin_bytes)?;
+        if let Request::Delete(delete) = &operation.request
+            && delete.merge == MergeWish::Now
+        {
+            let deleted = (&operation.actor, self.engine.clock.now());
+            space::foresee(&self.state, delete, deleted, seen, self.policy)?;
+        }
+        Ok(plan)
     }
 
     /// Reads what is there; what somebody else did is taken over first, so that nothing is planned upon a wrong tree.

@@ -229,7 +229,7 @@ impl Switch {
             check_name(base, &push.into_file)?;
             set_mode(&push.into_file, push.into_mode)?;
             monitor
-                .commit(&job.id, &root.node, None, (&base.node, &push.into_file), work.speed_bytes)
+                .commit(&job.id, &root.node, None, (&base.node, &push.into_file), work.img.speed_bytes)
                 .await?;
             work.reached("qemu.live.commit.started");
         }

@@ -185,7 +185,7 @@ impl Pull {
                 let onto = onto.ok_or_else(|| not_open(&self.onto_file))?;
                 set_mode(&self.file, self.mode)?;
                 let base = (onto.node.as_str(), self.onto_file.as_path());
-                monitor.stream(&job.id, &node.node, base, work.speed_bytes).await?;
+                monitor.stream(&job.id, &node.node, base, work.img.speed_bytes).await?;
             }
             work.reached("qemu.live.pull.started");
             job.finish(monitor, work, &[&node.node]).await?;
@@ -246,7 +246,9 @@ impl Push {
                     self.open_for_headers(work, Under::Guest)?;
                     set_mode(&self.into_file, self.into_mode)?;
                     let base = (base.node.as_str(), self.into_file.as_path());
-                    monitor.commit(&job.id, &nodes[0].node, Some(&from.node), base, work.speed_bytes).await?;
+                    monitor
+                        .commit(&job.id, &nodes[0].node, Some(&from.node), base, work.img.speed_bytes)
+                        .await?;
                 }
                 work.reached("qemu.live.push.started");
                 job.finish(monitor, work, &[&base.node, &above]).await?;

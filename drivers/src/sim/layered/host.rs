@@ -78,6 +78,7 @@ impl Host for Layered {
             unreadable: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
             generation: None,
+            room: None,
             snapshots: Vec::new(),
             current: None,
             detail: json(&Detail::Missing)?,

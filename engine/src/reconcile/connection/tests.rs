@@ -123,6 +123,7 @@ impl Driver for Flaky {
             unreadable: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
             generation: None,
+            room: None,
             snapshots: Vec::new(),
             current: None,
             detail: serde_json::Value::Null,
