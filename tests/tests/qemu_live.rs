@@ -6,10 +6,12 @@
 #![allow(clippy::expect_used, reason = "a test")]
 
 use std::collections::BTreeSet;
+use std::process::Stdio;
 
 use snaptree_tests::alive::Alive;
+use snaptree_tests::images::tool;
 use snaptree_tests::random::Random;
-use snaptree_tests::running::Way;
+use snaptree_tests::running::{Way, wait_until};
 
 /// More snapshots than this are not made, so that a run stays short.
 const SNAPSHOTS_MAX: usize = 12;
@@ -197,4 +199,38 @@ fn under_an_attached_machine_every_snapshot_stays_what_it_was() {
 fn under_a_machine_with_commands_every_snapshot_stays_what_it_was() {
     let counts = random_operations(Way::Commands, 40);
     assert!(counts.live_merges > 0 && counts.reverts > 0, "the run exercised too little: {counts:?}");
+}
+
+/// Ctrl-C does not wait for a merge that takes hours: QEMU's job is ended, and the merge is done another time.
+#[test]
+fn a_merge_under_the_guest_is_called_off_while_qemu_is_at_it() {
+    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+    let mut alive = Alive::new(folder.path(), Way::Managed);
+    alive.running.start();
+    alive.create("a");
+    alive.running.wait_for_rounds(30);
+    alive.create("b");
+    let settings = "[qemu]\njob-speed = \"64 KiB/s\"\n";
+    let slow = alive.running.program.with_settings(&folder.path().join("slow"), settings);
+    let trace = folder.path().join("trace");
+    let mut command = slow.with_fault(&format!("trace={}", trace.display())).command(&["delete", "web", "b"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    wait_until("QEMU merges", || {
+        std::fs::read_to_string(&trace).is_ok_and(|reached| reached.contains("qemu.live.pull.started"))
+    });
+    tool("kill", &["-INT", &child.id().to_string()]);
+    let ended = child.wait_with_output().expect("it ends");
+    alive.model.delete("b");
+    let reached = std::fs::read_to_string(&trace).expect("the trace");
+    assert!(!reached.contains("qemu.live.pull.done"), "it was merged all the same: {ended:?}");
+    let operations = alive.running.program.json(0, &["op", "list"]);
+    let merge =
+        operations["operations"].as_array().expect("operations").iter().find(|op| op["kind"] == "merge");
+    assert_eq!(merge.expect("a merge")["outcome"], "cancelled", "{operations}");
+    alive.check("called off");
+    alive.expect_alive("it was called off");
+
+    let merged = alive.running.program.json(0, &["reconcile", "web"]);
+    assert!(merged.to_string().contains("succeeded"), "{merged}");
+    alive.check("merged later");
 }
