@@ -386,7 +386,7 @@ pub struct StepContext<'a> {
 
 /// Tells a step that takes long that it was called off, and may stop for that.
 ///
-/// A driver that stops fails with [`ErrorClass::Unknown`] and [`Code::Cancelled`]; the engine then takes the step back.
+/// A driver that stops fails with [`ErrorClass::Permanent`] and [`Code::Cancelled`]; the engine then takes the step back.
 /// The default is never called off.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CallOff<'a>(Option<(&'a Stop, OperationId)>);

@@ -47,7 +47,7 @@ impl JobWork {
             let job = monitor.job(&self.id).await?.ok_or_else(|| self.gone())?;
             work.context.progress.step_progress(job.done, job.total.max(1));
             if work.context.call_off.is_asked() {
-                return Err(DriverError::unknown(Code::Cancelled, "it was called off while QEMU merged"));
+                return Err(DriverError::permanent(Code::Cancelled, "it was called off while QEMU merged"));
             }
             match job.status.as_str() {
                 "concluded" => return self.concluded(monitor, &job).await,

@@ -102,8 +102,13 @@ impl Worker<'_> {
         operation: &Operation,
         index: usize,
         step: &Step,
-        error: DriverError,
+        mut error: DriverError,
     ) -> Result<Pass, EngineError> {
+        if error.failure.code == Code::Cancelled
+            && let Some(failure) = self.called_off(operation)
+        {
+            error.failure = failure;
+        }
         tracing::debug!(step = step.name, error = &error as &dyn std::error::Error, "a step failed");
         let may_retry = match error.class {
             ErrorClass::Transient => operation.attempts + 1 < self.engine.settings.attempts_max,
