@@ -379,6 +379,22 @@ fn a_merge_needs_room_beyond_the_margin() {
     }
 }
 
+/// s1 <- s2 <- active, s2 deleted; with 40 blocks a layer is full.
+#[test]
+fn a_layer_that_is_full_cannot_grow() {
+    for (of_tombstone, of_dependant, merges) in [(8, 8, false), (40, 8, true), (8, 40, true)] {
+        let mut model = Model::new();
+        model.create();
+        (0..of_tombstone).for_each(|block| model.apply(&Act::Write(block)));
+        model.create();
+        (0..of_dependant).for_each(|block| model.apply(&Act::Write(block)));
+        model.apply(&Act::Delete(1));
+        model.room = Some(Room { folder: "/l".into(), free_bytes: 0 });
+        let found = model.verdicts();
+        assert_eq!(matches!(found.as_slice(), [Verdict::Merge(_)]), merges, "{found:?}");
+    }
+}
+
 /// s1 <- s2, the machine stands on s1: what is in s2 is only unlinked.
 #[test]
 fn what_is_only_unlinked_needs_no_room() {

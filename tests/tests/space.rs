@@ -15,6 +15,7 @@ use serde_json::Value;
 use snaptree_tests::alive::Alive;
 use snaptree_tests::images::{text, tool};
 use snaptree_tests::lab::{DISKS, Lab};
+use snaptree_tests::program::Program;
 use snaptree_tests::running::{Running, Way, wait_until};
 use snaptree_tests::scenarios::{branched, chain, snapshot};
 use snaptree_tests::small::SmallDisk;
@@ -33,18 +34,24 @@ struct Tight {
 
 impl Tight {
     fn new(margin: &str) -> Self {
+        Self::with_settings(&format!("[space]\nmargin = \"{margin}\"\n"))
+    }
+
+    fn with_settings(settings: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let small = SmallDisk::mount(&folder.path().join("images"), "24M");
         let lab = Lab::with_state(small.path(), &folder.path().join("state"), ONE_DISK);
         let mut tight = Self { folder, small, lab };
-        tight.margin(margin);
+        tight.set(settings);
         tight
     }
 
+    fn set(&mut self, settings: &str) {
+        self.lab.program = self.lab.program.with_settings(&self.folder.path().join("settings"), settings);
+    }
+
     fn margin(&mut self, margin: &str) {
-        let settings = format!("[space]\nmargin = \"{margin}\"\n");
-        let program = &self.lab.program;
-        self.lab.program = program.with_settings(&self.folder.path().join("settings"), &settings);
+        self.set(&format!("[space]\nmargin = \"{margin}\"\n"));
     }
 
     fn listed(&self, name: &str) -> Value {
@@ -257,6 +264,20 @@ fn a_push_by_qemu_img_goes_no_faster_than_job_speed() {
 /// A daemon, ended when dropped.
 struct Daemon(Child);
 
+impl Daemon {
+    /// Starts one, with a connection to it.
+    fn start(program: &Program) -> (Self, UnixStream) {
+        let socket = program.state.join("snaptree.sock");
+        let daemon = Self(program.command(&["serve"]).spawn().expect("it starts"));
+        let mut stream = None;
+        wait_until("the daemon listens", || {
+            stream = UnixStream::connect(&socket).ok();
+            stream.is_some()
+        });
+        (daemon, stream.expect("a connection"))
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         tool("kill", &[&self.0.id().to_string()]);
@@ -266,20 +287,30 @@ impl Drop for Daemon {
 
 /// Lets a daemon look at the tombstones of `web`, and returns all that it tells of it.
 fn reconcile_by_daemon(running: &Running) -> Vec<Value> {
-    let socket = running.program.state.join("snaptree.sock");
-    let _daemon = Daemon(running.program.command(&["serve"]).spawn().expect("it starts"));
-    let mut stream = None;
-    wait_until("the daemon listens", || {
-        stream = UnixStream::connect(&socket).ok();
-        stream.is_some()
-    });
-    let mut stream = stream.expect("a connection");
+    let (_daemon, mut stream) = Daemon::start(&running.program);
     let request = "POST /v1/domains/web/reconcile HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n";
     stream.write_all(request.as_bytes()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");
     let body = answer.split_once("\r\n\r\n").expect("an answer").1;
     body.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+#[test]
+fn the_daemon_merges_once_there_is_room_and_nobody_has_to_ask() {
+    let mut tight = Tight::with_settings("[space]\nmargin = \"2 MiB\"\n[drift]\nevery = \"200ms\"\n");
+    branched(&mut tight.lab);
+    tight.small.fill(2 * MIB + (64 << 10));
+    let (_daemon, _connection) = Daemon::start(&tight.lab.program);
+    let done = tight.lab.program.json(0, &["delete", "web", "b"]);
+    tight.lab.model.delete("b");
+    assert_eq!(done["merges"][0]["outcome"], "deferred", "{done}");
+    tight.small.empty();
+    wait_until("it is merged", || {
+        let listed = tight.lab.program.json(0, &["list", "web", "--all"]);
+        listed["snapshots"].as_array().is_some_and(|snapshots| snapshots.len() == 3)
+    });
+    tight.lab.check("merged by the daemon");
 }
 
 #[test]

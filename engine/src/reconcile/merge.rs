@@ -73,7 +73,7 @@ pub struct MergePlan {
     pub actions: Vec<MergeAction>,
     /// Bytes that have to be copied, at most.
     pub bytes_moved: u64,
-    /// Bytes that are free again afterwards, at least none.
+    /// Bytes that the files which are unlinked occupy. What was copied takes some of them again.
     pub bytes_freed: u64,
 }
 

@@ -30,7 +30,7 @@ const TABLES_BYTES: u64 = 1 << 20;
 /// Why there is not room for `needed_bytes` more, of which `margin_bytes` stay free; none if there is, or if nobody
 /// knows how much there is. What needs nothing always fits.
 pub(super) fn shortage(needed_bytes: u64, seen: &Observation, margin_bytes: u64) -> Option<String> {
-    let room = seen.room.as_ref().filter(|_| needed_bytes > 0)?;
+    let room = seen.room.as_ref()?;
     if needed_bytes <= room.free_bytes.saturating_sub(margin_bytes) {
         return None;
     }
