@@ -56,6 +56,15 @@ impl Daemon {
         self.0.wait().expect("it ends");
     }
 
+    /// Waits until a fault that it was started with has killed it.
+    ///
+    /// # Panics
+    /// It ends otherwise.
+    pub fn dies(mut self) {
+        let status = self.0.wait().expect("it ends");
+        assert_eq!(status.code(), None, "it was not killed: {status}");
+    }
+
     /// Tells it to end, and waits until it has.
     ///
     /// # Panics

@@ -24,8 +24,14 @@ const POLICY: &str =
 /// How many snapshots the policy keeps.
 const KEPT: usize = 3;
 const KILLS: usize = 10;
-/// How long an operation may go on that is seen, before the daemon is killed: its steps take some tens of milliseconds.
-const INTO_IT_MS: usize = 150;
+/// Every other kill is at one of these, on its first, second or third reach.
+const PLACES: [&str; 5] = [
+    "qemu.switch.begin",
+    "qemu.switch.prepared",
+    "qemu.switch.locked",
+    "qemu.switch.renamed",
+    "qemu.switch.done",
+];
 /// A daemon that does nothing for so long has a fault.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -118,19 +124,21 @@ impl Run {
         }
     }
 
-    /// Returns when an operation is under way, and has been for a moment.
-    fn get_into_an_operation(&mut self, log: &Log) {
-        let until = Instant::now() + PATIENCE;
-        while self.open() == 0 {
-            assert!(Instant::now() < until, "nothing was under way within {PATIENCE:?}");
-        }
-        let moment = Duration::from_millis(self.random.below(INTO_IT_MS) as u64);
-        let until = Instant::now() + moment;
-        while log.next_until(until).is_some() {}
+    /// The next daemon is killed in the middle of an operation.
+    fn kill_in_an_operation(&mut self, daemon: Daemon) -> Daemon {
+        daemon.end();
+        let place = *self.random.pick(&PLACES);
+        let reach = 1 + self.random.below(3);
+        Daemon::start(&self.lab.program.with_fault(&format!("{place}@{reach}=kill"))).dies();
+        self.note_the_kill()
     }
 
     fn kill(&mut self, daemon: Daemon) -> Daemon {
         daemon.kill();
+        self.note_the_kill()
+    }
+
+    fn note_the_kill(&mut self) -> Daemon {
         self.kills += 1;
         self.killed_at_work += usize::from(self.open() > 0);
         Daemon::start(&self.lab.program)
@@ -188,10 +196,7 @@ fn killed_ten_times_a_policy_of_seconds_runs_once_per_instant_and_keeps_what_was
     let begin = Instant::now();
     for (number, moment) in moments(&mut run.random, whole).into_iter().enumerate() {
         run.live(&daemon, &log, begin + moment);
-        if number % 2 == 1 {
-            run.get_into_an_operation(&log);
-        }
-        daemon = run.kill(daemon);
+        daemon = if number % 2 == 0 { run.kill(daemon) } else { run.kill_in_an_operation(daemon) };
     }
     run.live(&daemon, &log, begin + whole);
     // One more run with its retention, which nothing cuts short; then no more.
@@ -223,7 +228,7 @@ fn run_now(program: &Program) -> String {
 fn check(run: &mut Run, last: &str, seed: u64) {
     let program = run.lab.program.clone();
     assert_eq!(run.kills, KILLS);
-    assert!(run.killed_at_work > 0, "no operation was cut short");
+    assert!(run.killed_at_work >= KILLS / 2, "only {} operations were cut short", run.killed_at_work);
     assert_eq!(program.json(0, &["recover"])["operations"], json!([]), "nothing was left open");
     assert_eq!(program.json(0, &["audit", "verify"])["ok"], true);
     let drift = program.json(0, &["drift"]);
