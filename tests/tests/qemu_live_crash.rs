@@ -229,13 +229,13 @@ impl Stage {
         });
         signal(child.id(), "CONT");
         child.wait().expect("it ended");
-        if self.alive.running.pid() == Some(qemu) {
-            // strace lets go of whom it traces when it is told to end.
-            signal(tracer.id(), "TERM");
-            tracer.wait().expect("it ended");
+        let lives = self.alive.running.pid() == Some(qemu);
+        // strace lets go of whom it traces when it is told to end; over a dead one it may wait for ever.
+        signal(tracer.id(), if lives { "TERM" } else { "KILL" });
+        wait_until("strace is gone", || tracer.try_wait().expect("it is ours").is_some());
+        if lives {
             return None;
         }
-        tracer.wait().expect("it ended");
         killed.counters = self.alive.running.counters();
         Some(killed)
     }
