@@ -16,6 +16,7 @@ mod silence;
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(super) use silence::Silence;
@@ -24,6 +25,13 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
+
+/// Ids are no other client's, lest the answer to one of its commands is taken for ours.
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+/// How many commands of one process have ids of their own.
+const ID_BITS: u32 = 32;
+/// Most messages before the greeting.
+const STRAYS_MAX: usize = 64;
 
 /// How much is read at once.
 const CHUNK_BYTES: usize = 16 << 10;
@@ -120,7 +128,6 @@ pub(super) struct Qmp {
     limits: Limits,
     partial: Vec<u8>,
     events: VecDeque<Value>,
-    next_id: u64,
 }
 
 impl Qmp {
@@ -138,19 +145,29 @@ impl Qmp {
                 });
             }
         };
-        let mut qmp =
-            Self { socket: path(), stream, limits, partial: Vec::new(), events: VecDeque::new(), next_id: 0 };
+        let mut qmp = Self { socket: path(), stream, limits, partial: Vec::new(), events: VecDeque::new() };
         let until = Instant::now() + Duration::from_millis(limits.greeting_ms);
-        match timeout_at(until, qmp.read()).await {
+        match timeout_at(until, qmp.greeting()).await {
             Err(_) => return Err(QmpError::Silent { socket: path(), why: Silence::of(socket) }),
-            Ok(greeting) => {
-                if greeting?.get("QMP").is_none() {
-                    return Err(qmp.malformed("no greeting"));
-                }
-            }
+            Ok(greeting) => greeting?,
         }
         qmp.execute("qmp_capabilities", Value::Null).await?;
         Ok(qmp)
+    }
+
+    /// Reads up to the greeting. The answer to a command of the client before may come first.
+    async fn greeting(&mut self) -> Result<(), QmpError> {
+        for _ in 0..STRAYS_MAX {
+            let message = self.read().await?;
+            if message.get("QMP").is_some() {
+                return Ok(());
+            }
+            if !["return", "error", "event"].iter().any(|key| message.get(key).is_some()) {
+                break;
+            }
+            tracing::debug!(%message, "meant for the client before");
+        }
+        Err(self.malformed("no greeting"))
     }
 
     /// Executes a command within the usual time; `Null` arguments are none.
@@ -169,8 +186,7 @@ impl Qmp {
         arguments: Value,
         wait_ms: u64,
     ) -> Result<Value, QmpError> {
-        self.next_id += 1;
-        let id = self.next_id;
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed) + (u64::from(std::process::id()) << ID_BITS);
         let mut message = json!({ "execute": command, "id": id });
         if !arguments.is_null() {
             message["arguments"] = arguments;

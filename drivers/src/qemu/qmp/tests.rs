@@ -42,9 +42,14 @@ async fn connected() -> (Qmp, Peer) {
     let listener = UnixListener::bind(&socket).unwrap();
     let (qmp, peer) = tokio::join!(Qmp::connect(&socket, LIMITS), async {
         let mut peer = Peer(BufReader::new(listener.accept().await.unwrap().0));
+        // What was meant for the client before.
+        peer.say("{\"return\": {\"status\": \"running\"}, \"id\": 1}\r\n").await;
         peer.say(GREETING).await;
-        assert_eq!(peer.hear().await["execute"], "qmp_capabilities");
-        peer.say("{\"return\": {}, \"id\": 1}\r\n").await;
+        let mut heard = peer.hear().await;
+        assert_eq!(heard["execute"], "qmp_capabilities");
+        let id = heard["id"].take();
+        peer.say("{\"error\": {\"desc\": \"of the client before\"}, \"id\": 1}\r\n").await;
+        peer.say(&format!("{}\r\n", json!({ "return": {}, "id": id }))).await;
         peer
     });
     (qmp.unwrap(), peer)
