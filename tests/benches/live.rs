@@ -150,7 +150,7 @@ fn longest_step(program: &Program) -> Duration {
     let mut longest = Duration::ZERO;
     for line in log.lines() {
         let event: Value = serde_json::from_str(line).expect("JSON");
-        let time: Timestamp = event["time"].as_str().and_then(|time| time.parse().ok()).expect("a time");
+        let time: Timestamp = event["at"].as_str().and_then(|time| time.parse().ok()).expect("a time");
         let step = (event["operation"].to_string(), event["data"]["step"].to_string());
         match event["kind"].as_str() {
             Some("Operation.StepStarted") => {
