@@ -32,6 +32,8 @@ struct Run {
     way: Way,
     random: Random,
     named: usize,
+    /// The snapshots that were taken while the machine was off.
+    taken_off: BTreeSet<String>,
     counts: Counts,
 }
 
@@ -68,6 +70,8 @@ impl Run {
         if self.runs() {
             let rounds = u32::try_from(self.random.below(12)).expect("a small number");
             self.alive.running.wait_for_rounds(rounds);
+        } else {
+            self.taken_off.insert(name.clone());
         }
         self.alive.create(&name);
         self.counts.creates += 1;
@@ -90,7 +94,10 @@ impl Run {
         if by_hand {
             self.alive.running.start_by_hand();
         }
-        if by_hand || ran {
+        // A managed machine gets the state that the snapshot has.
+        if self.way == Way::Managed && self.taken_off.contains(&name) {
+            assert!(!self.runs(), "{name} is of a machine that was off");
+        } else if by_hand || ran {
             self.alive.expect_booted_from(&name);
         }
         format!("revert {name}")
@@ -164,7 +171,14 @@ fn random_operations(way: Way, operations: u64) -> Counts {
     let mut alive = Alive::new(folder.path(), way);
     alive.running.start();
     alive.running.wait_for_rounds(2);
-    let mut run = Run { alive, way, random: Random::new(seed), named: 0, counts: Counts::default() };
+    let mut run = Run {
+        alive,
+        way,
+        random: Random::new(seed),
+        named: 0,
+        taken_off: BTreeSet::new(),
+        counts: Counts::default(),
+    };
     for number in 0..operations {
         let what = format!("seed {seed}, operation {number}: {}", run.act());
         println!("{what}");
