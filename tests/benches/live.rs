@@ -100,25 +100,26 @@ impl Drop for Bare {
     }
 }
 
-/// Bare block-stream of the middle of three layers.
-fn bare_stream(folder: &Path, mib: usize) -> (Duration, Duration) {
+/// Three layers with the data in the middle one, and a QEMU on the highest: the lower two, and QEMU.
+fn bare_layers(folder: &Path, mib: usize) -> ([PathBuf; 2], Bare) {
     let [low, middle, high] = ["low", "middle", "high"].map(|name| folder.join(name));
     layer(&low, None);
     layer(&middle, Some(&low));
     fill(&middle, "0", mib);
     layer(&high, Some(&middle));
-    let mut bare = Bare::start(folder, &high);
+    let bare = Bare::start(folder, &high);
+    ([low, middle], bare)
+}
+
+/// Bare block-stream of the middle of three layers.
+fn bare_stream(folder: &Path, mib: usize) -> (Duration, Duration) {
+    let ([low, _], mut bare) = bare_layers(folder, mib);
     bare.job("block-stream", json!({ "job-id": "pull", "device": "vda", "base": text(&low) }))
 }
 
 /// Bare block-commit of the middle of three layers.
 fn bare_commit(folder: &Path, mib: usize) -> (Duration, Duration) {
-    let [low, middle, high] = ["low", "middle", "high"].map(|name| folder.join(name));
-    layer(&low, None);
-    layer(&middle, Some(&low));
-    fill(&middle, "0", mib);
-    layer(&high, Some(&middle));
-    let mut bare = Bare::start(folder, &high);
+    let ([low, middle], mut bare) = bare_layers(folder, mib);
     let arguments = json!({ "job-id": "push", "device": "vda", "top": text(&middle), "base": text(&low) });
     bare.job("block-commit", arguments)
 }

@@ -69,8 +69,24 @@ impl Daemon {
     ///
     /// # Panics
     /// It fails.
-    pub fn end(mut self) {
+    pub fn end(self) {
+        self.tell_to_end();
+        self.ends();
+    }
+
+    /// Tells it to end.
+    ///
+    /// # Panics
+    /// It has ended.
+    pub fn tell_to_end(&self) {
         self.signal("TERM");
+    }
+
+    /// Waits until it has ended as it was told to.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn ends(mut self) {
         assert!(self.0.wait().expect("it ends").success(), "it failed");
     }
 

@@ -1,5 +1,7 @@
 //! A small seeded generator, so that a printed seed repeats a run on any version of any crate.
 
+use uuid::Uuid;
+
 /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
@@ -34,6 +36,12 @@ impl Random {
     /// There is none.
     pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
         &items[self.below(items.len())]
+    }
+
+    /// A version 7 UUID whose time is a counter: ids sort in the order in which they were asked for.
+    pub fn id(&mut self, count: u64) -> Uuid {
+        let random = u128::from(self.next_u64() >> 2);
+        Uuid::from_u128((u128::from(count) << 80) | (0x7 << 76) | (0b10 << 62) | random)
     }
 
     /// True in `percent` of 100 cases.

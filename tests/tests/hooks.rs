@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
+use snaptree_tests::daemon::Daemon;
 use snaptree_tests::images::tool;
 use snaptree_tests::program::{Program, wait_until_stopped};
 
@@ -90,19 +91,6 @@ fn hooks(run: &Value) -> Vec<(String, Option<String>)> {
 
 fn both(before: &str, after: &str) -> Vec<(String, Option<String>)> {
     vec![("before".to_owned(), Some(before.to_owned())), ("after".to_owned(), Some(after.to_owned()))]
-}
-
-fn daemon(program: &Program) -> Child {
-    let mut child =
-        program.command(&["serve"]).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it starts");
-    let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
-    let mut line = String::new();
-    while !line.contains("listening") {
-        line.clear();
-        assert_ne!(log.read_line(&mut line).expect("its log"), 0, "it ended before it listened");
-    }
-    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-    child
 }
 
 fn signal(child: &Child, signal: &str) {
@@ -294,7 +282,7 @@ fn a_daemon_that_is_told_to_end_between_the_hooks_runs_the_one_after_first() {
         lab.hook("before", "echo x > \"$DIR\"begun; read line < \"$DIR\"go; echo before >> \"$LOG\"", "");
     let after = lab.hook("after", "echo after >> \"$LOG\"", "");
     lab.set(&format!("{before}{after}"));
-    let mut daemon = daemon(&lab.program);
+    let daemon = Daemon::start(&lab.program);
     let mut run = lab
         .program
         .command(&["policy", "run", "p"])
@@ -303,9 +291,9 @@ fn a_daemon_that_is_told_to_end_between_the_hooks_runs_the_one_after_first() {
         .spawn()
         .expect("it starts");
     fs::read(&begun).expect("the hook is at work");
-    signal(&daemon, "TERM");
+    daemon.tell_to_end();
     fs::write(&go, "x\n").expect("the hook reads");
-    assert!(daemon.wait().expect("it ends").success());
+    daemon.ends();
     run.wait().expect("it ends");
     assert_eq!(lab.log(), ["before", "after"]);
     assert_eq!(lab.run()["outcome"], "succeeded");
@@ -370,7 +358,7 @@ fn a_webhook_is_told_again_after_an_error_that_may_pass() {
         FAILING,
         &format!("[notify]\nwebhook = \"http://127.0.0.1:{port}/told\"\non = [\"failure\"]\n"),
     );
-    let mut daemon = daemon(&lab.program);
+    let daemon = Daemon::start(&lab.program);
     let all: Vec<(String, Value)> = ["503 Busy", "500 Oh", "204 Fine", "204 Fine"]
         .iter()
         .map(|answer| serve_one(&listener, answer))
@@ -386,8 +374,7 @@ fn a_webhook_is_told_again_after_an_error_that_may_pass() {
     let suspended = all.iter().filter(|(_, told)| told["suspended"] == true).count();
     assert_eq!(failed + suspended, 4, "{messages:?}");
     assert!(failed >= 1 && suspended >= 1, "{messages:?}");
-    daemon.kill().expect("it lives");
-    daemon.wait().expect("it ends");
+    daemon.kill();
 }
 
 #[test]

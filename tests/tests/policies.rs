@@ -4,9 +4,7 @@
 #![allow(clippy::expect_used, reason = "these are tests")]
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +26,7 @@ use snaptree_policies::runner::{
     Book, Entry, Firing, Notable, Scheduler, chosen, define, fire, plan_of, resume,
 };
 use snaptree_store::{LockWait, Store};
+use snaptree_tests::daemon::Daemon;
 use snaptree_tests::images::tool;
 use snaptree_tests::program::Program;
 
@@ -486,36 +485,6 @@ fn the_commands_on_policies_give_the_documented_json() {
     ]}, {
         insta::assert_snapshot!(text);
     });
-}
-
-/// A daemon that listens; it is told to end when this is dropped.
-struct Daemon(std::process::Child);
-
-impl Daemon {
-    fn start(program: &Program) -> Self {
-        let mut child = program
-            .command(&["serve"])
-            .stderr(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("it starts");
-        let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
-        let mut line = String::new();
-        while !line.contains("listening") {
-            line.clear();
-            assert_ne!(log.read_line(&mut line).expect("its log"), 0, "it ended before it listened");
-        }
-        // What it says from here on is read by nobody, and must not block it.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-        Self(child)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

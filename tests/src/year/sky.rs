@@ -80,10 +80,8 @@ impl IdSource for Sky {
     fn next(&self) -> Uuid {
         let mut inner = self.inner();
         inner.ids += 1;
-        let (ids, random) = (inner.ids, inner.random.next_u64());
-        // A version 7 UUID whose time is a counter: ids sort in the order in which they were asked for.
-        let value = (u128::from(ids) << 80) | (0x7 << 76) | (0b10 << 62) | u128::from(random >> 2);
-        Uuid::from_u128(value)
+        let ids = inner.ids;
+        inner.random.id(ids)
     }
 }
 
