@@ -12,8 +12,8 @@ use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
 use snaptree_engine::event::{
-    Actor, DeleteScope, DeleteWhat, Event, MergeWish, OperationNeedsAttention, RequestTerms, SnapshotHeld,
-    UnregisterWish,
+    Actor, DeleteScope, DeleteWhat, Event, MemoryKind, MergeWish, OperationNeedsAttention, Place,
+    RequestTerms, SnapshotHeld, UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::reconcile::beside::Blocked;
