@@ -215,6 +215,9 @@ pub struct Observation {
     pub files: BTreeMap<PathBuf, FileFacts>,
     /// Files that are there and cannot be read as images, with the reason.
     pub unreadable: BTreeMap<PathBuf, String>,
+    /// The files of the log in which a machine's memory is kept, as far as they are there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub memory: BTreeMap<PathBuf, FileStamp>,
     /// Per file of ours: files that are built upon it and are not in the log.
     pub foreign_dependants: BTreeMap<PathBuf, Vec<PathBuf>>,
     /// The generation that is switched on.
@@ -267,6 +270,20 @@ pub struct Learnt {
     /// Files that are nobody's after the step.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left: BTreeSet<PathBuf>,
+    /// Why what was asked for has not come to be, though the step took effect and cannot be taken back: memory that
+    /// could not be kept after the disks were switched, or not be loaded. The operation fails with it at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<Failure>,
+}
+
+impl Learnt {
+    /// Adds what a later step learnt.
+    pub fn add(&mut self, later: Self) {
+        self.taken = later.taken.or(self.taken);
+        self.state = later.state.or(self.state);
+        self.left.extend(later.left);
+        self.failed = self.failed.take().or(later.failed);
+    }
 }
 
 /// What became of a step whose end is not known.

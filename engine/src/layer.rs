@@ -55,6 +55,27 @@ pub struct DiskLayers {
     pub layers: BTreeMap<LayerId, Layer>,
 }
 
+/// How the memory of a machine was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryWay {
+    /// The guest ran on while it was written.
+    Background,
+    /// The guest was stopped until it was written.
+    Stopped,
+}
+
+/// The memory of a machine at the moment of a snapshot, in a file of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryFile {
+    /// The file: absolute, resolved.
+    pub file: PathBuf,
+    /// The file as it was when it was whole.
+    pub stamp: FileStamp,
+    /// How it was taken.
+    pub way: MemoryWay,
+}
+
 /// What a layer stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -114,6 +135,9 @@ impl DiskLayers {
 pub struct LayerGraph {
     /// By target name.
     pub disks: BTreeMap<DiskName, DiskLayers>,
+    /// The machine's memory at the moment of a snapshot, where that is kept in a file of its own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub memory: BTreeMap<SnapshotId, MemoryFile>,
     /// The name of the generation folder that is switched on; none before the first adoption.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<String>,
@@ -127,7 +151,8 @@ impl LayerGraph {
 
     /// Every file that Snaptree answers for.
     pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
-        self.disks.values().flat_map(|disk| disk.layers.values().map(|layer| &layer.file))
+        let layers = self.disks.values().flat_map(|disk| disk.layers.values().map(|layer| &layer.file));
+        layers.chain(self.memory.values().map(|memory| &memory.file))
     }
 
     /// Applies one recorded change. Total: what names an unknown layer changes nothing.
@@ -166,6 +191,12 @@ impl LayerGraph {
                 if let Some(layer) = self.disk_mut(disk).layers.get_mut(layer) {
                     layer.stamp = Some(*stamp);
                 }
+            }
+            LayerChange::MemoryKept { snapshot, memory } => {
+                self.memory.insert(*snapshot, memory.clone());
+            }
+            LayerChange::MemoryDropped { snapshot } => {
+                self.memory.remove(snapshot);
             }
             LayerChange::Switched { generation } => self.generation.clone_from(generation),
         }
@@ -262,6 +293,18 @@ pub enum LayerChange {
         layer: LayerId,
         /// The file afterwards.
         stamp: FileStamp,
+    },
+    /// A snapshot's memory is in that file.
+    MemoryKept {
+        /// Whose memory it is.
+        snapshot: SnapshotId,
+        /// The file.
+        memory: MemoryFile,
+    },
+    /// The file of a snapshot's memory was unlinked.
+    MemoryDropped {
+        /// Whose memory it was.
+        snapshot: SnapshotId,
     },
     /// Another generation is switched on, or none any more.
     Switched {

@@ -11,7 +11,7 @@
 //!        |                                               v  |
 //!        |                                            Waiting(i)
 //!        |
-//!        +--Succeeded (after the last step)--> Ended(Succeeded)
+//!        +--Succeeded | Failed (after the last step)--> Ended(Succeeded | Failed)
 //!
 //!  Running(i) | Waiting(i) --UndoStarted(i)--> Undoing(i) --UndoFinished(i)--> Undone(i)
 //!  Ready(i)                --UndoStarted(i-1)--> Undoing(i-1)
@@ -29,6 +29,8 @@
 //!   it is resolved from an observation, never simply repeated.
 //! * `Waiting(i)`: the driver said that step `i` did not happen and may be tried again.
 //! * `Undone(i)`: step `i` and all after it are undone.
+//! * `Failed` after the last step: a step past the point of no return learnt that what was asked for cannot come to be
+//!   ([`Learnt::failed`](crate::driver::Learnt)), and the rest was brought to a sound end.
 //!
 //! Programs around it ([`around`](mod@crate::around)) change no phase: the one before runs while it is `Requested`, the one
 //! after in whatever phase it is about to end or to rest.
@@ -403,6 +405,9 @@ impl Phase {
                 }
                 _ => None,
             },
+            Event::OperationFailed(e) if matches!(self, Self::Ready { step } if *step == steps) => {
+                Some(Self::Ended { outcome: Outcome::Failed, failure: Some(e.failure.clone()) })
+            }
             Event::OperationFailed(e) => self.end_untouched(Outcome::Failed, &e.failure),
             Event::OperationCancelled(e) => self.end_untouched(Outcome::Cancelled, &e.failure),
             Event::OperationExpired(e) => self.end_untouched(Outcome::Expired, &e.failure),
@@ -560,9 +565,7 @@ impl Operation {
     /// Keeps what a step learnt. What is not of [`Learnt`]'s shape was for the driver alone.
     fn learn(&mut self, learnt: &serde_json::Value) {
         if let Ok(learnt) = serde_json::from_value::<Learnt>(learnt.clone()) {
-            self.learnt.taken = learnt.taken.or(self.learnt.taken);
-            self.learnt.state = learnt.state.or(self.learnt.state);
-            self.learnt.left.extend(learnt.left);
+            self.learnt.add(learnt);
         }
     }
 

@@ -19,7 +19,7 @@ use crate::reconcile::drift::Finding;
 use crate::tree::Tree;
 
 /// The version of this projector. A checkpoint of another version is dropped.
-pub const PROJECTOR: u32 = 2;
+pub const PROJECTOR: u32 = 3;
 
 /// A deleted snapshot whose data the hypervisor still holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,7 +186,26 @@ impl DomainState {
             _ => {}
         }
         if self.open[position].phase.is_ended() {
-            self.open.remove(position);
+            let ended = self.open.remove(position);
+            self.bury_unborn(envelope, &ended);
+        }
+    }
+
+    /// A create that failed after it had taken effect: what the layers hold of its snapshot is a tombstone.
+    fn bury_unborn(&mut self, envelope: &Envelope, ended: &Operation) {
+        let Request::Create(request) = &ended.request else { return };
+        let id = request.snapshot;
+        let stands = self.layers.disks.values().any(|disk| disk.layer_of(id).is_some());
+        if stands && !self.tree.contains(id) {
+            let tombstone = Tombstone {
+                name: request.name.clone(),
+                deleted: envelope.at,
+                deleted_by: envelope.actor.clone(),
+                seq: envelope.seq,
+                wish: MergeWish::Auto,
+                deferred: None,
+            };
+            self.tombstones.insert(id, tombstone);
         }
     }
 

@@ -168,6 +168,7 @@ impl Model {
             in_use: vec![],
             files: layers.layers.iter().map(|(id, layer)| (layer.file.clone(), facts(id))).collect(),
             unreadable: BTreeMap::new(),
+            memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
             generation: None,
             room: self.room.clone(),

@@ -18,8 +18,8 @@ use crate::exit::{Exit, Trouble};
 use crate::render;
 use crate::render::text::{Look, safe};
 use crate::render::view::{
-    AtView, Files, ListView, PhaseWord, ShowView, SnapshotView, Which, current_name, disks, domain_name,
-    live, occupied, snapshots,
+    AtView, Files, ListView, MemoryView, PhaseWord, ShowView, SnapshotView, Which, current_name, disks,
+    domain_name, live, occupied, snapshots,
 };
 
 /// Opens the domain as it is, or was.
@@ -122,6 +122,7 @@ pub fn show_view(state: &DomainState, snapshot: &Snapshot, prefix: Option<Prefix
         domain: domain_name(state),
         snapshot: live(state, snapshot, &state.tree.children(snapshot.id), at, &occupied(state, files)),
         memory: snapshot.memory,
+        memory_file: MemoryView::of(state, snapshot.id, files),
         disks: disks(state, snapshot, files),
         made_by: snapshot.made_by.clone(),
         operation: snapshot.made_in,
@@ -176,7 +177,8 @@ pub async fn xml(context: &Context, args: ShowArgs) -> Result<Exit> {
         .into_iter()
         .filter_map(|disk| Some((disk.name, disk.file?)))
         .collect();
-    let text = xml::write(snapshot, parent, domain, &files);
+    let memory = state.layers.memory.get(&snapshot.id).map(|memory| memory.file.as_path());
+    let text = xml::write(snapshot, parent, domain, &files, memory);
     if context.json {
         render::json(&XmlView { xml: text, at: AtView::of(prefix) })?;
     } else {

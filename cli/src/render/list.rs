@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use snaptree_engine::event::MemoryKind;
+use snaptree_engine::layer::MemoryWay;
 use snaptree_engine::reconcile::merge::human_bytes;
 use snaptree_engine::tree::Labels;
 
@@ -96,7 +97,18 @@ pub fn show(view: &ShowView, look: &Look) -> String {
         MemoryKind::Internal => "inside the image",
         MemoryKind::External => "in a file",
     };
-    lines.push(("Memory", memory.to_owned()));
+    let memory = match &view.memory_file {
+        Some(kept) => {
+            let how = match kept.way {
+                MemoryWay::Background => "while the guest ran on",
+                MemoryWay::Stopped => "while the guest was stopped",
+            };
+            let file = kept.file.display().to_string();
+            format!("in {} ({}), written {how}", safe(&file), human_bytes(kept.size))
+        }
+        None => memory.to_owned(),
+    };
+    lines.push(("Memory", memory));
     if let Some(created) = snapshot.created {
         lines.push(("Created", format!("{} ({})", look.time(created), look.age(created))));
     }
@@ -186,6 +198,10 @@ pub fn domain(view: &DomainView, look: &Look) -> String {
     for layer in &view.layers {
         let file = layer.file.display().to_string();
         line("Layer", format!("{} {:<9} {}", layer.disk, layer.role, safe(&file)));
+    }
+    for memory in &view.memory {
+        let file = memory.file.display().to_string();
+        line("Memory", format!("{} ({})", safe(&file), human_bytes(memory.size)));
     }
     out
 }

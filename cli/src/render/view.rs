@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{Actor, MemoryKind};
-use snaptree_engine::layer::{DiskLayers, Layer, Role};
+use snaptree_engine::layer::{DiskLayers, Layer, MemoryWay, Role};
 use snaptree_engine::log::ClockOrder;
 use snaptree_engine::operation::Request;
 use snaptree_engine::project::DomainState;
@@ -130,6 +130,35 @@ pub struct DiskView {
     pub allocated: Option<u64>,
 }
 
+/// A memory file, in `show` and `domain show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryView {
+    /// Whose memory it is.
+    pub snapshot: SnapshotId,
+    /// The file.
+    pub file: PathBuf,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Bytes that it occupies, if it can be seen.
+    pub allocated: Option<u64>,
+    /// How it was taken: `background`, or `stopped` where the guest was stopped until it was written.
+    pub way: MemoryWay,
+}
+
+impl MemoryView {
+    /// The memory of a snapshot, where it is in a file of its own.
+    pub fn of(state: &DomainState, snapshot: SnapshotId, files: Files) -> Option<Self> {
+        let memory = state.layers.memory.get(&snapshot)?;
+        Some(Self {
+            snapshot,
+            file: memory.file.clone(),
+            size: memory.stamp.size_bytes,
+            allocated: Some(&memory.file).filter(|_| files == Files::Seen).and_then(|file| allocated(file)),
+            way: memory.way,
+        })
+    }
+}
+
 /// The document of `show`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ShowView {
@@ -140,6 +169,9 @@ pub struct ShowView {
     pub snapshot: SnapshotView,
     /// Whether and where the machine's memory is kept.
     pub memory: MemoryKind,
+    /// The file that it is kept in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_file: Option<MemoryView>,
     /// The disks that it holds.
     pub disks: Vec<DiskView>,
     /// Who asked for it.
@@ -169,6 +201,9 @@ pub struct DomainView {
     pub open_operations: Vec<OperationId>,
     /// The files that Snaptree answers for, disk by disk.
     pub layers: Vec<LayerView>,
+    /// The files in which the memory of snapshots is kept.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub memory: Vec<MemoryView>,
 }
 
 /// One file of a domain.
@@ -218,6 +253,12 @@ impl DomainView {
             tombstones: state.tombstones.len(),
             open_operations: state.open.iter().map(|operation| operation.id).collect(),
             layers: layers(state),
+            memory: state
+                .layers
+                .memory
+                .keys()
+                .filter_map(|id| MemoryView::of(state, *id, Files::Unseen))
+                .collect(),
         })
     }
 }

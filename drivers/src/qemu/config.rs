@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Capabilities, Domain};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::{DiskName, DomainName, LayerId};
+use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
 
 use super::runs::{Runs, RunsWish};
 
@@ -108,16 +108,22 @@ impl QemuConfig {
     }
 }
 
+/// The file for the memory of a snapshot that an operation takes.
+pub(super) fn memory_file(layers: &Path, operation: OperationId) -> PathBuf {
+    layers.join(format!("memory-{operation}.vmstate"))
+}
+
 /// The symlink in a layers folder that names the generation that is switched on.
 pub(super) fn active(layers: &Path) -> PathBuf {
     layers.join("active")
 }
 
 /// What can be done with a machine; `agent` is whether its guest can be asked to quiesce.
-pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
+pub(super) const fn capabilities(agent: Option<&PathBuf>, runs: &Runs) -> Capabilities {
     Capabilities {
         memory: false,
-        memory_external: false,
+        // Who starts it must be able to start it with its memory.
+        memory_external: matches!(runs, Runs::Managed { .. }),
         disk_only: true,
         quiesce: agent.is_some(),
         internal: false,
@@ -133,9 +139,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
 /// Every file of a domain, for [`Registration::taken`](snaptree_engine::driver::Registration::taken): its layers,
 /// and its registered paths as given and as resolved.
 pub fn files_of(state: &DomainState) -> Vec<PathBuf> {
-    let layers =
-        state.layers.disks.values().flat_map(|disk| disk.layers.values().map(|layer| layer.file.clone()));
-    let mut files: Vec<PathBuf> = layers.collect();
+    let mut files: Vec<PathBuf> = state.layers.files().cloned().collect();
     if let Ok((_, config)) = QemuConfig::of(state) {
         files.extend(config.disks.into_values().flat_map(|disk| [disk.given, disk.resolved]));
     }

@@ -136,6 +136,10 @@ impl Clean {
                 work.reached("qemu.clean.unlinked");
             }
         }
+        for (_, file) in &self.memory {
+            remove(file)?;
+            work.reached("qemu.clean.unlinked");
+        }
         let mut left = BTreeSet::new();
         if self.layers.is_dir() {
             sync(&self.layers).await?;

@@ -16,7 +16,7 @@ use snaptree_engine::tree::{Snapshot, SnapshotState, Tree};
 use snaptree_engine::{SnapshotId, SnapshotName};
 
 use super::config::QemuConfig;
-use super::files::{Doing, facts, if_there};
+use super::files::{Doing, facts, if_there, stamp_of};
 use super::generation::{self, MANIFEST};
 use super::manifest::{BYTES_MAX, FORMAT, Manifest, ManifestSnapshot};
 use super::qcow2::ReadError;
@@ -52,7 +52,7 @@ pub(super) fn kept(state: &DomainState) -> Result<Option<Kept>, DriverError> {
         manifest.snapshots.into_iter().partition(|snapshot| snapshot.tombstone);
     let tombstones: BTreeMap<SnapshotId, SnapshotName> =
         dead.into_iter().map(|snapshot| (snapshot.id, snapshot.name)).collect();
-    let tree = Tree::of(live.into_iter().map(snapshot), manifest.current)
+    let tree = Tree::of(live.into_iter().map(|kept| snapshot(kept, &layers)), manifest.current)
         .map_err(|error| unfit(error.to_string()))?;
     Ok(Some(Kept { head, switched_by: manifest.operation, tree, tombstones, layers }))
 }
@@ -139,10 +139,21 @@ fn compared(mut graph: LayerGraph, config: &QemuConfig) -> Result<LayerGraph, Fa
             return Err(unfit(format!("the active layer of disk '{disk}' is not listed")));
         }
     }
+    for memory in graph.memory.values_mut() {
+        let file = &memory.file;
+        if file.parent() != Some(&config.layers) {
+            return Err(unfit(format!("{} is no file of this domain's", file.display())));
+        }
+        // One that is lost is told of as drift.
+        if let Ok(found) = stamp_of(file) {
+            memory.stamp = found;
+        }
+    }
     Ok(graph)
 }
 
-fn snapshot(kept: ManifestSnapshot) -> Snapshot {
+fn snapshot(kept: ManifestSnapshot, layers: &LayerGraph) -> Snapshot {
+    let memory = if layers.memory.contains_key(&kept.id) { MemoryKind::External } else { MemoryKind::No };
     let (made_by, made_in) = kept.made.unwrap_or((Actor::Engine, None));
     Snapshot {
         id: kept.id,
@@ -151,7 +162,7 @@ fn snapshot(kept: ManifestSnapshot) -> Snapshot {
         parent: kept.parent,
         created: kept.created.unwrap_or_default(),
         state: kept.state.unwrap_or(SnapshotState::Shutoff),
-        memory: MemoryKind::No,
+        memory,
         disks: kept.files.into_keys().collect(),
         labels: kept.labels,
         hold: kept.hold,

@@ -73,26 +73,25 @@ fn holder(path: &Path, file: &File) -> InUse {
     InUse { file: path.to_path_buf(), pid: found, command }
 }
 
+fn has_inode(pid: u32, wanted: (u64, u64)) -> bool {
+    let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    open.flatten()
+        .any(|entry| fs::metadata(entry.path()).is_ok_and(|file| (file.dev(), file.ino()) == wanted))
+}
+
+/// Whether a process has the file open.
+pub(super) fn has_open(pid: u32, path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|file| has_inode(pid, (file.dev(), file.ino())))
+}
+
 /// The processes that have the inode open.
 fn processes_with(device: u64, inode: u64) -> Vec<u32> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let has_it = |pid: u32| {
-        let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-        open.flatten().any(|entry| {
-            fs::metadata(entry.path()).is_ok_and(|file| (file.dev(), file.ino()) == (device, inode))
-        })
-    };
     processes
         .flatten()
         .filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()))
-        .filter(|&pid| has_it(pid))
+        .filter(|&pid| has_inode(pid, (device, inode)))
         .collect()
-}
-
-/// The processes that have the file open.
-pub(super) fn processes_of(path: &Path) -> Vec<u32> {
-    let metadata = fs::metadata(path);
-    metadata.map(|metadata| processes_with(metadata.dev(), metadata.ino())).unwrap_or_default()
 }
 
 /// The refusal that an image in use gets.

@@ -96,6 +96,9 @@ pub(super) enum Effect {
     Request,
     /// It does not.
     None,
+    /// It makes the layers of a snapshot that has not come to be before its memory is whole: until then what is there
+    /// of it is a tombstone.
+    Remains,
 }
 
 impl Manifest {
@@ -121,19 +124,7 @@ impl Manifest {
             .collect();
         snapshots.extend(state.tombstones.iter().filter_map(|(id, tombstone)| {
             let files = files(*id, after);
-            (!files.is_empty() && !state.tree.contains(*id)).then(|| ManifestSnapshot {
-                id: *id,
-                name: tombstone.name.clone(),
-                parent: None,
-                created: None,
-                state: None,
-                description: None,
-                labels: Labels::new(),
-                hold: None,
-                made: None,
-                files,
-                tombstone: true,
-            })
+            (!files.is_empty() && !state.tree.contains(*id)).then(|| remains(*id, &tombstone.name, after))
         }));
         let mut current = nearest_live(state.tree.current().map(|s| s.id), &state.tree, &deleted);
         match context.request {
@@ -143,7 +134,7 @@ impl Manifest {
                     name: request.name.clone(),
                     parent: current,
                     created: Some(context.now),
-                    state: Some(SnapshotState::Shutoff),
+                    state: Some(state_of(context).unwrap_or(SnapshotState::Shutoff)),
                     description: request.description.clone(),
                     labels: request.labels.clone(),
                     hold: None,
@@ -153,9 +144,14 @@ impl Manifest {
                 });
                 current = Some(request.snapshot);
             }
+            Request::Create(request) if effect == Effect::Remains => {
+                snapshots.push(remains(request.snapshot, &request.name, after));
+            }
             Request::Revert(request) if effect == Effect::Request => current = Some(request.snapshot),
             _ => {}
         }
+        let mut layers = after.clone();
+        layers.memory.retain(|id, _| !deleted.contains(id));
         Self {
             format: FORMAT,
             domain,
@@ -166,9 +162,31 @@ impl Manifest {
             current,
             disks: links(after),
             snapshots,
-            layers: after.clone(),
+            layers,
         }
     }
+}
+
+/// What is left of a snapshot that is not in the tree.
+fn remains(id: SnapshotId, name: &SnapshotName, after: &LayerGraph) -> ManifestSnapshot {
+    ManifestSnapshot {
+        id,
+        name: name.clone(),
+        parent: None,
+        created: None,
+        state: None,
+        description: None,
+        labels: Labels::new(),
+        hold: None,
+        made: None,
+        files: files(id, after),
+        tombstone: true,
+    }
+}
+
+/// The state of the machine that the snapshot was taken of, where an earlier step learnt it.
+fn state_of(context: &StepContext<'_>) -> Option<SnapshotState> {
+    context.state.operation(context.operation)?.learnt.state
 }
 
 /// Who asked for what is being carried out.

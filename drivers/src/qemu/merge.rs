@@ -245,8 +245,8 @@ impl DropLayers {
             ));
         }
         work.reached("qemu.drop.checked");
-        for dropped in &self.drop {
-            remove(&dropped.file)?;
+        for file in self.files() {
+            remove(file)?;
             work.reached("qemu.drop.unlinked");
         }
         sync(&self.layers).await?;

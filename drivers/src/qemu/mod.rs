@@ -10,6 +10,7 @@
 //!          vda -> /vm/.snaptree/<domain>/vda-<op 2>.qcow2
 //!          manifest.json                                which file every snapshot reads as
 //!      frozen-gen-<operation>-<step>                   the guest's file systems may be frozen for that step
+//!      memory-<op 2>.vmstate                            the machine's memory at the moment of operation 2
 //!      vda-<op 1>-base.qcow2                            the registered image: frozen, never unlinked
 //!      vda-<op 1>.qcow2                                 built upon it: frozen by operation 2
 //!      vda-<op 2>.qcow2                                 built upon that one: the machine writes it
@@ -19,7 +20,7 @@
 //! # The path of a request
 //! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
 //! `merge` (pull, push, drop) or `flatten`; under a machine that runs `live` does its part of `switch` and `merge`, over
-//! `qmp`. `resolve` (pure) tells after an interruption what became of a step.
+//! `qmp`; `keep` ends a snapshot with memory. `resolve` (pure) tells after an interruption what became of a step.
 //!
 //! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
@@ -32,6 +33,7 @@ mod files;
 mod flatten;
 mod generation;
 mod img;
+mod keep;
 mod kept;
 mod live;
 mod lock;
@@ -159,6 +161,8 @@ impl Driver for QemuDriver {
             QemuStep::Place(place) => place.execute(work).await,
             QemuStep::Clean(clean) => clean.execute(work).await,
             QemuStep::Power(power) => power.execute(work).await,
+            QemuStep::Keep(keep) => keep.execute(work).await,
+            QemuStep::Load(load) => load.execute(work).await,
         };
         give_back(lock, &done);
         done
@@ -187,10 +191,12 @@ impl Driver for QemuDriver {
             QemuStep::Flatten(flatten) => flatten.undo().await,
             QemuStep::Place(place) => place.undo(),
             QemuStep::Power(power) => power.undo(work).await,
-            QemuStep::Drop(_) | QemuStep::Clean(_) => Err(DriverError::permanent(
-                Code::Invalid,
-                "a step behind the point of no return cannot be taken back",
-            )),
+            QemuStep::Drop(_) | QemuStep::Clean(_) | QemuStep::Keep(_) | QemuStep::Load(_) => {
+                Err(DriverError::permanent(
+                    Code::Invalid,
+                    "a step behind the point of no return cannot be taken back",
+                ))
+            }
         };
         give_back(lock, &undone);
         undone

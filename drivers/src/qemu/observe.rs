@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use snaptree_engine::DiskName;
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation, Room};
+use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
 use super::config::{QemuConfig, active};
-use super::files::{Doing, facts, folder_of, if_there};
+use super::files::{Doing, facts, folder_of, if_there, stamp};
 use super::generation;
 use super::live::Machine;
 use super::lock::writer;
@@ -94,6 +95,7 @@ pub(super) fn observe(
         in_use: in_use(state, &config)?,
         files: BTreeMap::new(),
         unreadable: BTreeMap::new(),
+        memory: memory(state)?,
         foreign_dependants: BTreeMap::new(),
         generation: None,
         room: room(&config.layers),
@@ -144,6 +146,20 @@ pub(super) fn observe(
             .source(error)
     })?;
     Ok(seen)
+}
+
+/// The memory files of the log that are there.
+fn memory(state: &DomainState) -> Result<BTreeMap<PathBuf, FileStamp>, DriverError> {
+    let mut found = BTreeMap::new();
+    for memory in state.layers.memory.values() {
+        let path = &memory.file;
+        if let Some(metadata) = if_there(fs::symlink_metadata(path)).doing("look at", path)?
+            && metadata.is_file()
+        {
+            found.insert(path.clone(), stamp(&metadata));
+        }
+    }
+    Ok(found)
 }
 
 /// How much may be written on the file system of the layers folder, or of where that will be made.

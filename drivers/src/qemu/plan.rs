@@ -3,25 +3,28 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use snaptree_engine::domain::Domain;
+use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{FileFacts, Observation, Plan};
 use snaptree_engine::event::{
-    MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
+    DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
 };
-use snaptree_engine::layer::{DiskLayers, Layer};
+use snaptree_engine::layer::{DiskLayers, Layer, MemoryFile};
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS_MAX, Step};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::tree::Snapshot;
 use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
-use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
+use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig, memory_file};
 use super::generation;
 use super::live::{LiveMachine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
+use super::runs::Runs;
 use super::step::{
-    Adopt, DropLayers, Dropped, Expect, Freeze, Fresh, Guard, Live, OwnBacking, QemuStep, Quiesce, Switch,
-    Turn, Under,
+    Adopt, DropLayers, Dropped, Expect, Freeze, Fresh, Guard, KeepMemory, Live, LoadMemory, Next, OwnBacking,
+    QemuStep, Quiesce, Switch, TakeMemory, Turn, Under,
 };
+use super::switch::no_memory;
 
 /// About what an empty overlay occupies.
 const OVERLAY_BYTES: u64 = 256 << 10;
@@ -176,6 +179,8 @@ impl Planner<'_> {
             guard: Vec::new(),
             gone: Vec::new(),
             live: None,
+            memory: None,
+            next: None,
         }
     }
 
@@ -222,12 +227,7 @@ impl Planner<'_> {
         if self.state.tree.contains(request.snapshot) {
             return Err(Failure::new(Code::Exists, format!("snapshot '{}' is already there", request.name)));
         }
-        if request.memory != MemoryKind::No {
-            return Err(Failure::new(
-                Code::Unsupported,
-                "the memory of a machine that is off cannot be kept",
-            ));
-        }
+        self.check_memory(request)?;
         let mut tops = Vec::new();
         for disk in &request.disks {
             let Some(paths) = self.config.disks.get(disk).cloned() else {
@@ -249,6 +249,14 @@ impl Planner<'_> {
             .live()?
             .map(|live| if request.quiesce { self.at_rest(live) } else { Ok(live) })
             .transpose()?;
+        let mut keep = None;
+        if let (MemoryKind::External, Some(live), Some((_, top))) =
+            (request.memory, switch.live, tops.first())
+        {
+            let file = memory_file(&self.config.layers, self.operation);
+            switch.memory = Some(TakeMemory { file: file.clone(), like: top.file.clone(), mode: top.mode });
+            keep = Some((file, top.mode, live));
+        }
         for (disk, top) in tops {
             switch.fresh.push(self.fresh(&disk, (top.layer.clone(), top.file.clone()), top.mode, &top.facts));
             if switch.live.is_none() {
@@ -262,7 +270,38 @@ impl Planner<'_> {
                 snapshot: request.snapshot,
             });
         }
-        self.push("switch", Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))
+        self.push("switch", Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
+        let Some((file, mode, live)) = keep else { return Ok(()) };
+        let keep = KeepMemory { turn: self.turn(), snapshot: request.snapshot, file, mode, live };
+        self.push("keep the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Keep(keep))
+    }
+
+    /// Whether the machine has a memory that can be kept, and what room that takes.
+    fn check_memory(&mut self, request: &SnapshotCreateRequested) -> Result<(), Failure> {
+        let name = &self.domain.name;
+        match (request.memory, self.machine()?) {
+            (MemoryKind::No, _) => Ok(()),
+            (MemoryKind::Internal, _) => Err(Failure::new(
+                Code::Unsupported,
+                format!("the memory of domain '{name}' cannot be kept inside its images"),
+            )),
+            (MemoryKind::External, _) if !matches!(self.config.runs, Runs::Managed { .. }) => Err(Failure::new(
+                Code::Unsupported,
+                format!("domain '{name}' is started by someone else, who could not start it with its memory"),
+            )
+            .hint("leave out --memory; a domain that is registered with --launch can keep it")),
+            (MemoryKind::External, None) => Err(no_memory()),
+            (MemoryKind::External, Some(machine)) if machine.run == Run::Stuck => Err(Failure::new(
+                Code::Unsupported,
+                format!("the machine of domain '{name}' is stopped by something that it must be helped out of first"),
+            )
+            .hint("query-status of its QEMU tells what it is; or leave out --memory")),
+            (MemoryKind::External, Some(machine)) => {
+                let bytes = machine.memory_bytes;
+                self.costs.peak_space_bytes = self.costs.peak_space_bytes.saturating_add(bytes);
+                Ok(())
+            }
+        }
     }
 
     fn top(&self, disk: &DiskName, id: &LayerId, layer: &Layer) -> Result<Top, Failure> {
@@ -411,9 +450,15 @@ impl Planner<'_> {
             snapshot.ok_or_else(|| Failure::new(Code::NotFound, "the snapshot is not there any more"))?;
         let state = snapshot.state;
         let after = self.run_state_after(request, state)?;
-        self.end_machine()?;
+        let memory = match after {
+            RunState::Off => None,
+            _ => self.memory_of(snapshot)?,
+        };
+        if memory.is_none() {
+            self.end_machine()?;
+        }
         let ran = self.machine()?.is_some();
-        let mut drop = Vec::new();
+        let (mut drop, mut old) = (Vec::new(), Vec::new());
         let mut switch = self.empty_switch();
         for disk in &snapshot.disks {
             let layers = self.disk(disk)?;
@@ -436,13 +481,65 @@ impl Planner<'_> {
             // machine that is ended for it writes until then.
             let stamp = self.facts(&current.file)?.stamp;
             let expect = if ran { Expect::Anything } else { Expect::Untouched { stamp } };
-            switch.guard.push(Guard { file: current.file.clone(), expect });
+            // Beside the one that runs the next one is started.
+            if memory.is_none() || !ran {
+                switch.guard.push(Guard { file: current.file.clone(), expect });
+            }
+            old.push(current.file.clone());
             switch.gone.push((disk.clone(), active));
             self.costs.lost.push(format!("what the machine wrote to {disk} since its last snapshot"));
         }
+        let next = memory.as_ref().and_then(|_| self.next(&switch));
+        switch.next.clone_from(&next);
         self.push("switch", Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
-        self.drop_step(drop)?;
-        self.start_machine(after)
+        let (Some(memory), Some(next)) = (memory, next) else {
+            self.drop_step(drop, Vec::new())?;
+            return self.start_machine(after);
+        };
+        let load = LoadMemory { next, old, memory: memory.file, stamp: memory.stamp, wish: after };
+        self.push("load the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Load(load))?;
+        self.drop_step(drop, Vec::new())
+    }
+
+    /// The memory of a snapshot, if it has one in a file of its own; as it was when it was kept.
+    fn memory_of(&self, snapshot: &Snapshot) -> Result<Option<MemoryFile>, Failure> {
+        let memory = match (snapshot.memory, self.state.layers.memory.get(&snapshot.id)) {
+            (MemoryKind::External, Some(memory)) => memory,
+            _ => return Ok(None),
+        };
+        if !matches!(self.config.runs, Runs::Managed { .. }) {
+            return Err(Failure::new(
+                Code::Unsupported,
+                format!("domain '{}' is started by someone else, and not with its memory", self.domain.name),
+            )
+            .hint("a domain that is registered with --launch can be reverted to it"));
+        }
+        let file = memory.file.display();
+        match self.seen.memory.get(&memory.file) {
+            Some(found) if *found == memory.stamp => Ok(Some(memory.clone())),
+            Some(_) => {
+                Err(Failure::new(Code::Drift, format!("memory file {file} was changed since it was kept")))
+            }
+            None => Err(Failure::new(Code::Drift, format!("memory file {file} is missing"))),
+        }
+    }
+
+    /// The QEMU that is started on the new layers; paths of its own beside those of the one that runs.
+    fn next(&self, switch: &Switch) -> Option<Next> {
+        let Runs::Managed { qmp, pid_file, .. } = &self.config.runs else { return None };
+        // Shorter than the machine's own, so that they fit where that does.
+        let random: String = self.operation.to_string().chars().rev().take(12).collect();
+        let disks = self.config.disks.iter().map(|(name, paths)| {
+            let fresh = switch.fresh.iter().find(|fresh| fresh.disk == *name).map(|fresh| fresh.file.clone());
+            let layers = self.state.layers.disks.get(name);
+            let active = || Some(layers?.active_layer()?.1.file.clone());
+            (name.clone(), fresh.or_else(active).unwrap_or_else(|| paths.resolved.clone()))
+        });
+        Some(Next {
+            qmp: qmp.with_file_name(format!("{random}.qmp")),
+            pid_file: pid_file.with_file_name(format!("{random}.pid")),
+            disks: disks.collect(),
+        })
     }
 
     /// A layer that may be unlinked.
@@ -475,11 +572,15 @@ impl Planner<'_> {
         Ok(Dropped { disk: disk.clone(), layer: id.clone(), file, inode: facts.stamp.inode })
     }
 
-    pub(super) fn drop_step(&mut self, drop: Vec<Dropped>) -> Result<(), Failure> {
-        if drop.is_empty() {
+    pub(super) fn drop_step(
+        &mut self,
+        drop: Vec<Dropped>,
+        memory: Vec<(SnapshotId, PathBuf)>,
+    ) -> Result<(), Failure> {
+        if drop.is_empty() && memory.is_empty() {
             return Ok(());
         }
-        let step = DropLayers { layers: self.config.layers.clone(), drop };
+        let step = DropLayers { layers: self.config.layers.clone(), drop, memory };
         self.push("drop", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Drop(step))
     }
 
@@ -491,6 +592,12 @@ impl Planner<'_> {
         }
         let switch = self.empty_switch();
         let poison = Poison::AtFinish(request.snapshots.clone());
-        self.push("mark as deleted", Reversal::PointOfNoReturn, poison, &QemuStep::Switch(switch))
+        self.push("mark as deleted", Reversal::PointOfNoReturn, poison, &QemuStep::Switch(switch))?;
+        if request.what == DeleteWhat::Metadata {
+            return Ok(());
+        }
+        let kept = |id: &SnapshotId| Some((*id, self.state.layers.memory.get(id)?.file.clone()));
+        let memory: Vec<(SnapshotId, PathBuf)> = unique.iter().filter_map(kept).collect();
+        self.drop_step(Vec::new(), memory)
     }
 }

@@ -62,7 +62,7 @@ impl Planner<'_> {
         let name =
             pushed.map_or_else(|| "switch".to_owned(), |push| format!("push {} and switch", push.disk));
         self.push(name, Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
-        self.drop_step(drop)?;
+        self.drop_step(drop, Vec::new())?;
         self.costs.bytes_moved = plan.bytes_moved;
         self.costs.peak_space_bytes = space::growth_bytes(&plan.actions, &self.state.layers, self.seen);
         Ok(())
@@ -272,7 +272,9 @@ impl Planner<'_> {
         let place = Place { layers: layers.clone(), disks: placed };
         let poison = Poison::AtFinish(ended);
         self.push("place plain images", Reversal::PointOfNoReturn, poison, &QemuStep::Place(place))?;
-        let clean = Clean { layers, drop, keep };
+        let memory = self.state.layers.memory.iter();
+        let memory = memory.map(|(id, memory)| (*id, memory.file.clone())).collect();
+        let clean = Clean { layers, drop, memory, keep };
         self.push("clean", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Clean(clean))
     }
 

@@ -23,6 +23,8 @@ impl Planner<'_> {
         let wished = match (&self.config.runs, request.run_state, state) {
             (_, Some(wished), _) => wished,
             (Runs::Managed { .. }, None, SnapshotState::Shutoff) => RunState::Off,
+            (Runs::Managed { .. }, None, SnapshotState::Running) => RunState::Running,
+            (Runs::Managed { .. }, None, SnapshotState::Paused) => RunState::Paused,
             _ => runs,
         };
         let name = &self.domain.name;

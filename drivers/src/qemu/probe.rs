@@ -97,7 +97,7 @@ pub(super) async fn probe(
     }
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
-    let capabilities = capabilities(config.agent.as_ref());
+    let capabilities = capabilities(config.agent.as_ref(), &config.runs);
     let config = serde_json::to_value(&config)
         .map_err(|_| invalid("a path is no UTF-8 text, which the log cannot hold".to_owned()))?;
     Ok(Probe { disks, config, capabilities, notes })

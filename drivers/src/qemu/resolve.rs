@@ -32,6 +32,13 @@ pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observa
         // Removing what is gone already is nothing, and whether the folders were synced cannot be seen.
         QemuStep::Clean(_) => FINISH,
         QemuStep::Power(power) => power.resolve(seen),
+        QemuStep::Keep(keep) => match keep.turn.stand(seen.generation.as_deref()) {
+            Stand::Elsewhere => ask(keep.turn.elsewhere(seen.generation.as_deref()).to_string()),
+            // What became of the memory is QEMU's to say.
+            Stand::Before | Stand::Switched => FINISH,
+        },
+        // A QEMU that waits holds no locks, so an observation does not tell whether there is one.
+        QemuStep::Load(_) => FINISH,
     }
 }
 
@@ -118,6 +125,10 @@ impl Switch {
             Stand::Before if self.live.is_some() => self.resolve_live(seen, detail),
             Stand::Before => match self.hindrance(seen) {
                 Some(failure) => take_back(failure),
+                None if self.next.is_some() && self.has_begun(seen, detail) => take_back(
+                    Failure::new(Code::Expired, "it was cut off before the disks were switched")
+                        .hint("ask for it again"),
+                ),
                 None if self.has_begun(seen, detail) => Resolution::HalfDone(Remedy::EitherWay),
                 None => Resolution::NotDone,
             },
@@ -226,11 +237,12 @@ fn cut_short() -> Failure {
 
 impl DropLayers {
     fn resolve(&self, seen: &Observation) -> Resolution {
-        let left = self.drop.iter().filter(|dropped| {
-            seen.files.contains_key(&dropped.file) || seen.unreadable.contains_key(&dropped.file)
+        let left = self.files().filter(|file| {
+            let images = seen.files.contains_key(*file) || seen.unreadable.contains_key(*file);
+            images || seen.memory.contains_key(*file)
         });
         // Where all are gone it is not known whether the folder was synced; unlinking again is nothing.
-        if left.count() == self.drop.len() { Resolution::NotDone } else { FINISH }
+        if left.count() == self.files().count() { Resolution::NotDone } else { FINISH }
     }
 }
 

@@ -132,6 +132,15 @@ fn check_command(command: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whether a machine boots, or waits for its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Incoming {
+    /// It boots.
+    No,
+    /// It waits until it is told where its memory comes from.
+    Defer,
+}
+
 /// What a placeholder of a launch command stands for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Values<'a> {
@@ -141,23 +150,32 @@ pub(super) struct Values<'a> {
     pub(super) qmp: &'a Path,
     /// The pid file.
     pub(super) pid_file: &'a Path,
+    /// What `{incoming}` stands for.
+    pub(super) incoming: Incoming,
 }
 
 /// Splits a launch command as a shell would, and puts in what the placeholders stand for.
 ///
-/// A word that is `{incoming}` alone vanishes. Braces around anything else stay as they are, since QEMU's JSON
+/// A word that is `{incoming}` alone vanishes, or becomes `-incoming defer`, which is added at the end where there is no
+/// such word. Braces around anything else stay as they are, since QEMU's JSON
 /// options have some.
 pub(super) fn command_line(launch: &str, values: Values<'_>) -> Result<Vec<String>, Failure> {
     let words = shell_words::split(launch).map_err(|_| {
         Failure::new(Code::Invalid, "the launch command has a quote that is not closed").refused()
     })?;
     let mut placed = Vec::new();
+    let mut defer = match values.incoming {
+        Incoming::No => None,
+        Incoming::Defer => Some(["-incoming".to_owned(), "defer".to_owned()]),
+    };
     for word in words {
         if word == "{incoming}" {
-            continue;
+            placed.extend(defer.take().into_iter().flatten());
+        } else {
+            placed.push(fill(&word, values)?);
         }
-        placed.push(fill(&word, values)?);
     }
+    placed.extend(defer.into_iter().flatten());
     if placed.is_empty() {
         return Err(Failure::new(Code::Invalid, "the launch command is empty").refused());
     }
@@ -224,8 +242,8 @@ fn plain(path: &Path) -> Result<&str, Failure> {
 /// The placeholders that a managed machine cannot do without, and disks that are not there.
 fn check_launch(launch: &str, disks: &[&DiskName]) -> Result<(), Failure> {
     let known = disks.iter().map(|disk| ((*disk).clone(), PathBuf::from("/disk"))).collect();
-    let values = Values { disks: &known, qmp: Path::new("/qmp"), pid_file: Path::new("/pid") };
-    command_line(launch, values)?;
+    let (qmp, pid_file) = (Path::new("/qmp"), Path::new("/pid"));
+    command_line(launch, Values { disks: &known, qmp, pid_file, incoming: Incoming::No })?;
     let mut missing = String::new();
     let wanted = disks.iter().map(|disk| disk.as_str()).chain(["qmp", "pidfile"]);
     for name in wanted.filter(|name| !launch.contains(&format!("{{{name}}}"))) {
@@ -249,7 +267,23 @@ mod tests {
 
     fn line(launch: &str) -> Result<Vec<String>, Failure> {
         let disks = disks();
-        command_line(launch, Values { disks: &disks, qmp: Path::new("/q"), pid_file: Path::new("/p") })
+        line_with(launch, &disks, Incoming::No)
+    }
+
+    fn line_with(
+        launch: &str,
+        disks: &BTreeMap<DiskName, PathBuf>,
+        incoming: Incoming,
+    ) -> Result<Vec<String>, Failure> {
+        command_line(launch, Values { disks, qmp: Path::new("/q"), pid_file: Path::new("/p"), incoming })
+    }
+
+    #[test]
+    fn a_machine_that_waits_for_its_memory_is_told_so_where_the_command_says_or_at_its_end() {
+        let words = |launch| line_with(launch, &disks(), Incoming::Defer).unwrap();
+        assert_eq!(words("q {incoming} -x"), ["q", "-incoming", "defer", "-x"]);
+        assert_eq!(words("q -x"), ["q", "-x", "-incoming", "defer"]);
+        assert_eq!(words("q {incoming} {incoming}"), ["q", "-incoming", "defer"]);
     }
 
     #[test]
@@ -279,8 +313,7 @@ mod tests {
     #[test]
     fn what_cannot_stand_in_an_option_is_refused() {
         let disks = BTreeMap::from([(DiskName::new("vda").unwrap(), PathBuf::from("/vm/a,b"))]);
-        let values = Values { disks: &disks, qmp: Path::new("/q"), pid_file: Path::new("/p") };
-        assert!(command_line("q {vda}", values).unwrap_err().message.contains("comma"));
+        assert!(line_with("q {vda}", &disks, Incoming::No).unwrap_err().message.contains("comma"));
         assert!(line("q 'open").is_err());
         assert!(line("{incoming}").is_err());
     }

@@ -1,13 +1,13 @@
 //! The steps that the driver plans. They are data: journaled before anything is done, and enough to do a step,
 //! to tell what became of it, and to take it back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::Touched;
-use snaptree_engine::layer::{FileStamp, Layer, LayerChange};
+use snaptree_engine::layer::{FileStamp, Layer, LayerChange, MemoryFile};
 use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
@@ -37,6 +37,10 @@ pub(super) enum QemuStep {
     Clean(Clean),
     /// Starts or ends the machine.
     Power(Power),
+    /// The memory that a switch began to take is kept.
+    Keep(KeepMemory),
+    /// The machine goes on from its memory.
+    Load(LoadMemory),
 }
 
 impl QemuStep {
@@ -57,8 +61,8 @@ impl QemuStep {
             Self::Switch(switch) => switch.live.is_some(),
             Self::Pull(pull) => pull.under == Under::Guest,
             Self::Push(push) => push.under == Under::Guest,
-            Self::Power(_) => true,
-            Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
+            Self::Power(_) | Self::Keep(_) => true,
+            Self::Load(_) | Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
         }
     }
 
@@ -66,13 +70,19 @@ impl QemuStep {
     /// `active` for all disks, so no two go on beside one another.
     pub(super) fn touches(&self) -> Option<Touched> {
         let writes = match self {
-            Self::Adopt(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) | Self::Power(_) => {
+            Self::Adopt(_)
+            | Self::Flatten(_)
+            | Self::Place(_)
+            | Self::Clean(_)
+            | Self::Power(_)
+            | Self::Load(_) => {
                 return None;
             }
+            Self::Keep(keep) => BTreeSet::from([keep.file.clone(), active(&keep.turn.layers)]),
             Self::Switch(switch) => return Some(switch.touches()),
             Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
             Self::Push(push) => push.writes().cloned().collect(),
-            Self::Drop(drop) => drop.drop.iter().map(|dropped| dropped.file.clone()).collect(),
+            Self::Drop(drop) => drop.files().cloned().collect(),
         };
         Some(Touched { writes, reads: BTreeSet::new() })
     }
@@ -200,6 +210,52 @@ pub(super) struct Switch {
     /// What the machine writes is switched under it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) live: Option<Live>,
+    /// The machine's memory is taken with its disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<TakeMemory>,
+    /// The next QEMU is started before the switch, and waits for its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) next: Option<Next>,
+}
+
+/// Where a machine's memory goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct TakeMemory {
+    pub(super) file: PathBuf,
+    /// Whose owner, group and label it gets.
+    pub(super) like: PathBuf,
+    pub(super) mode: u32,
+}
+
+/// A QEMU that waits for its memory beside the one that runs. The paths are its own until that one is gone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Next {
+    pub(super) qmp: PathBuf,
+    pub(super) pid_file: PathBuf,
+    /// What it opens.
+    pub(super) disks: BTreeMap<DiskName, PathBuf>,
+}
+
+/// [`QemuStep::Keep`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct KeepMemory {
+    pub(super) turn: Turn,
+    pub(super) snapshot: SnapshotId,
+    pub(super) file: PathBuf,
+    pub(super) mode: u32,
+    pub(super) live: Live,
+}
+
+/// [`QemuStep::Load`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct LoadMemory {
+    pub(super) next: Next,
+    /// What the machine wrote until then.
+    pub(super) old: Vec<PathBuf>,
+    pub(super) memory: PathBuf,
+    pub(super) stamp: FileStamp,
+    /// What the machine does afterwards.
+    pub(super) wish: RunState,
 }
 
 /// A new overlay.
@@ -316,6 +372,9 @@ pub(super) struct Pull {
 pub(super) struct DropLayers {
     pub(super) layers: PathBuf,
     pub(super) drop: Vec<Dropped>,
+    /// Memory of snapshots that are gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) memory: Vec<(SnapshotId, PathBuf)>,
 }
 
 /// A layer that is unlinked.
@@ -370,6 +429,8 @@ pub(super) struct Placed {
 pub(super) struct Clean {
     pub(super) layers: PathBuf,
     pub(super) drop: Vec<(DiskName, LayerId, PathBuf)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) memory: Vec<(SnapshotId, PathBuf)>,
     /// The images that are at the registered paths now.
     pub(super) keep: Vec<PathBuf>,
 }
@@ -416,7 +477,8 @@ impl Switch {
         let push = self.push.iter().flat_map(Push::writes);
         let restack = self.restack.iter().map(|restack| &restack.file);
         let guard = self.guard.iter().map(|guard| &guard.file);
-        let files = fresh.chain(freeze).chain(push).chain(restack).chain(guard).cloned();
+        let memory = self.memory.iter().map(|memory| &memory.file);
+        let files = fresh.chain(freeze).chain(push).chain(restack).chain(guard).chain(memory).cloned();
         let writes = files.chain([active(&self.turn.layers)]).collect();
         let onto = self.restack.iter().flat_map(|restack| [&restack.old_file, &restack.onto_file]);
         let reads = self.fresh.iter().map(|fresh| &fresh.on_file).chain(onto).cloned();
@@ -518,10 +580,29 @@ impl Push {
 }
 
 impl DropLayers {
+    /// What is unlinked.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.drop.iter().map(|dropped| &dropped.file).chain(self.memory.iter().map(|(_, file)| file))
+    }
+
     /// What the log records when it is done.
     pub(super) fn changes(&self) -> Vec<LayerChange> {
         let dropped = |d: &Dropped| LayerChange::Dropped { disk: d.disk.clone(), layer: d.layer.clone() };
-        self.drop.iter().map(dropped).collect()
+        self.drop.iter().map(dropped).chain(memory_dropped(&self.memory)).collect()
+    }
+}
+
+fn memory_dropped(memory: &[(SnapshotId, PathBuf)]) -> impl Iterator<Item = LayerChange> {
+    memory.iter().map(|(snapshot, _)| LayerChange::MemoryDropped { snapshot: *snapshot })
+}
+
+impl KeepMemory {
+    /// What the log records when it is done.
+    pub(super) fn changes(&self, memory: MemoryFile) -> Vec<LayerChange> {
+        vec![
+            LayerChange::MemoryKept { snapshot: self.snapshot, memory },
+            LayerChange::Switched { generation: Some(self.turn.generation.clone()) },
+        ]
     }
 }
 
@@ -532,6 +613,6 @@ impl Clean {
             disk: disk.clone(),
             layer: layer.clone(),
         };
-        self.drop.iter().map(dropped).collect()
+        self.drop.iter().map(dropped).chain(memory_dropped(&self.memory)).collect()
     }
 }

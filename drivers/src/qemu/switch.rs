@@ -11,10 +11,10 @@ use snaptree_engine::tree::SnapshotState;
 use super::adopt::{Work, backing_name, unreadable};
 use super::files::{self, Doing, WRITE_BITS, if_there, remove, set_mode, stamp_of, sync};
 use super::generation::{self, Stand};
-use super::live;
+use super::live::{self, Beside, Run};
 use super::lock::QemuLocks;
 use super::manifest::{Effect, links};
-use super::step::{Fresh, Push, Restack, StampOf, Switch, Writer};
+use super::step::{Fresh, Live, Push, Restack, StampOf, Switch, Writer};
 
 /// How often a layer is pushed again because the machine ran in between.
 const PUSHES_MAX: usize = 3;
@@ -28,9 +28,11 @@ impl Switch {
             None => None,
         };
         let stand = self.turn.stand_now()?;
-        let mut quiesced = None;
+        let mut beside = Beside::default();
         if let (Stand::Before, Some((live, monitor))) = (stand, machine) {
-            quiesced = self.switch_under(work, live, monitor).await?;
+            beside = self.switch_under(work, live, monitor).await?;
+        } else if let (Stand::Before, Some(_)) = (stand, &self.memory) {
+            return Err(DriverError::from(no_memory()));
         } else if stand == Stand::Before {
             for fresh in &self.fresh {
                 fresh.make(work).await?;
@@ -42,6 +44,9 @@ impl Switch {
                 _ => error,
             })?;
             self.write_generation(work).await?;
+            if let Some(next) = &self.next {
+                next.start_beside(work).await?;
+            }
             work.reached("qemu.switch.locked");
             self.turn.switch()?;
             // A machine that starts before the rename is on disk could lose to a power cut what it wrote.
@@ -51,8 +56,16 @@ impl Switch {
         }
         work.reached("qemu.switch.renamed");
         let mut report = self.finish(work).await.map_err(in_effect)?;
-        if let (Some(quiesced), Some(learnt)) = (quiesced, report.learnt.as_object_mut()) {
-            learnt.insert("quiesced".to_owned(), serde_json::json!(quiesced));
+        if let Some(learnt) = report.learnt.as_object_mut() {
+            if let Some(quiesced) = beside.quiesced {
+                learnt.insert("quiesced".to_owned(), serde_json::json!(quiesced));
+            }
+            if let Some(memory) = beside.memory {
+                learnt.insert("memory".to_owned(), serde_json::json!(memory));
+                if let Some(failed) = memory.failed {
+                    learnt.insert("failed".to_owned(), serde_json::json!(failed));
+                }
+            }
         }
         Ok(report)
     }
@@ -69,7 +82,7 @@ impl Switch {
         if let Some(live) = self.live
             && let Some(mut monitor) = live::machine(work.context.state).await?
         {
-            self.go_on(&mut monitor, live).await?;
+            self.go_on(work, &mut monitor, live).await?;
             self.thaw_left(work).await?;
         }
         self.turn.unmark_frozen()?;
@@ -88,6 +101,10 @@ impl Switch {
                 let learnt = Learnt {
                     taken: Some(context.now),
                     state: Some(match self.live {
+                        Some(Live { was: Run::Running, .. }) if self.memory.is_some() => {
+                            SnapshotState::Running
+                        }
+                        Some(_) if self.memory.is_some() => SnapshotState::Paused,
                         Some(_) => SnapshotState::DiskSnapshot,
                         None => SnapshotState::Shutoff,
                     }),
@@ -149,6 +166,7 @@ impl Switch {
     pub(super) async fn write_generation(&self, work: Work<'_>) -> Result<(), DriverError> {
         let after = self.graph_after(&work.context.state.layers)?;
         let effect = match work.context.request {
+            Request::Create(_) if self.memory.is_some() => Effect::Remains,
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) => Effect::Request,
             Request::Merge(_) | Request::Unregister(_) => Effect::None,
         };
@@ -188,6 +206,12 @@ impl Switch {
         {
             self.undo_under(work, live, monitor).await?;
         }
+        if let Some(next) = &self.next {
+            next.end().await?;
+        }
+        if let Some(memory) = &self.memory {
+            remove(&memory.file)?;
+        }
         for fresh in &self.fresh {
             remove(&fresh.draft())?;
             if !fresh.is_known(&work.context.state.layers) {
@@ -221,6 +245,11 @@ impl Switch {
 /// The switch has taken effect: whatever fails after it, the step is not to be taken back but finished.
 fn in_effect(error: DriverError) -> DriverError {
     DriverError { class: ErrorClass::Unknown, ..error }
+}
+
+/// The refusal of memory of a machine that has none.
+pub(super) fn no_memory() -> Failure {
+    Failure::new(Code::Invalid, "the machine is off, and has no memory to keep").hint("leave out --memory")
 }
 
 /// The refusal of an image that was written between planning and switch.

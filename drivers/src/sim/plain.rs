@@ -92,6 +92,7 @@ impl Host for Machine {
             in_use: Vec::new(),
             files: BTreeMap::default(),
             unreadable: BTreeMap::default(),
+            memory: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
             generation: None,
             room: None,

@@ -75,7 +75,7 @@ impl Action {
         match self {
             Self::Create { snapshot, name, disks, memory } => {
                 let (native, state) = machine.take(*snapshot, name.as_str(), disks, *memory)?;
-                let learnt = Learnt { taken: Some(now), state: Some(state), left: BTreeSet::new() };
+                let learnt = Learnt { taken: Some(now), state: Some(state), ..Learnt::default() };
                 return json(&Created { learnt, native: native.to_string() });
             }
             Self::Revert { snapshot, run_state } => machine.revert(*snapshot, *run_state)?,

@@ -58,6 +58,20 @@ pub enum Finding {
         /// Its file.
         file: PathBuf,
     },
+    /// The file of a snapshot's memory was written, and nobody may.
+    MemoryWritten {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// The file.
+        file: PathBuf,
+    },
+    /// The file of a snapshot's memory is gone.
+    MemoryMissing {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// The file.
+        file: PathBuf,
+    },
     /// A file that Snaptree did not make lies among its own.
     FileFound {
         /// The file.
@@ -146,6 +160,13 @@ fn compare_layers(state: &DomainState, seen: &Observation, found: &mut BTreeSet<
             }
         }
     }
+    for (snapshot, memory) in &state.layers.memory {
+        let (snapshot, file) = (*snapshot, memory.file.clone());
+        match seen.memory.get(&memory.file) {
+            None => found.insert(Finding::MemoryMissing { snapshot, file }),
+            Some(stamp) => *stamp != memory.stamp && found.insert(Finding::MemoryWritten { snapshot, file }),
+        };
+    }
     // The registered image of a disk that was never snapshotted is seen, and is no layer yet.
     let adopted =
         |disk: &Disk| state.layers.disks.get(&disk.name).is_some_and(|known| known.active.is_some());
@@ -174,6 +195,10 @@ impl std::fmt::Display for Finding {
                 write!(f, "{} of {disk} was written, and nobody may write it", file.display())
             }
             Self::LayerMissing { disk, file, .. } => write!(f, "{} of {disk} is missing", file.display()),
+            Self::MemoryWritten { file, .. } => {
+                write!(f, "memory file {} was written, and nobody may write it", file.display())
+            }
+            Self::MemoryMissing { file, .. } => write!(f, "memory file {} is missing", file.display()),
             Self::FileFound { file } => write!(f, "{} was not made by Snaptree", file.display()),
             Self::GenerationMoved { expected, found } => {
                 write!(

@@ -198,6 +198,8 @@ impl Frees {
 #[derive(Debug)]
 pub struct Occupied<'a> {
     disks: Vec<DiskSizes<'a>>,
+    /// What the memory of a snapshot occupies; none for a file that cannot be seen.
+    memory_bytes: BTreeMap<SnapshotId, Option<u64>>,
 }
 
 #[derive(Debug)]
@@ -232,14 +234,16 @@ impl<'a> Occupied<'a> {
             }
             sizes
         };
-        Self { disks: state.layers.disks.values().map(sizes).collect() }
+        let memory = state.layers.memory.iter().map(|(id, memory)| (*id, allocated_bytes(&memory.file)));
+        Self { memory_bytes: memory.collect(), disks: state.layers.disks.values().map(sizes).collect() }
     }
 
-    /// Bytes that the layers of a snapshot, alive or deleted, occupy; none if none of them can be seen.
+    /// Bytes that the layers and the memory of a snapshot, alive or deleted, occupy; none if none of it can be seen.
     pub fn allocated_bytes(&self, snapshot: SnapshotId) -> Option<u64> {
         let of_disk =
             |disk: &DiskSizes<'_>| disk.allocated_bytes.get(disk.of_snapshot.get(&snapshot)?).copied();
-        self.disks.iter().filter_map(of_disk).reduce(u64::saturating_add)
+        let memory = self.memory_bytes.get(&snapshot).copied().flatten();
+        self.disks.iter().filter_map(of_disk).chain(memory).reduce(u64::saturating_add)
     }
 
     /// What deleting these snapshots together would give back; none if a layer that counts cannot be seen.
@@ -252,6 +256,11 @@ impl<'a> Occupied<'a> {
                 let of_disk = Going { disk, gone, unlinked: BTreeSet::new() }.frees()?;
                 frees.get_or_insert_with(Frees::default).add(of_disk);
             }
+        }
+        for bytes in snapshots.iter().filter_map(|id| self.memory_bytes.get(id)) {
+            let bytes = (*bytes)?;
+            let of_memory = Frees { at_least_bytes: signed(bytes), at_most_bytes: bytes };
+            frees.get_or_insert_with(Frees::default).add(of_memory);
         }
         frees
     }

@@ -1,7 +1,7 @@
 mod hostile;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use proptest::prelude::*;
@@ -410,7 +410,7 @@ fn written_as_virsh_prints_it() {
     shot.description = Some("it's \"<&>\"\r\n\ttab, \u{1b}[0m".into());
     shot.memory = MemoryKind::External;
     let files = BTreeMap::from([(disk_name("vda"), PathBuf::from("/images/it's.qcow2"))]);
-    insta::assert_snapshot!(write(&shot, Some(&parent), &domain(&["vda", "vdb", "vdc"]), &files), @r#"
+    insta::assert_snapshot!(write(&shot, Some(&parent), &domain(&["vda", "vdb", "vdc"]), &files, Some(Path::new("/vm/m's"))), @r#"
     <domainsnapshot>
       <name>a&lt;b</name>
       <description>it&apos;s &quot;&lt;&amp;&gt;&quot;&#xD;
@@ -420,7 +420,7 @@ fn written_as_virsh_prints_it() {
         <name>earlier</name>
       </parent>
       <creationTime>1795401658</creationTime>
-      <memory snapshot='external'/>
+      <memory snapshot='external' file='/vm/m&apos;s'/>
       <disks>
         <disk name='vda' snapshot='external' type='file'>
           <driver type='qcow2'/>
@@ -439,7 +439,7 @@ fn written_as_virsh_prints_it() {
     shot.memory = MemoryKind::Internal;
     shot.description = None;
     shot.state = SnapshotState::DiskSnapshot;
-    insta::assert_snapshot!(write(&shot, None, &domain(&["vda"]), &files), @r#"
+    insta::assert_snapshot!(write(&shot, None, &domain(&["vda"]), &files, None), @r#"
     <domainsnapshot>
       <name>a&lt;b</name>
       <state>disk-snapshot</state>
@@ -455,7 +455,7 @@ fn written_as_virsh_prints_it() {
       </domain>
     </domainsnapshot>
     "#);
-    let bare = write(&snapshot("bare", &[]), None, &domain(&[]), &BTreeMap::new());
+    let bare = write(&snapshot("bare", &[]), None, &domain(&[]), &BTreeMap::new(), None);
     assert!(!bare.contains("disks"), "{bare}");
 }
 
@@ -470,7 +470,7 @@ fn states_and_memory_read_back() {
     ] {
         let mut shot = snapshot("a", &["vda"]);
         shot.state = state;
-        let text = write(&shot, None, &domain(&["vda"]), &BTreeMap::new());
+        let text = write(&shot, None, &domain(&["vda"]), &BTreeMap::new(), None);
         assert_eq!(read(&text).unwrap().state, Some(read_as));
     }
     for (memory, read_as) in [
@@ -480,7 +480,7 @@ fn states_and_memory_read_back() {
     ] {
         let mut shot = snapshot("a", &["vda"]);
         shot.memory = memory;
-        let text = write(&shot, None, &domain(&["vda"]), &BTreeMap::new());
+        let text = write(&shot, None, &domain(&["vda"]), &BTreeMap::new(), None);
         assert_eq!(read(&text).unwrap().memory, Some(read_as));
     }
 }
@@ -497,7 +497,7 @@ proptest! {
         let mut shot = snapshot(&name, &["vda"]);
         shot.description = description;
         let files = BTreeMap::from([(disk_name("vda"), PathBuf::from(&file))]);
-        let text = write(&shot, Some(&shot), &domain(&["vda", "vdb"]), &files);
+        let text = write(&shot, Some(&shot), &domain(&["vda", "vdb"]), &files, None);
 
         let found = read(&text).unwrap();
         prop_assert_eq!(found.name.clone().map(String::from), Some(carried(&name)));
@@ -510,6 +510,6 @@ proptest! {
 
         let mut again = snapshot(found.name.unwrap().as_str(), &["vda"]);
         again.description = found.description;
-        prop_assert_eq!(write(&again, Some(&again), &domain(&["vda", "vdb"]), &files), text);
+        prop_assert_eq!(write(&again, Some(&again), &domain(&["vda", "vdb"]), &files, None), text);
     }
 }

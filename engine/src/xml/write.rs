@@ -19,10 +19,10 @@ enum Place {
 /// The snapshot as libvirt's `<domainsnapshot>`, in the order and the layout of libvirt's formatter
 /// (`virDomainSnapshotDefFormat`), with the short form of `<domain>`.
 ///
-/// `files` names, by disk, the layer file that the snapshot's content is in. Three things differ from libvirt:
+/// `files` names, by disk, the layer file that the snapshot's content is in, and `memory_file` the file of its memory.
+/// Two things differ from libvirt:
 /// - libvirt's `<source>` is the overlay that was put on top when the snapshot was taken, thus a file that does
 ///   *not* hold the snapshot; here it is the file that does. It stays true however often the machine is reverted.
-/// - External memory has no `file`: Snaptree chooses it, and it is no part of the snapshot's identity.
 /// - A character that XML 1.0 cannot carry is printed as U+FFFD, where libvirt drops it: that a text is not what was
 ///   written should be seen. Line breaks and tabs in attributes, and carriage returns anywhere, are printed as
 ///   character references, so that they read back; libvirt prints them bare, and reads them back changed.
@@ -31,6 +31,7 @@ pub fn write(
     parent: Option<&Snapshot>,
     domain: &Domain,
     files: &BTreeMap<DiskName, PathBuf>,
+    memory_file: Option<&Path>,
 ) -> String {
     let mut out = String::from("<domainsnapshot>\n");
     element(&mut out, 2, "name", snapshot.name.as_str());
@@ -49,7 +50,13 @@ pub fn write(
         MemoryKind::Internal => "internal",
         MemoryKind::External => "external",
     };
-    out.push_str(&format!("  <memory snapshot='{memory}'/>\n"));
+    out.push_str(&format!("  <memory snapshot='{memory}'"));
+    if let (MemoryKind::External, Some(file)) = (snapshot.memory, memory_file) {
+        out.push_str(" file='");
+        escape(&mut out, &file.to_string_lossy(), Place::Attribute);
+        out.push('\'');
+    }
+    out.push_str("/>\n");
     disks(&mut out, snapshot, domain, files);
     out.push_str("  <domain>\n");
     element(&mut out, 4, "uuid", &domain.id.to_string());

@@ -3,7 +3,10 @@
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::Code;
 
+use tokio::time::Instant;
+
 use super::jobs::JobWork;
+use super::memory::{Ready, Taken};
 use super::monitor::Monitor;
 use super::quiesce::{Quiesced, Rest};
 use super::seen::{LiveMachine, Run};
@@ -12,18 +15,41 @@ use crate::qemu::adopt::Work;
 use crate::qemu::files::{set_mode, sync};
 use crate::qemu::step::{Fresh, Live, Push, Switch, Writer};
 
+/// What went with a switch.
+#[derive(Default)]
+pub(in crate::qemu) struct Beside {
+    /// How the guest was quiesced, if it was.
+    pub(in crate::qemu) quiesced: Option<Quiesced>,
+    /// How its memory was taken, if it was.
+    pub(in crate::qemu) memory: Option<Taken>,
+}
+
+/// What waits for the switch.
+struct Exchanged {
+    rest: Option<Rest>,
+    memory: Option<Ready>,
+    /// When the guest was told to stop.
+    stopped: Instant,
+}
+
+impl Exchanged {
+    fn now() -> Self {
+        Self { rest: None, memory: None, stopped: Instant::now() }
+    }
+}
+
 impl Switch {
-    /// The switch under a running machine, up to the guest that runs again; how it was quiesced, if it was.
+    /// The switch under a running machine, up to the guest that runs again; what came of what went with it.
     pub(in crate::qemu) async fn switch_under(
         &self,
         work: Work<'_>,
         live: Live,
         mut monitor: Monitor,
-    ) -> Result<Option<Quiesced>, DriverError> {
+    ) -> Result<Beside, DriverError> {
         let machine = monitor.look().await?;
-        let rest = if self.fresh.is_empty() {
+        let exchanged = if self.fresh.is_empty() {
             self.pivot(work, &mut monitor, &machine, live).await?;
-            None
+            Exchanged::now()
         } else {
             self.exchange(work, &mut monitor, &machine, live).await?
         };
@@ -31,17 +57,33 @@ impl Switch {
         self.turn.switch().map_err(in_effect)?;
         sync(&self.turn.layers).await.map_err(in_effect)?;
         work.reached("qemu.live.switched");
-        self.go_on(&mut monitor, live).await.map_err(in_effect)?;
-        work.reached("qemu.live.resumed");
-        match rest {
-            Some(rest) => rest.end(work, &self.turn).await.map(Some).map_err(in_effect),
-            None => Ok(None),
+        let mut taken = match exchanged.memory {
+            Some(ready) => Some(ready.take(work, &mut monitor, exchanged.stopped).await.map_err(in_effect)?),
+            None => None,
+        };
+        self.go_on(work, &mut monitor, live).await.map_err(in_effect)?;
+        if let Some(taken) = &mut taken {
+            taken.resumed(exchanged.stopped);
         }
+        work.reached("qemu.live.resumed");
+        let quiesced = match exchanged.rest {
+            Some(rest) => Some(rest.end(work, &self.turn).await.map_err(in_effect)?),
+            None => None,
+        };
+        Ok(Beside { quiesced, memory: taken })
     }
 
     /// Lets the guest go on as it was; any number of times.
-    pub(in crate::qemu) async fn go_on(&self, monitor: &mut Monitor, live: Live) -> Result<(), DriverError> {
-        if live.was == Run::Running && monitor.run_state().await? == Run::Paused {
+    pub(in crate::qemu) async fn go_on(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        live: Live,
+    ) -> Result<(), DriverError> {
+        if self.memory.is_some() {
+            monitor.until_taken(work).await?;
+        }
+        if live.was == Run::Running && monitor.waits().await? {
             monitor.cont().await?;
         }
         Ok(())
@@ -55,25 +97,34 @@ impl Switch {
         monitor: &mut Monitor,
         machine: &LiveMachine,
         live: Live,
-    ) -> Result<Option<Rest>, DriverError> {
-        let exchanged = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
-        let rest = if exchanged {
+    ) -> Result<Exchanged, DriverError> {
+        let done = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
+        let exchanged = if done {
             self.write_generation(work).await.map_err(in_effect)?;
             monitor.stop().await.map_err(in_effect)?;
-            None
+            Exchanged::now()
         } else {
             let pairs = self.open_fresh(work, monitor, machine).await?;
             self.write_generation(work).await?;
+            let memory = match &self.memory {
+                Some(memory) => Some(memory.prepare(work, monitor, live).await?),
+                None => None,
+            };
             work.reached("qemu.live.prepared");
             let rest = self.freeze(work, live).await?;
-            self.exchange_at_rest(work, monitor, live, (&pairs, rest)).await?
+            let stopped = Instant::now();
+            let rest = self.exchange_at_rest(work, monitor, live, (&pairs, rest)).await?;
+            Exchanged { rest, memory, stopped }
         };
         work.reached("qemu.live.exchanged");
         for (index, fresh) in self.fresh.iter().enumerate() {
-            self.name_frozen(work, monitor, fresh, index).await.map_err(in_effect)?;
+            // By its own name a layer was known before, and is after it.
+            if done || machine.root_of(&fresh.on_file).is_none_or(|node| node.named != fresh.on_file) {
+                self.name_frozen(work, monitor, fresh, index).await.map_err(in_effect)?;
+            }
         }
         work.reached("qemu.live.named");
-        Ok(rest)
+        Ok(exchanged)
     }
 
     /// Stops the guest and exchanges what it writes. A failure before that takes effect lets it go on.
@@ -86,17 +137,17 @@ impl Switch {
     ) -> Result<Option<Rest>, DriverError> {
         if let Err(error) = self.stop_in_time(work, monitor, live, rest.as_ref()).await {
             return Err(match rest {
-                Some(rest) => rest.give_up(self, (monitor, live), error).await,
+                Some(rest) => rest.give_up(self, work, (monitor, live), error).await,
                 None => error,
             });
         }
         match (monitor.exchange(pairs).await, rest) {
             (Ok(()), rest) => Ok(rest),
             (Err(error), Some(rest)) if error.class == ErrorClass::Permanent => {
-                Err(rest.give_up(self, (monitor, live), error).await)
+                Err(rest.give_up(self, work, (monitor, live), error).await)
             }
             (Err(error), _) if error.class == ErrorClass::Permanent => {
-                self.go_on(monitor, live).await?;
+                self.go_on(work, monitor, live).await?;
                 Err(error)
             }
             (Err(error), _) => Err(error),
@@ -199,7 +250,7 @@ impl Switch {
                     return Err(in_effect(error));
                 }
                 if error.class == ErrorClass::Permanent {
-                    self.go_on(monitor, live).await?;
+                    self.go_on(work, monitor, live).await?;
                 }
                 return Err(error);
             }
@@ -257,7 +308,10 @@ impl Switch {
         for (index, _) in pushed.enumerate() {
             JobWork::new(work, index).cancel(&mut monitor).await?;
         }
-        self.go_on(&mut monitor, live).await?;
+        self.go_on(work, &mut monitor, live).await?;
+        if self.memory.is_some() {
+            monitor.end_memory().await?;
+        }
         self.thaw_left(work).await?;
         for fresh in &self.fresh {
             monitor.close_file(&fresh.file).await?;

@@ -9,7 +9,8 @@
 //! (its node is in a chain) or by qemu-img (it is not) follows from the chain alone.
 //!
 //! `graph` reads the block graph, `seen` compares it with the log, `monitor` is every word that is said to QEMU,
-//! `exchange` puts new layers under the guest, `quiesce` has its file systems rest meanwhile, `jobs` merges under it.
+//! `exchange` puts new layers under the guest, `quiesce` has its file systems rest meanwhile, `memory` keeps its memory of
+//! the same instant, `load` brings it back, `jobs` merges under it.
 //!
 //! Architecture Invariant: the order is stop, transaction, the frozen layer by its own path, switch, cont. QEMU
 //! reopens images by the name that it was given, so a switch before the rest would make it open another file.
@@ -17,6 +18,8 @@
 mod exchange;
 mod graph;
 mod jobs;
+mod load;
+mod memory;
 mod monitor;
 mod process;
 mod quiesce;
@@ -33,7 +36,10 @@ use super::config::QemuConfig;
 use super::lock::{DYING, in_use};
 use super::observe::in_use as users;
 use super::qmp::QmpError;
+use super::step::{QemuStep, Switch};
 
+pub(super) use exchange::Beside;
+pub(super) use memory::check_stream;
 pub(super) use monitor::{Monitor, failed};
 pub(super) use process::{Ending, end, start};
 pub(super) use seen::{LiveMachine, Machine, Run};
@@ -89,12 +95,30 @@ pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, Driv
 /// # Errors
 /// It runs and does not answer: it may have exchanged its disks, and only QEMU knows.
 pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
+    resume_migrated(state).await?;
     match machine(state).await {
         Ok(_) => Ok(()),
         Err(error) => Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
             "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
         )),
     }
+}
+
+/// A QEMU that has written its machine's memory while the guest was stopped holds none of its images until the guest
+/// goes on, and would be taken for one that is off.
+async fn resume_migrated(state: &DomainState) -> Result<(), DriverError> {
+    let (_, config) = QemuConfig::of(state)?;
+    let steps = state.open.iter().flat_map(|open| &open.steps);
+    let takes_memory =
+        |step| matches!(QemuStep::of(step), Ok(QemuStep::Switch(Switch { memory: Some(_), .. })));
+    let (true, Some(socket)) = (steps.into_iter().any(takes_memory), config.runs.qmp()) else {
+        return Ok(());
+    };
+    let Ok(mut monitor) = Monitor::connect(socket).await else { return Ok(()) };
+    if monitor.status().await? == "postmigrate" {
+        monitor.cont().await?;
+    }
+    Ok(())
 }
 
 /// Why a guest cannot be asked to quiesce.

@@ -10,7 +10,7 @@ use snaptree_engine::operation::Code;
 
 use super::graph::{Graph, Node};
 use super::seen::{Chain, LiveMachine, LiveNode, Run};
-use crate::qemu::qmp::{Limits, Qmp, QmpError};
+use crate::qemu::qmp::{Limits, Qmp, QmpError, Version};
 
 /// Longest that QEMU's main loop may be busy with one of our commands: it flushes and reopens images in some of them.
 const LONG_REPLY_MS: u64 = 60_000;
@@ -41,23 +41,57 @@ impl Monitor {
         Ok(Self { qmp, socket: socket.to_path_buf() })
     }
 
-    async fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+    pub(super) async fn ask(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, DriverError> {
         self.qmp.execute(command, arguments).await.map_err(failed)
     }
 
-    async fn act(&mut self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+    pub(super) async fn act(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, DriverError> {
         tracing::debug!(command, %arguments, "qmp");
         self.qmp.execute_within(command, arguments, LONG_REPLY_MS).await.map_err(failed)
     }
 
+    /// Gives QEMU an open file with a command.
+    pub(super) async fn give(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        file: &fs::File,
+    ) -> Result<(), DriverError> {
+        self.qmp.execute_with(command, arguments, file).await.map(|_| ()).map_err(failed)
+    }
+
+    /// QEMU's version.
+    pub(super) const fn version(&self) -> Version {
+        self.qmp.version()
+    }
+
+    /// QEMU's word for what the guest does.
+    pub(in crate::qemu) async fn status(&mut self) -> Result<String, DriverError> {
+        let answer = self.ask("query-status", Value::Null).await?;
+        Ok(answer.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
     /// Whether the guest runs.
     pub(in crate::qemu) async fn run_state(&mut self) -> Result<Run, DriverError> {
-        let answer = self.ask("query-status", Value::Null).await?;
-        Ok(match answer.get("status").and_then(Value::as_str) {
-            Some("running") => Run::Running,
-            Some("paused" | "prelaunch" | "debug" | "suspended") => Run::Paused,
+        Ok(match self.status().await?.as_str() {
+            "running" => Run::Running,
+            "paused" | "prelaunch" | "debug" | "suspended" => Run::Paused,
             _ => Run::Stuck,
         })
+    }
+
+    /// Whether the guest is stopped and can simply go on, also behind a migration of Snaptree's that is over.
+    pub(in crate::qemu) async fn waits(&mut self) -> Result<bool, DriverError> {
+        let status = self.status().await?;
+        Ok(matches!(status.as_str(), "paused" | "prelaunch" | "debug" | "suspended" | "postmigrate"))
     }
 
     /// What is open.
@@ -84,6 +118,8 @@ impl Monitor {
             run,
             chains: chains.collect(),
             jobs: self.jobs().await?.into_iter().map(|(id, _)| id).collect(),
+            version: self.version(),
+            memory_bytes: self.memory_bytes().await?,
         })
     }
 

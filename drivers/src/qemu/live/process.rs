@@ -20,11 +20,11 @@ use super::seen::Run;
 use crate::qemu::adopt::Work;
 use crate::qemu::config::QemuConfig;
 use crate::qemu::files::{Doing, if_there};
-use crate::qemu::lock::{in_use, processes_of};
+use crate::qemu::lock::{has_open, in_use};
 use crate::qemu::observe::in_use as users;
 use crate::qemu::qmp::QmpError;
-use crate::qemu::runs::{Runs, Values, command_line};
-use crate::qemu::step::Power;
+use crate::qemu::runs::{Incoming, Runs, Values, command_line};
+use crate::qemu::step::{Next, Power};
 
 /// How long a machine may take to be there.
 const START: Duration = Duration::from_secs(60);
@@ -35,6 +35,8 @@ const STOP: Duration = Duration::from_secs(180);
 /// How long a signalled process may take to be gone.
 const KILLED: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
+/// The same where a guest waits for it.
+const POLL_SOON: Duration = Duration::from_millis(3);
 /// How much of what a failed command said is passed on.
 const SAID_BYTES_MAX: usize = 2048;
 
@@ -137,7 +139,8 @@ pub(in crate::qemu) async fn start(state: &DomainState, wish: RunState) -> Resul
                 let disks =
                     config.disks.keys().map(|name| (name.clone(), current_file(state, &config, name)));
                 let disks = disks.collect();
-                let mut words = command_line(launch, Values { disks: &disks, qmp, pid_file })?;
+                let values = Values { disks: &disks, qmp, pid_file, incoming: Incoming::No };
+                let mut words = command_line(launch, values)?;
                 if wish == RunState::Paused {
                     words.push("-S".to_owned());
                 }
@@ -171,6 +174,43 @@ pub(in crate::qemu) async fn start(state: &DomainState, wish: RunState) -> Resul
         tokio::time::sleep(POLL).await;
     }
     Ok(())
+}
+
+/// Starts a managed machine's QEMU so that it waits for its memory. One that was started before is not looked for.
+pub(super) async fn start_waiting(config: &QemuConfig, next: &Next) -> Result<(), DriverError> {
+    let Runs::Managed { launch, .. } = &config.runs else {
+        return Err(DriverError::permanent(Code::Unsupported, "Snaptree does not start this machine"));
+    };
+    for stale in [&next.qmp, &next.pid_file] {
+        if_there(fs::remove_file(stale)).doing("remove", stale)?;
+    }
+    let values =
+        Values { disks: &next.disks, qmp: &next.qmp, pid_file: &next.pid_file, incoming: Incoming::Defer };
+    let mut words = command_line(launch, values)?;
+    // It goes on when it is told to, whatever it did when its memory was taken.
+    words.push("-S".to_owned());
+    let (mut child, said) = spawn(&words, &said_path(&next.pid_file))?;
+    let until = Instant::now() + START;
+    loop {
+        match Monitor::connect(&next.qmp).await {
+            Ok(_) => return Ok(()),
+            Err(QmpError::Absent { .. } | QmpError::Closed { .. }) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if let Some(status) = child.try_wait().doing("wait for", &said)?
+            && !status.success()
+        {
+            return Err(not_started(&format!("its command ended with {status}"), &said));
+        }
+        if Instant::now() >= until {
+            return Err(DriverError::new(
+                ErrorClass::Unknown,
+                Code::Timeout,
+                format!("the machine is not there after {} s", START.as_secs()),
+            ));
+        }
+        tokio::time::sleep(POLL_SOON).await;
+    }
 }
 
 /// Whether the machine has its disks open, and runs or waits as wished.
@@ -224,11 +264,15 @@ fn spawn(words: &[String], said: &Path) -> Result<(Child, PathBuf), DriverError>
     Ok((child, said.to_path_buf()))
 }
 
-fn not_started(how: &str, said: &Path) -> DriverError {
-    let text = fs::read(said).unwrap_or_default();
+/// The last line that a machine's QEMU said.
+pub(super) fn last_words(said: &Path) -> Option<String> {
+    let text = fs::read(said).ok()?;
     let text = String::from_utf8_lossy(&text[..text.len().min(SAID_BYTES_MAX)]).into_owned();
-    let line =
-        text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing").to_owned();
+    text.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned)
+}
+
+fn not_started(how: &str, said: &Path) -> DriverError {
+    let line = last_words(said).unwrap_or_else(|| "it said nothing".to_owned());
     DriverError::new(
         ErrorClass::Transient,
         Code::Io,
@@ -275,15 +319,14 @@ async fn is_free(state: &DomainState, config: &QemuConfig, wait: Duration) -> Re
 }
 
 /// Where a managed machine's words go.
-fn said_path(pid_file: &Path) -> PathBuf {
+pub(super) fn said_path(pid_file: &Path) -> PathBuf {
     pid_file.with_extension("log")
 }
 
 /// The process in the pid file, if it has the machine's disk open: a number alone may be anybody's by now.
-fn managed_pid(pid_file: &Path, disk: &Path) -> Option<Pid> {
+pub(super) fn managed_pid(pid_file: &Path, disk: &Path) -> Option<Pid> {
     let pid: u32 = fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
-    let found = processes_of(disk).into_iter().find(|found| *found == pid)?;
-    Some(Pid::from_raw(i32::try_from(found).ok()?))
+    has_open(pid, disk).then_some(Pid::from_raw(i32::try_from(pid).ok()?))
 }
 
 async fn kill_and_wait(state: &DomainState, config: &QemuConfig, pid: Pid) -> Result<(), DriverError> {

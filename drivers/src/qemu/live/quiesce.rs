@@ -138,10 +138,11 @@ impl Rest {
     pub(super) async fn give_up(
         self,
         switch: &Switch,
+        work: Work<'_>,
         (monitor, live): (&mut Monitor, Live),
         error: DriverError,
     ) -> DriverError {
-        let goes_on = switch.go_on(monitor, live).await;
+        let goes_on = switch.go_on(work, monitor, live).await;
         let mut back = self.take_back(&switch.turn, error.failure.message).await;
         if let Err(stopped) = goes_on {
             back.failure.message = format!("{}; and it could not go on: {stopped}", back.failure.message);

@@ -10,6 +10,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
 use crate::qemu::config::QemuConfig;
+use crate::qemu::qmp::Version;
 
 /// Whether a machine runs, and whether it is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,12 @@ pub(in crate::qemu) struct LiveMachine {
     pub(in crate::qemu) chains: Vec<Chain>,
     /// The ids of its block jobs.
     pub(in crate::qemu) jobs: Vec<String>,
+    /// QEMU's version.
+    #[serde(default)]
+    pub(in crate::qemu) version: Version,
+    /// How much memory the guest has.
+    #[serde(default)]
+    pub(in crate::qemu) memory_bytes: u64,
 }
 
 /// Whether the guest runs.

@@ -14,15 +14,18 @@
 mod silence;
 
 use std::collections::VecDeque;
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{ErrorKind, IoSlice};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(super) use silence::Silence;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
@@ -128,7 +131,11 @@ pub(super) struct Qmp {
     limits: Limits,
     partial: Vec<u8>,
     events: VecDeque<Value>,
+    version: Version,
 }
+
+/// QEMU's version: major, minor.
+pub(super) type Version = (u64, u64);
 
 impl Qmp {
     /// Connects, waits for the greeting, and leaves the negotiation behind.
@@ -145,7 +152,14 @@ impl Qmp {
                 });
             }
         };
-        let mut qmp = Self { socket: path(), stream, limits, partial: Vec::new(), events: VecDeque::new() };
+        let mut qmp = Self {
+            socket: path(),
+            stream,
+            limits,
+            partial: Vec::new(),
+            events: VecDeque::new(),
+            version: (0, 0),
+        };
         let until = Instant::now() + Duration::from_millis(limits.greeting_ms);
         match timeout_at(until, qmp.greeting()).await {
             Err(_) => return Err(QmpError::Silent { socket: path(), why: Silence::of(socket) }),
@@ -160,6 +174,10 @@ impl Qmp {
         for _ in 0..STRAYS_MAX {
             let message = self.read().await?;
             if message.get("QMP").is_some() {
+                let part = |name: &str| {
+                    message.pointer(&format!("/QMP/version/qemu/{name}")).and_then(Value::as_u64)
+                };
+                self.version = (part("major").unwrap_or(0), part("minor").unwrap_or(0));
                 return Ok(());
             }
             if !["return", "error", "event"].iter().any(|key| message.get(key).is_some()) {
@@ -179,6 +197,11 @@ impl Qmp {
         self.execute_within(command, arguments, self.limits.reply_ms).await
     }
 
+    /// QEMU's version, as it greeted.
+    pub(super) const fn version(&self) -> Version {
+        self.version
+    }
+
     /// Executes a command.
     pub(super) async fn execute_within(
         &mut self,
@@ -186,13 +209,33 @@ impl Qmp {
         arguments: Value,
         wait_ms: u64,
     ) -> Result<Value, QmpError> {
+        self.send(command, arguments, wait_ms, None).await
+    }
+
+    /// Executes a command that an open file goes with: QEMU needs no right of its own to open it.
+    pub(super) async fn execute_with(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        file: &File,
+    ) -> Result<Value, QmpError> {
+        self.send(command, arguments, self.limits.reply_ms, Some(file)).await
+    }
+
+    async fn send(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        wait_ms: u64,
+        file: Option<&File>,
+    ) -> Result<Value, QmpError> {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed) + (u64::from(std::process::id()) << ID_BITS);
         let mut message = json!({ "execute": command, "id": id });
         if !arguments.is_null() {
             message["arguments"] = arguments;
         }
         let until = Instant::now() + Duration::from_millis(wait_ms);
-        match timeout_at(until, self.exchange(command, id, message.to_string())).await {
+        match timeout_at(until, self.exchange(command, id, message.to_string(), file)).await {
             Ok(answer) => answer,
             Err(_) => Err(QmpError::TimedOut { command, waited_ms: wait_ms }),
         }
@@ -203,9 +246,14 @@ impl Qmp {
         command: &'static str,
         id: u64,
         mut line: String,
+        file: Option<&File>,
     ) -> Result<Value, QmpError> {
         line.push('\n');
-        self.stream.write_all(line.as_bytes()).await.map_err(|source| self.io(source))?;
+        let sent = match file {
+            Some(file) => self.write_with(line.as_bytes(), file).await?,
+            None => 0,
+        };
+        self.stream.write_all(&line.as_bytes()[sent..]).await.map_err(|source| self.io(source))?;
         loop {
             let mut message = self.read().await?;
             if message.get("event").is_some() {
@@ -219,6 +267,23 @@ impl Qmp {
                 let said = message.pointer("/error/desc").and_then(Value::as_str);
                 let description = said.unwrap_or("without saying why").to_owned();
                 return Err(QmpError::Refused { command, description });
+            }
+        }
+    }
+
+    /// Writes what goes at once, with an open file beside it.
+    async fn write_with(&mut self, bytes: &[u8], file: &File) -> Result<usize, QmpError> {
+        let files = [file.as_raw_fd()];
+        loop {
+            self.stream.writable().await.map_err(|source| self.io(source))?;
+            let sent = self.stream.try_io(Interest::WRITABLE, || {
+                let beside = [ControlMessage::ScmRights(&files)];
+                let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+                Ok(sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(bytes)], &beside, flags, None)?)
+            });
+            match sent {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                sent => return sent.map_err(|source| self.io(source)),
             }
         }
     }

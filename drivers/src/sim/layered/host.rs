@@ -76,6 +76,7 @@ impl Host for Layered {
             in_use: Vec::new(),
             files: BTreeMap::default(),
             unreadable: BTreeMap::default(),
+            memory: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
             generation: None,
             room: None,

@@ -121,6 +121,7 @@ impl Driver for Flaky {
             in_use: Vec::new(),
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
             generation: None,
             room: None,

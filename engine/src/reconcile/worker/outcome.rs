@@ -4,8 +4,8 @@ use crate::around::HookEnd;
 use crate::driver::Learnt;
 use crate::engine::EngineError;
 use crate::event::{
-    DomainUnregistered, Event, MemoryKind, MergeDeferred, MergeFinished, OperationSucceeded, SnapshotCreated,
-    SnapshotDeleted, SnapshotReverted, UnregisterWish,
+    DomainUnregistered, Event, MemoryKind, MergeDeferred, MergeFinished, OperationFailed, OperationSucceeded,
+    SnapshotCreated, SnapshotDeleted, SnapshotReverted, UnregisterWish,
 };
 use crate::ids::SnapshotId;
 use crate::operation::{Failure, Operation, Outcome, Request};
@@ -22,9 +22,7 @@ impl Worker<'_> {
             if let Event::OperationStepFinished(e) = event
                 && let Ok(now) = serde_json::from_value::<Learnt>(e.learnt.clone())
             {
-                learnt.taken = now.taken.or(learnt.taken);
-                learnt.state = now.state.or(learnt.state);
-                learnt.left.extend(now.left);
+                learnt.add(now);
             }
         }
         let gone: Vec<SnapshotId> = before
@@ -35,6 +33,8 @@ impl Worker<'_> {
             })
             .collect();
         match &operation.request {
+            // What the layers hold of it is a tombstone.
+            Request::Create(_) if learnt.failed.is_some() => {}
             Request::Create(request) => {
                 let mut snapshot = request.predicted(operation);
                 snapshot.parent = self.state.tree.current().map(|current| current.id);
@@ -62,7 +62,10 @@ impl Worker<'_> {
                 events.push(DomainUnregistered { wish: request.wish, left }.into());
             }
         }
-        events.push(OperationSucceeded {}.into());
+        events.push(match learnt.failed {
+            Some(failure) => OperationFailed { failure }.into(),
+            None => OperationSucceeded {}.into(),
+        });
         events
     }
 
