@@ -20,6 +20,7 @@ pub struct Alive {
     /// What has to be true.
     pub model: Model<Hash>,
     read: BTreeMap<[PathBuf; 2], (Vec<Facts>, Read)>,
+    memory: BTreeMap<String, i64>,
 }
 
 /// What was read: the disks, and the guest's round.
@@ -33,7 +34,7 @@ impl Alive {
 
     /// The same of a machine that was registered already, and has no snapshot.
     pub fn of(running: Running) -> Self {
-        Self { running, model: Model::default(), read: BTreeMap::new() }
+        Self { running, model: Model::default(), read: BTreeMap::new(), memory: BTreeMap::new() }
     }
 
     /// Takes a snapshot, and notes what it reads as.
@@ -44,6 +45,47 @@ impl Alive {
         let done = self.running.program.json(0, &["create", "web", name]);
         self.created(name);
         done
+    }
+
+    /// The same with the machine's memory.
+    ///
+    /// # Panics
+    /// It fails, or is not of one instant.
+    pub fn create_with_memory(&mut self, name: &str) -> Value {
+        let apart = self.running.apart();
+        let done = self.running.program.json(0, &["create", "web", name, "--memory"]);
+        self.created(name);
+        self.has_memory(name, apart);
+        done
+    }
+
+    /// Notes how far memory and disk of a snapshot are apart.
+    pub fn has_memory(&mut self, name: &str, apart: i64) {
+        self.memory.insert(name.to_owned(), apart);
+    }
+
+    /// The guest goes on where it was when that snapshot was taken; `printed` is what it had printed before.
+    ///
+    /// # Panics
+    /// It goes on somewhere else, or not at all.
+    pub fn expect_resumed_from(&mut self, name: &str, printed: usize) {
+        let files = self.running.files();
+        let (_, round) = self.read(name, &files[name]);
+        let apart = self.memory[name];
+        let goes_on = becomes(|| {
+            let lines = self.running.lines_since(printed);
+            let resumed = |(memory, disk): &(u32, u32)| {
+                i64::from(*disk) - i64::from(*memory) == apart && (round..=round + 2).contains(disk)
+            };
+            let first = lines.iter().rposition(resumed);
+            first.is_some_and(|first| lines.len() > first + 1)
+        });
+        let (lines, pid) = (self.running.lines_since(printed), self.running.pid());
+        assert!(
+            goes_on,
+            "not resumed from round {round} of {name}, {apart} apart: {lines:x?} of pid {pid:?}"
+        );
+        assert_eq!(self.running.apart(), apart, "memory and disk are of one instant after {name}");
     }
 
     /// Notes what a snapshot reads as that was taken a moment ago.

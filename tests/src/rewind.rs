@@ -1,4 +1,4 @@
-//! Puts a folder back as it was, with the very inodes of its images, many times over.
+//! Puts a folder back as it was, with the very inodes of its images and memory files, many times over.
 //!
 //! Snaptree knows an image by its inode, so a copy of it would be another image. A hard link kept elsewhere lets an
 //! inode outlive whatever is done to its names.
@@ -56,7 +56,8 @@ impl Rewind {
                 self.entries.push(Entry::Link(path, target));
             } else if metadata.is_file() {
                 // What is none is the socket of a process that is gone.
-                let kept = path.extension().is_some_and(|extension| extension == "qcow2").then(|| {
+                let is_kept = |extension| extension == "qcow2" || extension == "vmstate";
+                let kept = path.extension().is_some_and(is_kept).then(|| {
                     let kept = keep.join(self.entries.len().to_string());
                     fs::hard_link(&path, &kept).expect("a link on the same file system");
                     kept

@@ -61,12 +61,14 @@ pub enum Way {
 
 /// QEMU's arguments, with these for disks, socket and pid file.
 fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file: &str) -> Vec<String> {
-    let mut words: Vec<String> = ["-accel", "tcg", "-machine", "pc,i8042=off", "-m", "16", "-nodefaults"]
+    // The next QEMU of a revert is started while the one before still prints.
+    let serial = format!("file,id=serial,path={},append=on", text(serial));
+    let mut words: Vec<String> = accelerator()
         .into_iter()
-        .chain(["-no-user-config", "-display", "none", "-serial"])
+        .chain(["-machine", "pc,i8042=off", "-m", "16", "-nodefaults", "-no-user-config", "-display", "none"])
+        .chain(["-chardev", &serial, "-serial", "chardev:serial"])
         .map(str::to_owned)
         .collect();
-    words.push(format!("file:{}", text(serial)));
     words.extend(["-qmp".to_owned(), format!("unix:{qmp},server=on,wait=off")]);
     words.extend(["-pidfile".to_owned(), pid_file.to_owned()]);
     for (name, file) in DISKS.iter().zip(disks) {
@@ -79,6 +81,14 @@ fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file:
         ]);
     }
     words
+}
+
+/// TCG, or what `SNAPTREE_TEST_ACCEL=kvm` says.
+fn accelerator() -> Vec<&'static str> {
+    match std::env::var("SNAPTREE_TEST_ACCEL").as_deref() {
+        Ok("kvm") => vec!["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
+        _ => vec!["-accel", "tcg"],
+    }
 }
 
 /// The program that is QEMU: another one by `SNAPTREE_TEST_QEMU`.
@@ -218,6 +228,27 @@ impl Running {
         self.witness().counters()
     }
 
+    /// How much longer ago than the boot the guest's disk began: the same as long as memory and disk are of one instant.
+    ///
+    /// # Panics
+    /// It has printed nothing.
+    pub fn apart(&self) -> i64 {
+        let (memory, disk) = self.counters().expect("it printed");
+        i64::from(disk) - i64::from(memory)
+    }
+
+    /// How much the guest has printed.
+    pub fn printed(&self) -> usize {
+        std::fs::read(self.serial()).map_or(0, |said| said.len())
+    }
+
+    /// The counters of every whole line behind that much.
+    pub fn lines_since(&self, printed: usize) -> Vec<(u32, u32)> {
+        let said = std::fs::read(self.serial()).unwrap_or_default();
+        let said = String::from_utf8_lossy(said.get(printed..).unwrap_or_default()).into_owned();
+        said.lines().filter_map(counters_in).collect()
+    }
+
     /// Waits until the guest has gone on by some rounds.
     ///
     /// # Panics
@@ -271,15 +302,23 @@ impl Running {
     pub fn check_files(&self, what: &str) {
         let shown = self.program.json(0, &["domain", "show", "web"]);
         let layers = shown["layers"].as_array().expect("layers");
-        let known: Vec<&Path> =
-            layers.iter().map(|layer| Path::new(layer["file"].as_str().expect("a file"))).collect();
+        let file_of = |kept: &'_ Value| PathBuf::from(kept["file"].as_str().expect("a file"));
+        let known: Vec<PathBuf> = layers.iter().map(file_of).collect();
+        let memory: Vec<PathBuf> = shown["memory"].as_array().into_iter().flatten().map(file_of).collect();
         // Before the first snapshot there is no such folder.
         for entry in std::fs::read_dir(&self.layers).into_iter().flatten() {
             let path = entry.expect("an entry").path();
             let name = path.file_name().expect("a name").to_string_lossy().into_owned();
             if name != "active" && !name.starts_with("gen-") {
-                assert!(known.contains(&path.as_path()), "{what}: the log does not know {}", path.display());
+                assert!(
+                    known.contains(&path) || memory.contains(&path),
+                    "{what}: the log does not know {}",
+                    path.display()
+                );
             }
+        }
+        for file in &memory {
+            assert!(file.exists(), "{what}: {} is missing", file.display());
         }
         for open in self.open_files() {
             assert!(!open.ends_with(" (deleted)"), "{what}: QEMU keeps {open} open");
@@ -291,7 +330,7 @@ impl Running {
         };
         for file in known.into_iter().filter(|file| !written.iter().any(|written| written == file)) {
             let checked =
-                Command::new("qemu-img").args(["check", "-q", "-U", text(file)]).status().expect("it runs");
+                Command::new("qemu-img").args(["check", "-q", "-U", text(&file)]).status().expect("it runs");
             assert!(matches!(checked.code(), Some(0 | 3)), "{what}: {} is damaged", file.display());
         }
     }
@@ -307,12 +346,9 @@ pub struct Witness {
 impl Witness {
     /// Rounds since the boot, and rounds of the disk, of the last line that the guest printed.
     pub fn counters(&self) -> Option<(u32, u32)> {
-        let said = std::fs::read_to_string(&self.serial).ok()?;
-        said.rsplit('\n').find_map(|line| {
-            let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
-            let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
-            Some((number(memory)?, number(disk)?))
-        })
+        let said = std::fs::read(&self.serial).ok()?;
+        let said = String::from_utf8_lossy(&said);
+        said.rsplit('\n').find_map(counters_in)
     }
 
     /// Per live snapshot and disk, the file that it reads as; by the manifest beside the layers.
@@ -338,6 +374,12 @@ impl Witness {
         let before = self.counters();
         becomes(|| self.counters() != before)
     }
+}
+
+fn counters_in(line: &str) -> Option<(u32, u32)> {
+    let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
+    let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
+    Some((number(memory)?, number(disk)?))
 }
 
 impl Drop for Running {

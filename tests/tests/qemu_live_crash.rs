@@ -97,6 +97,25 @@ const ALL: Scenario = Scenario {
     ..COMMIT
 };
 
+const MEMORY: Scenario =
+    Scenario { name: "a create with memory", command: &["create", "web", "new", "--memory"], ..CREATE };
+const FIRST_MEMORY: Scenario = Scenario {
+    name: "the first create, with adoption and memory",
+    command: &["create", "web", "new", "--memory"],
+    ..FIRST_CREATE
+};
+/// a, with memory <- b; the machine stands on b.
+const RESUME: Scenario = Scenario {
+    name: "a revert to memory",
+    prepare: |alive| {
+        alive.create_with_memory("a");
+        alive.running.wait_for_rounds(3);
+        snapshots(alive, &["b"]);
+    },
+    command: &["revert", "web", "a"],
+    apply: Some(|model| model.revert("a")),
+};
+
 const PIVOT: Scenario =
     Scenario { name: "a commit of what the guest writes", prepare: |alive| snapshots(alive, &["a"]), ..ROOT };
 
@@ -191,7 +210,8 @@ impl Stage {
     }
 
     fn stands(&self) -> Killed {
-        Killed { ran: self.alive.running.pid(), counters: self.alive.running.counters() }
+        let running = &self.alive.running;
+        Killed { ran: running.pid(), counters: running.counters(), printed: running.printed() }
     }
 
     /// Kills at a place. None if the operation ended before it came there.
@@ -253,18 +273,35 @@ impl Stage {
             assert!(self.alive.running.pid().is_some() || killed.ran.is_none(), "{what}: the machine runs");
         }
         let same = killed.ran.is_some() && self.alive.running.pid() == killed.ran;
-        if self.alive.running.pid().is_none() {
+        let ran = self.alive.running.pid().is_some();
+        if !ran {
             self.alive.running.start();
         }
         let reverts = self.scenario.command[0] == "revert";
         match (reverts && after, same) {
+            (true, _) if ran && self.resumes() => self.alive.expect_resumed_from("a", killed.printed),
+            // It went on, and then its QEMU was killed.
+            (true, _) if self.resumes() => self.alive.expect_alive(what),
             (true, _) => self.alive.expect_booted_from("a"),
             (false, true) => self.alive.expect_alive(what),
             (false, false) => self.expect_nothing_lost(what, killed),
         }
+        // The boot of which the snapshot is.
+        let mut apart = killed.apart();
         if !after {
+            let printed = self.alive.running.printed();
+            apart = Some(self.alive.running.apart());
             self.alive.running.program.json(0, self.scenario.command);
             self.apply();
+            if self.resumes() {
+                self.alive.expect_resumed_from("a", printed);
+            }
+        }
+        if let (true, Some(apart)) = (self.scenario.command.contains(&"--memory"), apart) {
+            self.alive.has_memory("new", apart);
+            let printed = self.alive.running.printed();
+            self.alive.running.program.json(0, &["revert", "web", "new"]);
+            self.alive.expect_resumed_from("new", printed);
         }
         self.alive.check(what);
         assert_eq!(self.alive.running.program.json(0, &["audit", "verify"])["ok"], true, "{what}");
@@ -272,6 +309,11 @@ impl Stage {
         self.alive.check(&format!("{what}, a snapshot afterwards"));
         self.alive.expect_alive(what);
         after
+    }
+
+    /// Whether the operation brings a memory back.
+    fn resumes(&self) -> bool {
+        self.scenario.name == RESUME.name
     }
 
     fn expect_nothing_open(&self, what: &str) {
@@ -319,6 +361,14 @@ struct Killed {
     /// QEMU's process id.
     ran: Option<u32>,
     counters: Option<(u32, u32)>,
+    /// How much the guest had printed.
+    printed: usize,
+}
+
+impl Killed {
+    fn apart(&self) -> Option<i64> {
+        self.counters.map(|(memory, disk)| i64::from(disk) - i64::from(memory))
+    }
 }
 
 fn signal(pid: u32, name: &str) {
@@ -444,6 +494,21 @@ fn the_first_create_under_a_guest_recovers() {
 #[test]
 fn a_create_under_a_guest_recovers() {
     kill_everywhere(CREATE);
+}
+
+#[test]
+fn a_create_with_memory_recovers() {
+    kill_everywhere(MEMORY);
+}
+
+#[test]
+fn the_first_create_with_memory_recovers() {
+    kill_everywhere(FIRST_MEMORY);
+}
+
+#[test]
+fn a_revert_to_memory_recovers() {
+    kill_everywhere(RESUME);
 }
 
 #[test]

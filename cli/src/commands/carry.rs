@@ -4,6 +4,7 @@ use anyhow::Result;
 use snaptree_engine::DomainId;
 use snaptree_engine::command::Command;
 use snaptree_engine::engine::{DryRun, Submitted};
+use snaptree_engine::layer::MemoryWay;
 use snaptree_engine::operation::{Outcome, Request};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::merge::Verdict;
@@ -135,6 +136,7 @@ async fn report(
     let Some((mut view, story)) = account(writer, domain, operation, &driven).await? else {
         return Ok(Exit::Failed);
     };
+    note_memory(&driven.state, &story);
     let mut told_problem = problem.map(told);
     if story.outcome.is_some() {
         // The request has its outcome; what failed came after it.
@@ -143,6 +145,20 @@ async fn report(
         }
     }
     print(context, &mut view, &story, told_problem)
+}
+
+/// Says that a guest was stopped for longer than need be.
+fn note_memory(state: &DomainState, story: &Story) {
+    let kept = story.request.snapshots().into_iter().find_map(|id| state.layers.memory.get(&id));
+    let (Request::Create(_), Some(MemoryWay::Stopped)) = (&story.request, kept.map(|memory| memory.way))
+    else {
+        return;
+    };
+    render::note(&format!(
+        "the guest was stopped while its memory was written: this QEMU and kernel cannot write it while it runs \
+         (`snaptree log --operation {}` tells why)",
+        story.id
+    ));
 }
 
 /// An operation as it is told; none if the log has no request for it.

@@ -13,7 +13,7 @@ use snaptree_engine::operation::{Code, Failure};
 use super::adopt::Work;
 use super::files::{WRITE_BITS, folder_of, remove, set_mode, stamp_of, sync};
 use super::generation::Stand;
-use super::live::{self, Monitor, check_stream};
+use super::live::{self, Monitor, Run, check_stream};
 use super::manifest::{Effect, links};
 use super::step::KeepMemory;
 
@@ -92,6 +92,10 @@ impl KeepMemory {
     /// Nothing of it stays.
     async fn clear(&self, machine: Option<&mut Monitor>) -> Result<(), DriverError> {
         if let Some(monitor) = machine {
+            // QEMU 7.2 is known to leave a guest stopped when what it writes to is gone.
+            if self.live.was == Run::Running && monitor.waits().await? {
+                monitor.cont().await?;
+            }
             monitor.end_memory().await?;
         }
         remove(&self.file)?;

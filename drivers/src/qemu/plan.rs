@@ -514,14 +514,14 @@ impl Planner<'_> {
             )
             .hint("a domain that is registered with --launch can be reverted to it"));
         }
-        let file = memory.file.display();
-        match self.seen.memory.get(&memory.file) {
-            Some(found) if *found == memory.stamp => Ok(Some(memory.clone())),
-            Some(_) => {
-                Err(Failure::new(Code::Drift, format!("memory file {file} was changed since it was kept")))
-            }
-            None => Err(Failure::new(Code::Drift, format!("memory file {file} is missing"))),
-        }
+        let what = match self.seen.memory.get(&memory.file) {
+            Some(found) if *found == memory.stamp => return Ok(Some(memory.clone())),
+            Some(_) => "was changed since it was kept",
+            None => "is missing",
+        };
+        Err(Failure::new(Code::Drift, format!("memory file {} {what}", memory.file.display())).hint(
+            "its disks are not touched by that; delete the snapshot if its memory is not to be had back",
+        ))
     }
 
     /// The QEMU that is started on the new layers; paths of its own beside those of the one that runs.

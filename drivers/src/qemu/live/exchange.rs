@@ -55,22 +55,52 @@ impl Switch {
         };
         // From here on the guest is stopped, and what it writes next is in the new files: only forward.
         self.turn.switch().map_err(in_effect)?;
-        sync(&self.turn.layers).await.map_err(in_effect)?;
-        work.reached("qemu.live.switched");
-        let mut taken = match exchanged.memory {
-            Some(ready) => Some(ready.take(work, &mut monitor, exchanged.stopped).await.map_err(in_effect)?),
-            None => None,
+        let memory = match exchanged.memory {
+            Some(ready) => Some(
+                self.with_memory(work, &mut monitor, live, (ready, exchanged.stopped))
+                    .await
+                    .map_err(in_effect)?,
+            ),
+            None => {
+                sync(&self.turn.layers).await.map_err(in_effect)?;
+                work.reached("qemu.live.switched");
+                self.go_on(work, &mut monitor, live).await.map_err(in_effect)?;
+                None
+            }
         };
-        self.go_on(work, &mut monitor, live).await.map_err(in_effect)?;
-        if let Some(taken) = &mut taken {
-            taken.resumed(exchanged.stopped);
-        }
         work.reached("qemu.live.resumed");
         let quiesced = match exchanged.rest {
             Some(rest) => Some(rest.end(work, &self.turn).await.map_err(in_effect)?),
             None => None,
         };
-        Ok(Beside { quiesced, memory: taken })
+        Ok(Beside { quiesced, memory })
+    }
+
+    /// QEMU saves the machine, whose disks were exchanged; then the guest goes on. What it writes must not be lost to a
+    /// power cut, so the switch is on disk by then.
+    async fn with_memory(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        live: Live,
+        (ready, stopped): (Ready, Instant),
+    ) -> Result<Taken, DriverError> {
+        let synced = sync(&self.turn.layers);
+        let mut taken = if monitor.lets_guest_go_on() {
+            synced.await?;
+            work.reached("qemu.live.switched");
+            ready.take(work, monitor, stopped).await?
+        } else {
+            work.reached("qemu.live.switched");
+            let (synced, taken) = tokio::join!(synced, ready.take(work, monitor, stopped));
+            synced?;
+            taken?
+        };
+        if live.was == Run::Running {
+            monitor.cont().await?;
+        }
+        taken.resumed(stopped);
+        Ok(taken)
     }
 
     /// Lets the guest go on as it was; any number of times.
@@ -81,7 +111,8 @@ impl Switch {
         live: Live,
     ) -> Result<(), DriverError> {
         if self.memory.is_some() {
-            monitor.until_taken(work).await?;
+            let way = monitor.memory_way().await?;
+            monitor.until_taken(work, way).await?;
         }
         if live.was == Run::Running && monitor.waits().await? {
             monitor.cont().await?;

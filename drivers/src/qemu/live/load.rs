@@ -29,7 +29,7 @@ use crate::qemu::adopt::Work;
 use crate::qemu::agent::{Agent, Limits, Status};
 use crate::qemu::config::QemuConfig;
 use crate::qemu::files::{Doing, facts, if_there, remove, stamp_of};
-use crate::qemu::lock::{in_use, writer};
+use crate::qemu::lock::{DYING, in_use, writer};
 use crate::qemu::qmp::QmpError;
 use crate::qemu::runs::Runs;
 use crate::qemu::step::{LoadMemory, Next};
@@ -111,9 +111,15 @@ impl LoadMemory {
         work.reached("qemu.load.old-ended");
         let mut broken = None;
         for _ in 0..TRIES {
-            let Some(mut monitor) = self.waiting(&config, (qmp, pid_file)).await? else {
+            let mut monitor = match self.waiting(&config, (qmp, pid_file)).await {
+                Ok(Some(monitor)) => monitor,
                 // It ran, and has ended since: what it wrote is newer than its memory.
-                return Ok(StepReport::default());
+                Ok(None) => return Ok(StepReport::default()),
+                Err(Broken::Load(failure)) => {
+                    broken = Some(failure);
+                    break;
+                }
+                Err(Broken::Other(error)) => return Err(error),
             };
             work.reached("qemu.load.waiting");
             match self.load(work, &mut monitor).await {
@@ -160,27 +166,37 @@ impl LoadMemory {
         &self,
         config: &QemuConfig,
         (qmp, pid_file): (&Path, &Path),
-    ) -> Result<Option<Monitor>, DriverError> {
+    ) -> Result<Option<Monitor>, Broken> {
         if Monitor::connect(&self.next.qmp).await.is_ok() {
             self.next.promote(qmp, pid_file)?;
         }
         if let Some(monitor) = self.under_its_name(qmp).await? {
             return Ok(Some(monitor));
         }
-        for file in self.next.disks.values() {
-            if let Some(holder) = writer(file).doing("ask for the locks of", file)? {
-                return Err(in_use_busy(&holder));
-            }
-            if self.is_written(file) {
-                return Ok(None);
-            }
+        self.check_unused().await?;
+        if self.next.disks.values().any(|file| self.is_written(file)) {
+            return Ok(None);
         }
         start_waiting(config, &self.next).await?;
         self.next.promote(qmp, pid_file)?;
-        match Monitor::connect(qmp).await {
-            Ok(monitor) => Ok(Some(monitor)),
-            Err(error) => Err(failed(error)),
+        Ok(Some(Monitor::connect(qmp).await.map_err(failed)?))
+    }
+
+    /// Refuses to join a machine that somebody else started from the snapshot's disks. One that was killed in this
+    /// moment lets go of them.
+    async fn check_unused(&self) -> Result<(), Broken> {
+        let until = Instant::now() + DYING;
+        for file in self.next.disks.values() {
+            while let Some(holder) = writer(file).doing("ask for the locks of", file)? {
+                if Instant::now() > until {
+                    let why =
+                        format!("somebody else started the machine meanwhile ({})", in_use(&holder).message);
+                    return Err(not_loaded(&why));
+                }
+                tokio::time::sleep(POLL).await;
+            }
         }
+        Ok(())
     }
 
     async fn under_its_name(&self, qmp: &Path) -> Result<Option<Monitor>, DriverError> {
@@ -315,9 +331,9 @@ fn not_loaded(why: &str) -> Broken {
     Broken::Load(
         Failure::new(
             Code::Io,
-            format!("the machine's memory could not be loaded: {why}; the machine is off, with the snapshot's disks"),
+            format!("the machine stands at the snapshot's disks, but its memory could not be loaded: {why}"),
         )
-        .hint("snaptree domain start boots it from them; revert again to try the memory once more"),
+        .hint("snaptree domain start boots it from those, if it is off; revert again to try the memory once more"),
     )
 }
 

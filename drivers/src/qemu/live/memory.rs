@@ -167,6 +167,11 @@ impl Monitor {
         self.act("migrate-set-capabilities", json!({ "capabilities": [set] })).await.map(|_| ())
     }
 
+    /// Whether this version lets a guest go on by itself when it has saved its devices.
+    pub(super) fn lets_guest_go_on(&self) -> bool {
+        self.version() < STAYS_STOPPED_SINCE
+    }
+
     /// How the memory is being taken.
     pub(in crate::qemu) async fn memory_way(&mut self) -> Result<MemoryWay, DriverError> {
         let answer = self.ask("query-migrate-capabilities", Value::Null).await?;
@@ -202,12 +207,12 @@ impl Monitor {
     }
 
     /// Returns once the guest may go on: QEMU has saved its devices, or will not.
-    pub(in crate::qemu) async fn until_taken(
+    pub(super) async fn until_taken(
         &mut self,
         work: Work<'_>,
+        way: MemoryWay,
     ) -> Result<Option<Failure>, DriverError> {
         let began = Instant::now();
-        let way = self.memory_way().await?;
         let mut moved = (0, began);
         loop {
             let (late, done) = match self.migration().await? {
@@ -234,7 +239,10 @@ impl Monitor {
     }
 
     /// Waits until all memory is written; why it is not, if it comes to nothing.
-    pub(in crate::qemu) async fn until_written(&mut self, work: Work<'_>) -> Result<Option<Failure>, DriverError> {
+    pub(in crate::qemu) async fn until_written(
+        &mut self,
+        work: Work<'_>,
+    ) -> Result<Option<Failure>, DriverError> {
         let mut moved = (0, Instant::now());
         loop {
             match self.migration().await? {
@@ -302,9 +310,7 @@ impl TakeMemory {
         files::dress(&self.file, &self.like, self.mode)?;
         let file = fs::OpenOptions::new().write(true).open(&self.file).doing("open", &self.file)?;
         let ready = monitor.prepare_memory(&file).await?;
-        if live.was != Run::Running
-            && (ready.way == MemoryWay::Stopped || monitor.version() < STAYS_STOPPED_SINCE)
-        {
+        if live.was != Run::Running && (ready.way == MemoryWay::Stopped || monitor.lets_guest_go_on()) {
             let (major, minor) = monitor.version();
             return Err(DriverError::permanent(
                 Code::Unsupported,
@@ -329,7 +335,7 @@ impl Ready {
         let failed = match monitor.act("migrate", json!({ "uri": self.uri })).await {
             Ok(_) => {
                 work.reached("qemu.memory.begun");
-                monitor.until_taken(work).await?
+                monitor.until_taken(work, self.way).await?
             }
             Err(error) if error.class == ErrorClass::Permanent => Some(not_written(&error.failure.message)),
             Err(error) => return Err(error),
