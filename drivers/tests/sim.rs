@@ -237,7 +237,7 @@ impl Bench {
             if let Poison::AtFinish(snapshots) = &step.poison {
                 for snapshot in snapshots {
                     let name = self.state.tree.get(*snapshot).unwrap().name.clone();
-                    self.log(SnapshotDeleted { snapshot: *snapshot, name });
+                    self.log(SnapshotDeleted { snapshot: *snapshot, name, stays: false });
                 }
             }
         }
