@@ -18,8 +18,9 @@ use snaptree_engine::driver::{
 };
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainRegistered, DomainUnregisterRequested, Envelope, Event, Hash,
-    MemoryKind, MergeStarted, MergeWish, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
-    SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
+    MemoryKind, MergeStarted, MergeWish, Origin, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted,
+    UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, Step};
 use snaptree_engine::project::DomainState;
@@ -263,6 +264,7 @@ fn create(name: &str) -> SnapshotCreateRequested {
         labels: BTreeMap::new(),
         disks: BTreeSet::from([vda()]),
         memory: MemoryKind::Internal,
+        place: Place::Usual,
         quiesce: false,
         request: RequestTerms::default(),
     }

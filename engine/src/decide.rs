@@ -12,9 +12,9 @@ use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, r
 use crate::domain::Domain;
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
-    OperationResolved, OperationRetried, RequestTerms, SnapshotCreateRequested, SnapshotDeleteRequested,
-    SnapshotEditRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested,
-    UnregisterWish,
+    OperationResolved, OperationRetried, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotDeleteRequested, SnapshotEditRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased,
+    SnapshotRevertRequested, UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::operation::{Code, Operation, Phase, Verdict};
@@ -209,18 +209,12 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         )
         .hint("delete some snapshots of the chain; their changes are merged"));
     }
-    let memory = match create.content {
-        Content::DisksOnly => MemoryKind::No,
-        Content::Auto if !capabilities.memory => MemoryKind::No,
-        Content::WithMemory if !capabilities.memory => {
-            return Err(reject(
-                Code::Unsupported,
-                format!("domain '{}' cannot be snapshotted with its memory", domain.name),
-            )
-            .hint("leave out --memory"));
-        }
-        Content::Auto | Content::WithMemory => MemoryKind::Internal,
-    };
+    let memory = memory_kind(domain, create)?;
+    let disks = selected_disks(domain, create.disks.as_ref())?;
+    if memory == MemoryKind::External && disks.len() < domain.disks.len() {
+        return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
+            .hint("leave out --memory, or the choice of disks"));
+    }
     if create.quiesce {
         may_quiesce(domain, memory)?;
     }
@@ -229,12 +223,39 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         name,
         description: create.description.clone().filter(|text| !text.is_empty()),
         labels: create.labels.clone(),
-        disks: selected_disks(domain, create.disks.as_ref())?,
+        disks,
         memory,
+        place: create.place,
         quiesce: create.quiesce,
         request: ctx.terms.clone(),
     }
     .into())
+}
+
+/// Whether and where the memory is to be kept. Inside an image it is kept wherever there is any; that a machine which
+/// is off has none is known when it is planned.
+fn memory_kind(domain: &Domain, create: &Create) -> Result<MemoryKind, Rejection> {
+    let can = &domain.capabilities;
+    let unsupported = |message: String, hint: &str| Err(reject(Code::Unsupported, message).hint(hint));
+    match (create.place, create.content) {
+        (Place::Internal, _) if !can.internal => unsupported(
+            format!("snapshots of domain '{}' cannot be kept inside its disk images", domain.name),
+            "leave out --internal",
+        ),
+        (_, Content::DisksOnly) => Ok(MemoryKind::No),
+        (Place::Internal, Content::Auto | Content::WithMemory) => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::WithMemory) if can.memory_external => Ok(MemoryKind::External),
+        (Place::Usual, Content::Auto | Content::WithMemory) if can.memory => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::Auto) => Ok(MemoryKind::No),
+        (Place::Usual, Content::WithMemory) if can.internal => unsupported(
+            format!("domain '{}' can keep its memory only inside its disk images", domain.name),
+            "add --internal, or leave out --memory",
+        ),
+        (Place::Usual, Content::WithMemory) => unsupported(
+            format!("domain '{}' cannot be snapshotted with its memory", domain.name),
+            "leave out --memory; a QEMU machine that Snaptree itself starts (domain add --launch) can be",
+        ),
+    }
 }
 
 /// libvirt: `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE` needs `VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY`.

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::engine::{Engine, Submitted};
-use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish};
+use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish, Place};
 use snaptree_engine::{OperationId, xml};
 
 use super::carry::{Asked, carry, dry_run, open, report};
@@ -72,6 +72,7 @@ fn overridden(base: Create, args: &CreateArgs) -> Create {
         description: args.description.clone().or(base.description),
         labels: all,
         content,
+        place: if args.internal { Place::Internal } else { base.place },
         disks: base.disks,
         quiesce: args.quiesce || base.quiesce,
     }

@@ -117,6 +117,7 @@ pub(super) fn active(layers: &Path) -> PathBuf {
 pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: agent.is_some(),
         internal: false,

@@ -240,6 +240,7 @@ impl Lab {
             labels: Labels::new(),
             disks: self.disks.iter().map(|(disk, _)| disk.clone()).collect(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
             request: RequestTerms::default(),
         }

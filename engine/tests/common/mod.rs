@@ -41,6 +41,7 @@ pub fn at(second: i64) -> Timestamp {
 pub fn capabilities() -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: false,
         internal: false,
@@ -137,6 +138,7 @@ impl History {
             labels: BTreeMap::new(),
             disks: self.disks(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
             request: RequestTerms::default(),
         }
