@@ -11,7 +11,7 @@ use snaptree_engine::event::{
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::reconcile::merge::MergePlan;
+use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
 use snaptree_engine::{OperationId, SnapshotId};
 
 use super::machine::Applied;
@@ -151,6 +151,9 @@ impl Planner<'_> {
 
     /// Merges what was deleted before. What somebody else removed meanwhile is merged already.
     fn merge(&self, merge: &MergePlan) -> Result<Plan, Failure> {
+        if merge.actions.iter().any(|action| !matches!(action, MergeAction::Fold { .. })) {
+            return unsupported("this hypervisor has no layers");
+        }
         let mut plan = Plan::default();
         for snapshot in merge.snapshots.iter().copied().filter(|snapshot| self.seen(*snapshot).is_some()) {
             let name = self.state.tombstones.get(&snapshot).map_or("", |tombstone| tombstone.name.as_str());
