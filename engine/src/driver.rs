@@ -165,6 +165,9 @@ pub struct SeenSnapshot {
     /// The state of the machine that it was taken of, where the hypervisor says so.
     #[serde(default)]
     pub state: Option<SnapshotState>,
+    /// Why the hypervisor cannot merge its data now, if it is to be deleted; none if it can.
+    #[serde(default)]
+    pub stays: Option<String>,
 }
 
 /// What is kept beside the layers: enough to go on where the log was restored from an older copy.
@@ -267,6 +270,9 @@ pub struct Learnt {
     /// The state of the machine that it was taken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<SnapshotState>,
+    /// The hypervisor's own id of the snapshot that was taken, where it keeps a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
     /// Files that are nobody's after the step.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left: BTreeSet<PathBuf>,
@@ -274,13 +280,17 @@ pub struct Learnt {
     /// could not be kept after the disks were switched, or not be loaded. The operation fails with it at its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<Failure>,
+    /// What had to be put right at the hypervisor first, in words; each becomes an event.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repairs: Vec<String>,
 }
 
 impl Learnt {
-    /// Adds what a later step learnt.
+    /// Adds what a later step learnt; repairs are each step's own.
     pub fn add(&mut self, later: Self) {
         self.taken = later.taken.or(self.taken);
         self.state = later.state.or(self.state);
+        self.native = later.native.or(self.native.take());
         self.left.extend(later.left);
         self.failed = self.failed.take().or(later.failed);
     }

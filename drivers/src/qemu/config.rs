@@ -131,6 +131,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>, runs: &Runs) -> Capabi
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: DEPTH_MAX,
     }

@@ -168,7 +168,7 @@ impl Switch {
         let effect = match work.context.request {
             Request::Create(_) if self.memory.is_some() => Effect::Remains,
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) => Effect::Request,
-            Request::Merge(_) | Request::Unregister(_) => Effect::None,
+            Request::Edit(_) | Request::Merge(_) | Request::Unregister(_) => Effect::None,
         };
         self.turn.prepare(&links(&after), &work.manifest(&after, effect)?).await?;
         self.turn.draft_link().await
