@@ -227,6 +227,7 @@ impl DomainState {
                 deleted_by: envelope.actor.clone(),
                 seq: envelope.seq,
                 wish: MergeWish::Auto,
+                native: None,
                 deferred: None,
             };
             self.tombstones.insert(id, tombstone);
