@@ -15,6 +15,7 @@ use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
 use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
 use super::generation;
+use super::internal::is_internal;
 use super::live::{LiveMachine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
@@ -222,6 +223,9 @@ impl Planner<'_> {
         if self.state.tree.contains(request.snapshot) {
             return Err(Failure::new(Code::Exists, format!("snapshot '{}' is already there", request.name)));
         }
+        if request.memory == MemoryKind::Internal {
+            return self.save(request);
+        }
         if request.memory != MemoryKind::No {
             return Err(Failure::new(
                 Code::Unsupported,
@@ -409,6 +413,9 @@ impl Planner<'_> {
         let snapshot = self.state.tree.get(request.snapshot).filter(|snapshot| !snapshot.lost);
         let snapshot =
             snapshot.ok_or_else(|| Failure::new(Code::NotFound, "the snapshot is not there any more"))?;
+        if is_internal(self.state, snapshot.id) {
+            return self.load(request, snapshot);
+        }
         let state = snapshot.state;
         let after = self.run_state_after(request, state)?;
         self.end_machine()?;
@@ -488,6 +495,9 @@ impl Planner<'_> {
         let unique: BTreeSet<SnapshotId> = request.snapshots.iter().copied().collect();
         if let Some(missing) = unique.iter().find(|id| !self.state.tree.contains(**id)) {
             return Err(Failure::new(Code::NotFound, format!("snapshot {missing} is not there any more")));
+        }
+        if request.snapshots.iter().all(|id| is_internal(self.state, *id)) {
+            return self.erase(&request.snapshots, request.what);
         }
         let switch = self.empty_switch();
         let poison = Poison::AtFinish(request.snapshots.clone());
