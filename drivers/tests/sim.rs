@@ -18,8 +18,9 @@ use snaptree_engine::driver::{
 };
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainRegistered, DomainUnregisterRequested, Envelope, Event, Hash,
-    MemoryKind, MergeStarted, MergeWish, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
-    SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
+    MemoryKind, MergeStarted, MergeWish, Origin, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted,
+    UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, Step};
 use snaptree_engine::project::DomainState;
@@ -263,13 +264,15 @@ fn create(name: &str) -> SnapshotCreateRequested {
         labels: BTreeMap::new(),
         disks: BTreeSet::from([vda()]),
         memory: MemoryKind::Internal,
+        place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     }
 }
 
 fn revert(snapshot: SnapshotId) -> Request {
-    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() })
+    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, keep: None, request: RequestTerms::default() })
 }
 
 fn delete(snapshots: &[SnapshotId], what: DeleteWhat) -> Request {
@@ -375,6 +378,7 @@ fn memory_and_run_state_come_back() {
     let mut paused = SnapshotRevertRequested {
         snapshot: running,
         run_state: Some(RunState::Paused),
+        keep: None,
         request: RequestTerms::default(),
     };
     bench.carry(Request::Revert(paused.clone()));

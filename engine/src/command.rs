@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::RunState;
-use crate::event::{DeleteScope, DeleteWhat, MergeWish, UnregisterWish};
+use crate::event::{DeleteScope, DeleteWhat, MergeWish, Place, UnregisterWish};
 use crate::ids::{DiskName, DomainName, SnapshotId, SnapshotName};
 use crate::operation::{Code, Failure};
 use crate::tree::Labels;
@@ -61,6 +61,9 @@ pub struct Create {
     pub labels: Labels,
     /// Whether the memory belongs to it.
     pub content: Content,
+    /// Where it is to be kept.
+    #[serde(skip_serializing_if = "Place::is_usual")]
+    pub place: Place,
     /// The disks that it is to hold; none for all.
     pub disks: Option<BTreeSet<DiskName>>,
     /// Whether the guest is to bring its file systems to rest first (libvirt's `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE`); of
@@ -101,6 +104,9 @@ pub enum Command {
         snapshot: SnapshotRef,
         /// The run state asked for; none for the snapshot's.
         run_state: Option<RunState>,
+        /// Whether what would be lost is kept as a snapshot of its own first.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        keep: bool,
     },
     /// Delete snapshots.
     Delete(Delete),
@@ -208,7 +214,7 @@ mod tests {
         for (command, text) in [
             (Command::Create(Create::default()), r#"{"command":"create"}"#),
             (
-                Command::Revert { snapshot: snapshot.clone(), run_state: None },
+                Command::Revert { snapshot: snapshot.clone(), run_state: None, keep: false },
                 r#"{"command":"revert","snapshot":"current"}"#,
             ),
             (Command::Delete(delete), r#"{"command":"delete","snapshots":["current"]}"#),

@@ -12,8 +12,9 @@ use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, r
 use crate::domain::Domain;
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
-    OperationResolved, OperationRetried, RequestTerms, SnapshotCreateRequested, SnapshotDeleteRequested,
-    SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested, UnregisterWish,
+    OperationResolved, OperationRetried, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotDeleteRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested,
+    UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::operation::{Code, Operation, Phase, Verdict};
@@ -27,6 +28,8 @@ pub const TEXT_BYTES_MAX: usize = 64 << 10;
 pub const LABELS_MAX: usize = 64;
 /// Longest value of a label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 255;
+/// What the name of a snapshot begins with that keeps what a revert gave up.
+pub const KEPT_NAME: &str = "before-revert-";
 /// Most operations that may wait for one domain.
 pub const OPEN_OPERATIONS_MAX: usize = 1_000;
 
@@ -76,12 +79,15 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
     }
     let tree = state.tree_after_open();
     let event = match command {
-        Command::Create(create) => create_requested(domain, &tree, create, ctx)?,
-        Command::Revert { snapshot, run_state } => {
+        Command::Create(create) => create_requested(state, domain, &tree, create, ctx)?.into(),
+        Command::Revert { snapshot, run_state, keep } => {
             let snapshot = find(state, &tree, snapshot)?;
             not_lost(snapshot)?;
-            let request = ctx.terms.clone();
-            SnapshotRevertRequested { snapshot: snapshot.id, run_state: *run_state, request }.into()
+            let (snapshot, run_state, request) = (snapshot.id, *run_state, ctx.terms.clone());
+            let kept = keep.then(|| kept(state, domain, &tree, ctx)).transpose()?;
+            let keep = kept.as_ref().map(|kept| kept.snapshot);
+            let revert = SnapshotRevertRequested { snapshot, run_state, keep, request };
+            return Ok(kept.into_iter().map(Event::from).chain([revert.into()]).collect());
         }
         Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
         Command::Edit { snapshot, name, description, labels } => {
@@ -164,21 +170,42 @@ fn name_is_free(tree: &Tree, name: &SnapshotName, but: Option<SnapshotId>) -> Re
     }
 }
 
-/// The seconds since the epoch, or the next number that is free (libvirt's default name).
-fn default_name(tree: &Tree, now: Timestamp) -> Result<SnapshotName, Rejection> {
+/// The seconds since the epoch, or the next number that is free (libvirt's default name), behind `prefix`.
+fn free_name(tree: &Tree, prefix: &str, now: Timestamp) -> Result<SnapshotName, Rejection> {
     let taken: BTreeSet<&str> = tree.iter().map(|snapshot| snapshot.name.as_str()).collect();
     let mut number = now.as_second();
-    while taken.contains(number.to_string().as_str()) {
+    while taken.contains(format!("{prefix}{number}").as_str()) {
         number += 1;
     }
-    SnapshotName::new(number.to_string()).map_err(|error| reject(Code::Invalid, error.to_string()))
+    SnapshotName::new(format!("{prefix}{number}")).map_err(|error| reject(Code::Invalid, error.to_string()))
 }
 
-fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) -> Result<Event, Rejection> {
+/// The snapshot of what a revert gives up: with the memory, if the machine has any then and the driver can.
+fn kept(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
+    let can = &domain.capabilities;
+    let content = if can.memory_external { Content::WithMemory } else { Content::Auto };
+    let name = Some(free_name(tree, KEPT_NAME, ctx.now)?);
+    let create = Create { name, content, ..Create::default() };
+    let request = create_requested(state, domain, tree, &create, ctx)?;
+    Ok(SnapshotCreateRequested { before_revert: true, ..request })
+}
+
+fn create_requested(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    create: &Create,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
     let capabilities = &domain.capabilities;
     let name = match &create.name {
         Some(name) => name.clone(),
-        None => default_name(tree, ctx.now)?,
+        None => free_name(tree, "", ctx.now)?,
     };
     name_is_free(tree, &name, None)?;
     if name.as_str().len() > capabilities.name_bytes_max {
@@ -203,18 +230,13 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         )
         .hint("delete some snapshots of the chain; their changes are merged"));
     }
-    let memory = match create.content {
-        Content::DisksOnly => MemoryKind::No,
-        Content::Auto if !capabilities.memory => MemoryKind::No,
-        Content::WithMemory if !capabilities.memory => {
-            return Err(reject(
-                Code::Unsupported,
-                format!("domain '{}' cannot be snapshotted with its memory", domain.name),
-            )
-            .hint("leave out --memory"));
-        }
-        Content::Auto | Content::WithMemory => MemoryKind::Internal,
-    };
+    let place = place_of(state, domain, create.place)?;
+    let memory = memory_kind(domain, place, create.content)?;
+    let disks = selected_disks(domain, create.disks.as_ref())?;
+    if memory == MemoryKind::External && disks.len() < domain.disks.len() {
+        return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
+            .hint("leave out --memory, or the choice of disks"));
+    }
     if create.quiesce {
         may_quiesce(domain, memory)?;
     }
@@ -223,12 +245,52 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         name,
         description: create.description.clone().filter(|text| !text.is_empty()),
         labels: create.labels.clone(),
-        disks: selected_disks(domain, create.disks.as_ref())?,
+        disks,
         memory,
+        place,
         quiesce: create.quiesce,
+        before_revert: false,
         request: ctx.terms.clone(),
+    })
+}
+
+/// A domain keeps all its snapshots in one way; one that is asked for without a word about it goes where the others are.
+fn place_of(state: &DomainState, domain: &Domain, wanted: Place) -> Result<Place, Rejection> {
+    match (wanted, state.place()) {
+        (Place::Internal, Some(Place::Usual)) => Err(reject(
+            Code::Unsupported,
+            format!("domain '{}' has external snapshots, and the two kinds are not mixed in one domain", domain.name),
+        )
+        .hint("leave out --internal, or delete its snapshots first")),
+        (Place::Usual, Some(Place::Internal)) => Ok(Place::Internal),
+        (wanted, _) => Ok(wanted),
     }
-    .into())
+}
+
+/// Whether and where the memory is to be kept. Inside an image it is kept wherever there is any; that a machine which
+/// is off has none is known when it is planned.
+fn memory_kind(domain: &Domain, place: Place, content: Content) -> Result<MemoryKind, Rejection> {
+    let can = &domain.capabilities;
+    let unsupported = |message: String, hint: &str| Err(reject(Code::Unsupported, message).hint(hint));
+    match (place, content) {
+        (Place::Internal, _) if !can.internal => unsupported(
+            format!("snapshots of domain '{}' cannot be kept inside its disk images", domain.name),
+            "leave out --internal",
+        ),
+        (_, Content::DisksOnly) => Ok(MemoryKind::No),
+        (Place::Internal, Content::Auto | Content::WithMemory) => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::WithMemory) if can.memory_external => Ok(MemoryKind::External),
+        (Place::Usual, Content::Auto | Content::WithMemory) if can.memory => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::Auto) => Ok(MemoryKind::No),
+        (Place::Usual, Content::WithMemory) if can.internal => unsupported(
+            format!("domain '{}' can keep its memory only inside its disk images", domain.name),
+            "add --internal, or leave out --memory",
+        ),
+        (Place::Usual, Content::WithMemory) => unsupported(
+            format!("domain '{}' cannot be snapshotted with its memory", domain.name),
+            "leave out --memory; a QEMU machine that Snaptree itself starts (domain add --launch) can be",
+        ),
+    }
 }
 
 /// libvirt: `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE` needs `VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY`.

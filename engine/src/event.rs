@@ -106,6 +106,24 @@ pub enum MemoryKind {
     External,
 }
 
+/// Where a snapshot keeps what it holds (libvirt's `disk/@snapshot`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// Where the driver usually does.
+    #[default]
+    Usual,
+    /// Inside the disk images.
+    Internal,
+}
+
+impl Place {
+    /// For what is not written down.
+    pub fn is_usual(&self) -> bool {
+        *self == Self::Usual
+    }
+}
+
 /// What a delete takes besides, or instead of, the snapshots named.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -379,9 +397,15 @@ pub struct SnapshotCreateRequested {
     pub disks: BTreeSet<DiskName>,
     /// Whether the machine's memory belongs to it.
     pub memory: MemoryKind,
+    /// Where it is kept.
+    #[serde(default, skip_serializing_if = "Place::is_usual")]
+    pub place: Place,
     /// Whether the guest is asked to bring its file systems to rest first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quiesce: bool,
+    /// Whether it keeps what a revert gives up. The memory belongs to it then only if the machine has any.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub before_revert: bool,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,
@@ -425,6 +449,9 @@ pub struct SnapshotRevertRequested {
     /// The run state asked for; none for the one that the snapshot has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
+    /// The snapshot that keeps what is given up, asked for together with this: without it nothing is reverted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<SnapshotId>,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,

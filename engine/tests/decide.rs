@@ -124,25 +124,25 @@ fn requests_are_judged_by_the_tree_after_the_open_ones() {
     let events = decide(&history.state, &delete(&["d"], DeleteScope::Named), &ctx()).unwrap();
     let operation = Some(history.fresh_operation());
     history.push(operation, events.into_iter().next().unwrap());
-    let revert = Command::Revert { snapshot: by_name("d"), run_state: None };
+    let revert = Command::Revert { snapshot: by_name("d"), run_state: None, keep: false };
     assert_eq!(refused(&history, &revert).1, "snapshot 'd' of domain 'web' is being deleted");
     let hold = Command::Hold { snapshot: by_name("d"), reason: "x".to_owned(), until: None };
     assert_eq!(refused(&history, &hold).0, Code::NotFound);
     // `--current` is resolved now: d's parent.
-    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None, keep: false };
     let events = decide(&history.state, &revert, &ctx()).unwrap();
     assert!(matches!(&events[..], [Event::SnapshotRevertRequested(r)] if r.snapshot == snapshot_id(2)));
 }
 
 #[test]
 fn what_is_not_there_is_not_found() {
-    let revert = Command::Revert { snapshot: by_name("zz"), run_state: None };
+    let revert = Command::Revert { snapshot: by_name("zz"), run_state: None, keep: false };
     assert_eq!(
         refused(&history(), &revert),
         (Code::NotFound, "domain 'web' has no snapshot 'zz'".to_owned())
     );
     let mut empty = History::new(&["vda"]);
-    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None, keep: false };
     assert_eq!(refused(&empty, &revert).1, "domain 'web' has no current snapshot");
     empty.state.registered = false;
     assert_eq!(refused(&empty, &revert).1, "the domain is not registered");

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use snaptree_engine::domain::{Capabilities, Domain, DriverKind};
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainRegistered, DomainUnregistered, Event, MemoryKind,
-    MergeWish, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationSucceeded, Origin,
+    MergeWish, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationSucceeded, Origin, Place,
     RequestTerms, SnapshotCreateRequested, SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted,
     SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
 };
@@ -74,6 +74,7 @@ pub fn origin() -> Origin {
 pub fn registered(id: DomainId, name: &str) -> Event {
     let capabilities = Capabilities {
         memory: true,
+        memory_external: false,
         disk_only: true,
         quiesce: false,
         internal: false,
@@ -107,7 +108,9 @@ pub fn create_requested(snapshot: SnapshotId, name: &str) -> Event {
         labels: BTreeMap::new(),
         disks: BTreeSet::new(),
         memory: MemoryKind::No,
+        place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     }
     .into()
@@ -500,7 +503,7 @@ pub async fn operations_keep_the_names_of_their_snapshots(log: &impl EventLog) {
     let stream = StreamId::Domain(id);
     let ids: Vec<OperationId> = (0..5).map(|_| operation_id()).collect();
     let revert =
-        |snapshot| SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+        |snapshot| SnapshotRevertRequested { snapshot, run_state: None, keep: None, request: RequestTerms::default() };
     log.append(facts(vec![
         new(&stream, registered(id, "d")),
         of(ids[0], &stream, create_requested(first, "first")),

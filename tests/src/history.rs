@@ -8,8 +8,8 @@ use snaptree_engine::domain::{Disk, Domain, DriverKind};
 use snaptree_engine::driver::Learnt;
 use snaptree_engine::event::{
     Actor, DomainRegistered, Event, HowFinished, MemoryKind, OperationPlanned, OperationStepFinished,
-    OperationStepStarted, OperationSucceeded, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
-    SnapshotRevertRequested, SnapshotReverted,
+    OperationStepStarted, OperationSucceeded, Origin, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotCreated, SnapshotRevertRequested, SnapshotReverted,
 };
 use snaptree_engine::log::{Append, EventLog, NewEvent};
 use snaptree_engine::operation::{Poison, Reversal, Step};
@@ -107,7 +107,9 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         labels: BTreeMap::new(),
         disks: disks.clone(),
         memory: MemoryKind::No,
+        place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     };
     let snapshot = Snapshot {
@@ -130,6 +132,6 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
 }
 
 fn revert(domain: DomainId, snapshot: SnapshotId) -> Vec<NewEvent> {
-    let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+    let request = SnapshotRevertRequested { snapshot, run_state: None, keep: None, request: RequestTerms::default() };
     operation(domain, request.into(), SnapshotReverted { snapshot }.into())
 }

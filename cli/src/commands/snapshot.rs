@@ -5,7 +5,7 @@ use std::io::Read as _;
 use anyhow::{Context as _, Result};
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
-use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish};
+use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish, Place};
 use snaptree_engine::xml;
 
 use super::carry::{Asked, carry, dry_run, open};
@@ -71,6 +71,7 @@ fn overridden(base: Create, args: &CreateArgs) -> Create {
         description: args.description.clone().or(base.description),
         labels: all,
         content,
+        place: if args.internal { Place::Internal } else { base.place },
         disks: base.disks,
         quiesce: args.quiesce || base.quiesce,
     }
@@ -108,14 +109,15 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
     );
     let asked = Asked {
         domain: &args.domain,
-        command: Command::Revert { snapshot, run_state },
+        command: Command::Revert { snapshot, run_state, keep: args.keep },
         key: None,
         wait: args.wait.wait(),
     };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
-    confirm(&question, args.yes)?;
+    // What is kept is not discarded.
+    confirm(&question, args.yes || args.keep)?;
     carry(context, &open(context, &args.writer).await?, &asked).await
 }
 

@@ -151,6 +151,7 @@ fn registered() -> DomainRegistered {
             labels: Labels::new(),
             capabilities: Capabilities {
                 memory: false,
+                memory_external: false,
                 disk_only: true,
                 quiesce: false,
                 internal: false,

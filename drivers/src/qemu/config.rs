@@ -117,9 +117,10 @@ pub(super) fn active(layers: &Path) -> PathBuf {
 pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: agent.is_some(),
-        internal: false,
+        internal: true,
         disk_selection: true,
         children_only: true,
         metadata_only: true,

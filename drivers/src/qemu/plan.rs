@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{FileFacts, Observation, Plan};
 use snaptree_engine::event::{
-    MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
+    MemoryKind, Place, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
 };
 use snaptree_engine::layer::{DiskLayers, Layer};
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS_MAX, Step};
@@ -223,10 +223,10 @@ impl Planner<'_> {
         if self.state.tree.contains(request.snapshot) {
             return Err(Failure::new(Code::Exists, format!("snapshot '{}' is already there", request.name)));
         }
-        if request.memory == MemoryKind::Internal {
+        if request.place == Place::Internal {
             return self.save(request);
         }
-        if request.memory != MemoryKind::No {
+        if request.memory != MemoryKind::No && !request.before_revert {
             return Err(Failure::new(
                 Code::Unsupported,
                 "the memory of a machine that is off cannot be kept",

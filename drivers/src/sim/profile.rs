@@ -34,6 +34,7 @@ impl Profile {
     pub const fn capabilities(self) -> Capabilities {
         let all = Capabilities {
             memory: true,
+            memory_external: false,
             disk_only: true,
             quiesce: true,
             internal: true,

@@ -240,7 +240,9 @@ impl Lab {
             labels: Labels::new(),
             disks: self.disks.iter().map(|(disk, _)| disk.clone()).collect(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -254,6 +256,7 @@ impl Lab {
         SnapshotRevertRequested {
             snapshot: self.names[name],
             run_state: None,
+            keep: None,
             request: RequestTerms::default(),
         }
         .into()

@@ -41,6 +41,7 @@ pub fn at(second: i64) -> Timestamp {
 pub fn capabilities() -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: false,
         internal: false,
@@ -136,7 +137,9 @@ impl History {
             labels: BTreeMap::new(),
             disks: self.disks(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -173,7 +176,7 @@ impl History {
 
     pub fn revert(&mut self, n: u128, changes: Vec<LayerChange>) {
         let snapshot = snapshot_id(n);
-        let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+        let request = SnapshotRevertRequested { snapshot, run_state: None, keep: None, request: RequestTerms::default() };
         self.operation(request, changes, vec![SnapshotReverted { snapshot }.into()]);
     }
 

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use snaptree_engine::command::{Command, Content, Create};
 use snaptree_engine::engine::{Engine, EngineError, Requester};
 use snaptree_engine::event::{
-    Actor, Event, Origin, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
+    Actor, Event, Origin, Place, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
 };
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -152,6 +152,7 @@ async fn wish(
         description: spec.description.clone(),
         labels: spec.labels.clone(),
         content,
+        place: Place::Usual,
         disks: None,
         quiesce: spec.quiesce,
     };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{Observation, SeenSnapshot};
-use snaptree_engine::event::{DeleteWhat, SnapshotCreateRequested, SnapshotRevertRequested};
+use snaptree_engine::event::{DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotRevertRequested};
 use snaptree_engine::operation::{Code, Failure, Poison, Reversal};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::tree::Snapshot;
@@ -85,6 +85,14 @@ impl Planner<'_> {
         }
         let live = match self.machine()? {
             None => None,
+            Some(_) if request.memory == MemoryKind::No => {
+                // libvirt's rule, in its words.
+                return Err(refused(
+                    Code::Unsupported,
+                    "internal snapshot of a running VM must include the memory state",
+                    "leave out --disk-only, or shut the machine down",
+                ));
+            }
             Some(machine) => {
                 self.check_whole(machine, &images)?;
                 Some(Runs { was: self.may_be_saved(machine.run)?, ram_bytes: machine.ram_bytes })

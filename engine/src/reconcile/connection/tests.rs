@@ -154,6 +154,7 @@ impl Driver for Flaky {
 fn state() -> DomainState {
     let capabilities = Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: false,
         quiesce: false,
         internal: false,
