@@ -19,7 +19,7 @@
 //! # The path of a request
 //! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
 //! `merge` (pull, push, drop) or `flatten`; under a machine that runs `live` does its part of `switch` and `merge`, over
-//! `qmp`. `resolve` (pure) tells after an interruption what became of a step.
+//! `qmp`. Snapshots inside the images are `internal`'s, and need none of the above. `resolve` (pure) tells after an interruption what became of a step.
 //!
 //! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
