@@ -7,8 +7,6 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{History, at, disk, name, snapshot_id, uuid};
-use snaptree_engine::layer::{Layer, LayerChange};
-use snaptree_engine::{LabelKey, LayerId, OperationId};
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
@@ -16,9 +14,11 @@ use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, Event, MemoryKind, MergeWish, OperationNeedsAttention, Place,
     RequestTerms, SnapshotHeld, UnregisterWish,
 };
+use snaptree_engine::layer::{Layer, LayerChange};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::reconcile::beside::Blocked;
 use snaptree_engine::tree::Hold;
+use snaptree_engine::{LabelKey, LayerId, OperationId};
 
 /// a <- b <- c, and b <- d; current is d.
 fn history() -> History {
@@ -237,7 +237,8 @@ fn the_first_snapshot_says_where_the_others_go() {
 fn a_revert_that_keeps_asks_for_a_snapshot_first_and_names_it() {
     let revert = Command::Revert { snapshot: by_name("a"), run_state: None, keep: true };
     let events = decide(&history().state, &revert, &ctx()).unwrap();
-    let [Event::SnapshotCreateRequested(kept), Event::SnapshotRevertRequested(revert)] = events.as_slice() else {
+    let [Event::SnapshotCreateRequested(kept), Event::SnapshotRevertRequested(revert)] = events.as_slice()
+    else {
         panic!("{events:?}")
     };
     assert_eq!(kept.name, name("before-revert-500"));

@@ -132,8 +132,16 @@ impl Inside {
             let info = tool("qemu-img", &["info", "-U", "--output=json", text(path)]);
             let info: Value = serde_json::from_slice(&info.stdout).expect("JSON");
             let tags = info["snapshots"].as_array().map_or(0, Vec::len);
-            assert_eq!(tags, self.model.snapshots.len(), "{what}: {} has other snapshots: {info}", path.display());
-            assert!(std::fs::symlink_metadata(path).expect("the image").is_file(), "{what}: it is a plain image");
+            assert_eq!(
+                tags,
+                self.model.snapshots.len(),
+                "{what}: {} has other snapshots: {info}",
+                path.display()
+            );
+            assert!(
+                std::fs::symlink_metadata(path).expect("the image").is_file(),
+                "{what}: it is a plain image"
+            );
         }
     }
 

@@ -46,7 +46,7 @@ pub fn numbered(trace: &Path) -> Vec<(String, usize)> {
         (line.to_owned(), *count)
     };
     lines.lines().map(number).collect()
-    }
+}
 
 /// The places that are tried, with whom to kill there: some of them, each with one; with `SNAPTREE_POINTS=all` all of
 /// them, with each; with `SNAPTREE_POINTS=N` about N.
@@ -119,4 +119,3 @@ fn some<T: Clone>(all: &[T], wanted: usize) -> Vec<T> {
     let step = all.len().div_ceil(wanted.max(1)).max(1);
     all.iter().step_by(step).cloned().collect()
 }
-

@@ -174,7 +174,10 @@ fn random_operations(way: Way, operations: u64) -> Counts {
 #[test]
 fn in_a_managed_machine_memory_and_disk_stay_of_one_instant() {
     let counts = random_operations(Way::Managed, 40);
-    assert!(counts.memory_creates > 2 && counts.memory_reverts > 2, "the run exercised too little: {counts:?}");
+    assert!(
+        counts.memory_creates > 2 && counts.memory_reverts > 2,
+        "the run exercised too little: {counts:?}"
+    );
 }
 
 #[test]
@@ -265,7 +268,10 @@ fn the_two_kinds_are_not_mixed_and_a_create_follows_the_domain() {
     inside.running.start();
     inside.running.wait_for_rounds(2);
     let refused = program.json(4, &["create", "web", "x", "--disk-only"]);
-    assert!(refused["error"]["message"].as_str().expect("a text").contains("must include the memory"), "{refused}");
+    assert!(
+        refused["error"]["message"].as_str().expect("a text").contains("must include the memory"),
+        "{refused}"
+    );
     program.json(0, &["create", "web", "b"]);
     assert_eq!(program.json(0, &["show", "web", "b"])["memory"], "internal");
     let xml = program.run(&["xml", "web", "a"]).stdout;
@@ -308,7 +314,9 @@ fn a_revert_that_keeps_is_undone_by_a_revert() {
     inside.expect_at("a", since);
     let listed = inside.running.program.json(0, &["list", "web"]);
     let names = listed["snapshots"].as_array().expect("snapshots").iter();
-    let kept = names.filter_map(|snapshot| snapshot["name"].as_str()).find(|name| name.starts_with("before-revert-"));
+    let kept = names
+        .filter_map(|snapshot| snapshot["name"].as_str())
+        .find(|name| name.starts_with("before-revert-"));
     let kept = kept.expect("it is kept").to_owned();
     let (rounds, disk) = before.expect("it ran");
     let mark = snaptree_tests::inside::Mark { rounds: (rounds, rounds + 50), ahead: disk - rounds };

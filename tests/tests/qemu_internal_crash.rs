@@ -40,10 +40,15 @@ struct Scenario {
 }
 
 /// There are `off`, taken of the machine when it was off, and upon it `a` and `b`, both with memory.
-const CREATE: Scenario =
-    Scenario { name: "a create with memory", power: Power::On, command: &["create", "web", "new", "--internal"] };
-const CREATE_OFF: Scenario = Scenario { name: "a create of a machine that is off", power: Power::Off, ..CREATE };
-const REVERT: Scenario = Scenario { name: "a revert with memory", command: &["revert", "web", "a"], ..CREATE };
+const CREATE: Scenario = Scenario {
+    name: "a create with memory",
+    power: Power::On,
+    command: &["create", "web", "new", "--internal"],
+};
+const CREATE_OFF: Scenario =
+    Scenario { name: "a create of a machine that is off", power: Power::Off, ..CREATE };
+const REVERT: Scenario =
+    Scenario { name: "a revert with memory", command: &["revert", "web", "a"], ..CREATE };
 const REVERT_FROM_OFF: Scenario =
     Scenario { name: "a revert with memory of a machine that is off", power: Power::Off, ..REVERT };
 const REVERT_TO_OFF: Scenario =
@@ -79,7 +84,8 @@ impl Stage {
         let machine = folder.path().join("machine");
         std::fs::create_dir(&machine).expect("a folder");
         let mut inside = Inside::new(&machine, Way::Managed);
-        inside.running.program = inside.running.program.with_settings(&folder.path().join("settings"), SETTINGS);
+        inside.running.program =
+            inside.running.program.with_settings(&folder.path().join("settings"), SETTINGS);
         inside.create("off");
         inside.running.start();
         for name in ["a", "b"] {

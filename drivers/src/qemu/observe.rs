@@ -16,9 +16,9 @@ use snaptree_engine::project::DomainState;
 use super::config::{QemuConfig, active};
 use super::files::{Doing, facts, folder_of, if_there};
 use super::generation;
+use super::internal::{listed, table};
 use super::live::Machine;
 use super::lock::writer;
-use super::internal::{listed, table};
 use super::qcow2::{Backing, Header, ReadError};
 
 /// Most entries that are looked at in a folder that is not Snaptree's own.

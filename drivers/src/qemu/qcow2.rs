@@ -309,7 +309,9 @@ fn has_bitmaps(bytes: &[u8], header_bytes: usize) -> Result<bool, HeaderError> {
             _ => {}
         }
         let length = usize::try_from(length).unwrap_or(usize::MAX);
-        let Some(next) = at.checked_add(8).and_then(|data| data.checked_add(length)) else { return Ok(false) };
+        let Some(next) = at.checked_add(8).and_then(|data| data.checked_add(length)) else {
+            return Ok(false);
+        };
         at = next.next_multiple_of(8);
     }
     Ok(false)

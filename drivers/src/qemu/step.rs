@@ -79,9 +79,9 @@ impl QemuStep {
                 return None;
             }
             Self::Switch(switch) => return Some(switch.touches()),
-            Self::Save(Save { images, .. }) | Self::Load(Load { images, .. }) | Self::Erase(Erase { images, .. }) => {
-                images.iter().map(|image| image.file.clone()).collect()
-            }
+            Self::Save(Save { images, .. })
+            | Self::Load(Load { images, .. })
+            | Self::Erase(Erase { images, .. }) => images.iter().map(|image| image.file.clone()).collect(),
             Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
             Self::Push(push) => push.writes().cloned().collect(),
             Self::Drop(drop) => drop.drop.iter().map(|dropped| dropped.file.clone()).collect(),

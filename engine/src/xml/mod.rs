@@ -281,9 +281,9 @@ impl SnapshotXml {
             (true, true) => Err(XmlError::Unsupported(
                 "mixing internal and external targets for a snapshot is not yet supported".to_owned(),
             )),
-            (true, false) if matches!(self.memory, Some(MemoryXml::External { .. })) => {
-                Err(XmlError::Unsupported("mixing internal and external snapshots is not supported".to_owned()))
-            }
+            (true, false) if matches!(self.memory, Some(MemoryXml::External { .. })) => Err(
+                XmlError::Unsupported("mixing internal and external snapshots is not supported".to_owned()),
+            ),
             (true, false) => Ok(Place::Internal),
             (false, _) => Ok(Place::Usual),
         }

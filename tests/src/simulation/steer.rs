@@ -88,7 +88,9 @@ impl Cast {
         let named = SnapshotRef::Id(snapshot);
         match kind {
             "revert" | "switch-revert" => Command::Revert { snapshot: named, run_state: None, keep: false },
-            "drop" if self.random.chance(50) => Command::Revert { snapshot: named, run_state: None, keep: false },
+            "drop" if self.random.chance(50) => {
+                Command::Revert { snapshot: named, run_state: None, keep: false }
+            }
             "flatten" if self.registered().len() > DOMAINS_MIN => match self.held(number) {
                 Some(held) => Command::Release { snapshot: SnapshotRef::Id(held) },
                 None => Command::Unregister(UnregisterWish::Flatten),

@@ -33,10 +33,13 @@ pub(super) async fn erase(
     if entries(images, snapshot)?.is_empty() {
         return Ok(());
     }
-    let machine = live::machine_within(work.context.state, busy(ram_bytes)).await.map_err(|error| match error.failure.code {
-        Code::InUse => DriverError { class: ErrorClass::Busy, ..error },
-        _ => error,
-    })?;
+    let machine =
+        live::machine_within(work.context.state, busy(ram_bytes)).await.map_err(|error| {
+            match error.failure.code {
+                Code::InUse => DriverError { class: ErrorClass::Busy, ..error },
+                _ => error,
+            }
+        })?;
     match machine {
         Some(monitor) => erase_under(work, monitor, images, snapshot).await,
         None => {
@@ -69,6 +72,10 @@ async fn erase_under(
     // Whoever tries again needs a job of his own.
     monitor.dismiss_concluded().await?;
     erased.map_err(|error| {
-        DriverError::new(ErrorClass::Transient, Code::Io, format!("QEMU could not delete the snapshot: {error}"))
+        DriverError::new(
+            ErrorClass::Transient,
+            Code::Io,
+            format!("QEMU could not delete the snapshot: {error}"),
+        )
     })
 }

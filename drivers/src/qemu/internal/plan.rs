@@ -112,7 +112,10 @@ impl Planner<'_> {
             Run::Running | Run::Paused => Ok(run),
             Run::Stuck => Err(refused(
                 Code::Unsupported,
-                format!("domain '{}' is stopped by an error, and its memory cannot be kept now", self.domain.name),
+                format!(
+                    "domain '{}' is stopped by an error, and its memory cannot be kept now",
+                    self.domain.name
+                ),
                 "QEMU's query-status tells which; put it right, let it go on, and try again",
             )),
         }
@@ -199,7 +202,10 @@ impl Planner<'_> {
         let bytes = kept.map_or(0, |entry| entry.memory_bytes);
         let wish = match (request.run_state, snapshot.state) {
             (Some(RunState::Off), _) => {
-                return Err(Failure::new(Code::Unsupported, "memory cannot be loaded into a machine that is off"));
+                return Err(Failure::new(
+                    Code::Unsupported,
+                    "memory cannot be loaded into a machine that is off",
+                ));
             }
             (Some(wish), _) => wish,
             (None, snaptree_engine::tree::SnapshotState::Paused) => RunState::Paused,
@@ -229,7 +235,10 @@ impl Planner<'_> {
             (RunBy::Apart | RunBy::Commands { qmp: None, .. }, _) => {
                 return Err(refused(
                     Code::Unsupported,
-                    format!("snapshot '{}' has memory, and QEMU of domain '{name}' cannot be reached", snapshot.name),
+                    format!(
+                        "snapshot '{}' has memory, and QEMU of domain '{name}' cannot be reached",
+                        snapshot.name
+                    ),
                     "register the domain with --qmp or --launch",
                 ));
             }
@@ -241,7 +250,11 @@ impl Planner<'_> {
     }
 
     /// Deletes internal snapshots, one after the other.
-    pub(in crate::qemu) fn erase(&mut self, snapshots: &[SnapshotId], what: DeleteWhat) -> Result<(), Failure> {
+    pub(in crate::qemu) fn erase(
+        &mut self,
+        snapshots: &[SnapshotId],
+        what: DeleteWhat,
+    ) -> Result<(), Failure> {
         if what == DeleteWhat::Metadata {
             return Ok(());
         }
@@ -296,6 +309,7 @@ pub(in crate::qemu) fn listed(
             description: None,
             taken: entry.taken,
             state: None,
+            stays: None,
         });
     }
 }

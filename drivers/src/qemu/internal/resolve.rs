@@ -43,7 +43,9 @@ impl Save {
             return FINISH;
         }
         match (&self.live, &detail.machine, seen.in_use.first()) {
-            (Some(_), Machine::Live(machine), Some(_)) if machine.jobs.iter().any(|known| *known == job) => FINISH,
+            (Some(_), Machine::Live(machine), Some(_)) if machine.jobs.iter().any(|known| *known == job) => {
+                FINISH
+            }
             (None, _, Some(holder)) => take_back(in_use(holder)),
             (None, _, None) if tagged == 0 => {
                 match self.images.iter().find(|image| !image.is_as_expected(seen)) {
@@ -71,19 +73,25 @@ impl Load {
         match (&self.memory, &detail.machine, seen.in_use.first()) {
             (Some(_), Machine::Live(machine), Some(_)) => {
                 // What is not known to the process that runs was not begun in it.
-                if machine.jobs.iter().any(|known| jobs.contains(known)) { FINISH } else { Resolution::NotDone }
+                if machine.jobs.iter().any(|known| jobs.contains(known)) {
+                    FINISH
+                } else {
+                    Resolution::NotDone
+                }
             }
             (None, _, Some(holder)) if !is_begun => take_back(in_use(holder)),
             (_, _, Some(holder)) => ask(in_use(holder)),
             (_, _, None) if is_begun => FINISH,
-            (Some(Memory { was, .. }), _, None) if *was != RunState::Off => if can_start {
-                FINISH
-            } else {
-                take_back(Failure::new(
-                    Code::Expired,
-                    "the machine ended before the snapshot was loaded into it",
-                ))
-            },
+            (Some(Memory { was, .. }), _, None) if *was != RunState::Off => {
+                if can_start {
+                    FINISH
+                } else {
+                    take_back(Failure::new(
+                        Code::Expired,
+                        "the machine ended before the snapshot was loaded into it",
+                    ))
+                }
+            }
             (_, _, None) => match self.images.iter().find(|image| !image.is_as_expected(seen)) {
                 Some(image) => take_back(written_meanwhile(&image.file)),
                 None => Resolution::NotDone,

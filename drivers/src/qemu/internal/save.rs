@@ -109,7 +109,8 @@ impl Save {
         let machine = live::machine_within(work.context.state, busy(ram_bytes)).await;
         if let (Some(runs), Ok(Some(mut monitor))) = (self.live, machine) {
             if monitor.job(&job_id(work.context, Job::First)).await?.is_some()
-                && let Err(error) = monitor.snapshot_job_ended(&job_id(work.context, Job::First), busy(ram_bytes)).await?
+                && let Err(error) =
+                    monitor.snapshot_job_ended(&job_id(work.context, Job::First), busy(ram_bytes)).await?
             {
                 tracing::debug!(error, "the job that is taken back had failed");
             }

@@ -182,7 +182,9 @@ mod tests {
 
     #[test]
     fn a_table_out_of_range_is_refused() {
-        for (at, value) in [(60, u32::MAX), (64, u32::MAX), (5120, u32::MAX), (5128, u32::MAX), (5156, u32::MAX)] {
+        for (at, value) in
+            [(60, u32::MAX), (64, u32::MAX), (5120, u32::MAX), (5128, u32::MAX), (5156, u32::MAX)]
+        {
             let mut bytes = image();
             bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
             assert!(read_bytes(&bytes).is_err(), "{at}");
