@@ -241,7 +241,7 @@ fn a_revert_that_keeps_asks_for_a_snapshot_first_and_names_it() {
     else {
         panic!("{events:?}")
     };
-    assert_eq!(kept.name, name("before-revert-500"));
+    assert_eq!(kept.name, name(&format!("before-revert-{}", at(500).as_second())));
     assert!(kept.before_revert);
     assert_eq!(revert.keep, Some(kept.snapshot));
 }
