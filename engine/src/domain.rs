@@ -97,6 +97,10 @@ pub struct Capabilities {
     pub metadata_only: bool,
     /// Whether deleting merges in the same call, so Snaptree plans no merges of its own.
     pub merges_itself: bool,
+    /// Whether the hypervisor keeps names and descriptions, so that an edit has to reach it, and one that was made there
+    /// is followed.
+    #[serde(default)]
+    pub keeps_names: bool,
     /// Longest snapshot name in bytes.
     pub name_bytes_max: usize,
     /// Deepest chain of snapshots.

@@ -82,6 +82,7 @@ pub fn registered(id: DomainId, name: &str) -> Event {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 100,
     };
@@ -154,7 +155,7 @@ pub fn delete_requested(snapshots: Vec<SnapshotId>) -> Event {
 
 /// `Snapshot.Deleted`.
 pub fn deleted(snapshot: SnapshotId, name: &str) -> Event {
-    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap() }.into()
+    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap(), stays: false }.into()
 }
 
 /// Some failure.

@@ -125,6 +125,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: DEPTH_MAX,
     }

@@ -44,6 +44,7 @@ fn domain(disks: &[&str]) -> Domain {
             children_only: true,
             metadata_only: true,
             merges_itself: false,
+            keeps_names: false,
             name_bytes_max: 255,
             depth_max: 64,
         },

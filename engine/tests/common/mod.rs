@@ -49,6 +49,7 @@ pub fn capabilities() -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 200,
     }
@@ -185,7 +186,7 @@ impl History {
             .iter()
             .map(|id| {
                 let name = self.state.tree.get(*id).unwrap().name.clone();
-                SnapshotDeleted { snapshot: *id, name }.into()
+                SnapshotDeleted { snapshot: *id, name, stays: false }.into()
             })
             .collect();
         let request = SnapshotDeleteRequested {
