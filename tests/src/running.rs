@@ -64,7 +64,8 @@ fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file:
     // The next QEMU of a revert is started while the one before still prints.
     let serial = format!("file,id=serial,path={},append=on", text(serial));
     let mut words: Vec<String> = accelerator()
-        .into_iter()
+        .iter()
+        .copied()
         .chain(["-machine", "pc,i8042=off", "-m", "16", "-nodefaults", "-no-user-config", "-display", "none"])
         .chain(["-chardev", &serial, "-serial", "chardev:serial"])
         .map(str::to_owned)
@@ -83,17 +84,18 @@ fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file:
     words
 }
 
-/// TCG, or what `SNAPTREE_TEST_ACCEL=kvm` says.
-fn accelerator() -> Vec<&'static str> {
-    match std::env::var("SNAPTREE_TEST_ACCEL").as_deref() {
-        Ok("kvm") => vec!["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
-        _ => vec!["-accel", "tcg"],
-    }
-}
-
 /// The program that is QEMU: another one by `SNAPTREE_TEST_QEMU`.
 fn qemu() -> String {
     std::env::var("SNAPTREE_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
+/// How the guest is carried out: by KVM with `SNAPTREE_TEST_ACCEL=kvm`.
+fn accelerator() -> &'static [&'static str] {
+    match std::env::var("SNAPTREE_TEST_ACCEL").as_deref() {
+        // Where KVM itself runs in a machine, this one feature cannot be set.
+        Ok("kvm") => &["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
+        _ => &["-accel", "tcg"],
+    }
 }
 
 impl Running {
@@ -189,9 +191,18 @@ impl Running {
     /// # Panics
     /// It does not come up.
     pub fn start_by_hand(&mut self) {
+        self.start_by_hand_with(&[]);
+    }
+
+    /// The same with more arguments, which take the place of earlier ones.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn start_by_hand_with(&mut self, more: &[&str]) {
         std::fs::remove_file(&self.qmp).ok();
-        let child =
-            Command::new(qemu()).args(self.words()).stdin(Stdio::null()).spawn().expect("QEMU starts");
+        let mut command = Command::new(qemu());
+        command.args(self.words()).args(more).stdin(Stdio::null());
+        let child = command.spawn().expect("QEMU starts");
         self.by_hand = Some(child);
         wait_until("the monitor is there", || self.qmp.exists());
     }

@@ -126,7 +126,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>, runs: &Runs) -> Capabi
         memory_external: matches!(runs, Runs::Managed { .. }),
         disk_only: true,
         quiesce: agent.is_some(),
-        internal: false,
+        internal: true,
         disk_selection: true,
         children_only: true,
         metadata_only: true,

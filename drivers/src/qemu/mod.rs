@@ -20,7 +20,8 @@
 //! # The path of a request
 //! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
 //! `merge` (pull, push, drop) or `flatten`; under a machine that runs `live` does its part of `switch` and `merge`, over
-//! `qmp`; `keep` ends a snapshot with memory. `resolve` (pure) tells after an interruption what became of a step.
+//! `qmp`; `keep` ends a snapshot with memory. Snapshots inside the images are `internal`'s, and need none of the above.
+//! `resolve` (pure) tells after an interruption what became of a step.
 //!
 //! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
@@ -33,6 +34,7 @@ mod files;
 mod flatten;
 mod generation;
 mod img;
+mod internal;
 mod keep;
 mod kept;
 mod live;
@@ -162,7 +164,10 @@ impl Driver for QemuDriver {
             QemuStep::Clean(clean) => clean.execute(work).await,
             QemuStep::Power(power) => power.execute(work).await,
             QemuStep::Keep(keep) => keep.execute(work).await,
+            QemuStep::Resume(resume) => resume.execute(work).await,
+            QemuStep::Save(save) => save.execute(work).await,
             QemuStep::Load(load) => load.execute(work).await,
+            QemuStep::Erase(erase) => erase.execute(work).await,
         };
         give_back(lock, &done);
         done
@@ -191,12 +196,16 @@ impl Driver for QemuDriver {
             QemuStep::Flatten(flatten) => flatten.undo().await,
             QemuStep::Place(place) => place.undo(),
             QemuStep::Power(power) => power.undo(work).await,
-            QemuStep::Drop(_) | QemuStep::Clean(_) | QemuStep::Keep(_) | QemuStep::Load(_) => {
-                Err(DriverError::permanent(
-                    Code::Invalid,
-                    "a step behind the point of no return cannot be taken back",
-                ))
-            }
+            QemuStep::Save(save) => save.undo(work).await,
+            QemuStep::Load(load) => load.undo(work).await,
+            QemuStep::Drop(_)
+            | QemuStep::Clean(_)
+            | QemuStep::Keep(_)
+            | QemuStep::Resume(_)
+            | QemuStep::Erase(_) => Err(DriverError::permanent(
+                Code::Invalid,
+                "a step behind the point of no return cannot be taken back",
+            )),
         };
         give_back(lock, &undone);
         undone
@@ -220,7 +229,8 @@ impl Driver for QemuDriver {
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
         OperationLock::settle(&self.run_dir, operation, self.settle_grace).await?;
-        if is_under_machine(state, operation) { live::settle(state).await } else { Ok(()) }
+        let patience = internal::patience(state, operation);
+        if is_under_machine(state, operation) { live::settle(state, patience).await } else { Ok(()) }
     }
 }
 

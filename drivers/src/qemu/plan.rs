@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{FileFacts, Observation, Plan};
 use snaptree_engine::event::{
-    DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
+    DeleteWhat, MemoryKind, Place, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
 };
 use snaptree_engine::layer::{DiskLayers, Layer, MemoryFile};
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS_MAX, Step};
@@ -16,6 +16,7 @@ use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
 use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig, memory_file};
 use super::generation;
+use super::internal::is_internal;
 use super::live::{LiveMachine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
@@ -230,6 +231,9 @@ impl Planner<'_> {
         if self.state.tree.contains(request.snapshot) {
             return Err(Failure::new(Code::Exists, format!("snapshot '{}' is already there", request.name)));
         }
+        if request.place == Place::Internal {
+            return self.save(request);
+        }
         self.check_memory(request)?;
         let mut tops = Vec::new();
         for disk in &request.disks {
@@ -284,6 +288,7 @@ impl Planner<'_> {
         let name = &self.domain.name;
         match (request.memory, self.machine()?) {
             (MemoryKind::No, _) => Ok(()),
+            (MemoryKind::Internal, _) if request.before_revert => Ok(()),
             (MemoryKind::Internal, _) => Err(Failure::new(
                 Code::Unsupported,
                 format!("the memory of domain '{name}' cannot be kept inside its images"),
@@ -293,6 +298,8 @@ impl Planner<'_> {
                 format!("domain '{name}' is started by someone else, who could not start it with its memory"),
             )
             .hint("leave out --memory; a domain that is registered with --launch can keep it")),
+            // What a revert gives up is kept as far as there is anything.
+            (MemoryKind::External, None) if request.before_revert => Ok(()),
             (MemoryKind::External, None) => Err(no_memory()),
             (MemoryKind::External, Some(machine)) if machine.run == Run::Stuck => Err(Failure::new(
                 Code::Unsupported,
@@ -300,7 +307,7 @@ impl Planner<'_> {
             )
             .hint("query-status of its QEMU tells what it is; or leave out --memory")),
             (MemoryKind::External, Some(machine)) => {
-                let bytes = machine.memory_bytes;
+                let bytes = machine.ram_bytes;
                 self.costs.peak_space_bytes = self.costs.peak_space_bytes.saturating_add(bytes);
                 Ok(())
             }
@@ -451,6 +458,9 @@ impl Planner<'_> {
         let snapshot = self.state.tree.get(request.snapshot).filter(|snapshot| !snapshot.lost);
         let snapshot =
             snapshot.ok_or_else(|| Failure::new(Code::NotFound, "the snapshot is not there any more"))?;
+        if is_internal(self.state, snapshot.id) {
+            return self.load(request, snapshot);
+        }
         let state = snapshot.state;
         let after = self.run_state_after(request, state)?;
         let memory = match after {
@@ -500,7 +510,7 @@ impl Planner<'_> {
             return self.start_machine(after);
         };
         let load = LoadMemory { next, old, memory: memory.file, stamp: memory.stamp, wish: after };
-        self.push("load the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Load(load))?;
+        self.push("load the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Resume(load))?;
         self.drop_step(drop, Vec::new())
     }
 
@@ -592,6 +602,9 @@ impl Planner<'_> {
         let unique: BTreeSet<SnapshotId> = request.snapshots.iter().copied().collect();
         if let Some(missing) = unique.iter().find(|id| !self.state.tree.contains(**id)) {
             return Err(Failure::new(Code::NotFound, format!("snapshot {missing} is not there any more")));
+        }
+        if request.snapshots.iter().all(|id| is_internal(self.state, *id)) {
+            return self.erase(&request.snapshots, request.what);
         }
         let switch = self.empty_switch();
         let poison = Poison::AtFinish(request.snapshots.clone());

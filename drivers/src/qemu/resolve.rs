@@ -38,7 +38,11 @@ pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observa
             Stand::Before | Stand::Switched => FINISH,
         },
         // A QEMU that waits holds no locks, so an observation does not tell whether there is one.
-        QemuStep::Load(_) => FINISH,
+        QemuStep::Resume(_) => FINISH,
+        QemuStep::Save(save) => save.resolve(context, seen, &detail),
+        QemuStep::Load(load) => load.resolve(context, seen, &detail),
+        // A tag that is gone already is no reason to fail.
+        QemuStep::Erase(_) => FINISH,
     }
 }
 

@@ -12,6 +12,7 @@ use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
 use super::config::{PathWish, active};
+use super::internal::{Erase, Load, Save};
 use super::live::Run;
 use super::qcow2::Backing;
 
@@ -40,7 +41,13 @@ pub(super) enum QemuStep {
     /// The memory that a switch began to take is kept.
     Keep(KeepMemory),
     /// The machine goes on from its memory.
-    Load(LoadMemory),
+    Resume(LoadMemory),
+    /// Takes an internal snapshot.
+    Save(Save),
+    /// Goes back to one.
+    Load(Load),
+    /// Deletes one.
+    Erase(Erase),
 }
 
 impl QemuStep {
@@ -61,8 +68,10 @@ impl QemuStep {
             Self::Switch(switch) => switch.live.is_some(),
             Self::Pull(pull) => pull.under == Under::Guest,
             Self::Push(push) => push.under == Under::Guest,
-            Self::Power(_) | Self::Keep(_) => true,
-            Self::Load(_) | Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
+            Self::Power(_) | Self::Keep(_) | Self::Erase(_) => true,
+            Self::Save(save) => save.live.is_some(),
+            Self::Load(load) => load.memory.is_some(),
+            Self::Resume(_) | Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
         }
     }
 
@@ -75,11 +84,14 @@ impl QemuStep {
             | Self::Place(_)
             | Self::Clean(_)
             | Self::Power(_)
-            | Self::Load(_) => {
+            | Self::Resume(_) => {
                 return None;
             }
             Self::Keep(keep) => BTreeSet::from([keep.file.clone(), active(&keep.turn.layers)]),
             Self::Switch(switch) => return Some(switch.touches()),
+            Self::Save(Save { images, .. })
+            | Self::Load(Load { images, .. })
+            | Self::Erase(Erase { images, .. }) => images.iter().map(|image| image.file.clone()).collect(),
             Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
             Self::Push(push) => push.writes().cloned().collect(),
             Self::Drop(drop) => drop.files().cloned().collect(),
@@ -246,7 +258,7 @@ pub(super) struct KeepMemory {
     pub(super) live: Live,
 }
 
-/// [`QemuStep::Load`].
+/// [`QemuStep::Resume`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct LoadMemory {
     pub(super) next: Next,

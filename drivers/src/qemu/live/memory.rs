@@ -105,13 +105,6 @@ pub(in crate::qemu) struct Taken {
 }
 
 impl Monitor {
-    /// How much memory the guest has.
-    pub(super) async fn memory_bytes(&mut self) -> Result<u64, DriverError> {
-        let answer = self.ask("query-memory-size-summary", Value::Null).await?;
-        let bytes = |key: &str| answer.get(key).and_then(Value::as_u64).unwrap_or(0);
-        Ok(bytes("base-memory").saturating_add(bytes("plugged-memory")))
-    }
-
     /// Where the last migration stands.
     pub(super) async fn migration(&mut self) -> Result<Migration, DriverError> {
         let answer = self.act("query-migrate", Value::Null).await?;

@@ -37,14 +37,14 @@ pub(in crate::qemu) struct LiveMachine {
     pub(in crate::qemu) run: Run,
     /// What it has open.
     pub(in crate::qemu) chains: Vec<Chain>,
-    /// The ids of its block jobs.
+    /// The ids of its jobs.
     pub(in crate::qemu) jobs: Vec<String>,
     /// QEMU's version.
     #[serde(default)]
     pub(in crate::qemu) version: Version,
-    /// How much memory the guest has.
+    /// The size of its memory; 0 where QEMU does not say.
     #[serde(default)]
-    pub(in crate::qemu) memory_bytes: u64,
+    pub(in crate::qemu) ram_bytes: u64,
 }
 
 /// Whether the guest runs.
@@ -74,6 +74,9 @@ impl Run {
 pub(in crate::qemu) struct Chain {
     /// The nodes.
     pub(in crate::qemu) nodes: Vec<LiveNode>,
+    /// QEMU's name of the topmost one, also where it is no file.
+    #[serde(default)]
+    pub(in crate::qemu) root: String,
 }
 
 /// One open image.
@@ -85,6 +88,12 @@ pub(in crate::qemu) struct LiveNode {
     pub(in crate::qemu) named: PathBuf,
     /// Where that leads now.
     pub(in crate::qemu) file: PathBuf,
+    /// Whether it is open for reading alone.
+    #[serde(default)]
+    pub(in crate::qemu) read_only: bool,
+    /// Whether it has dirty bitmaps.
+    #[serde(default)]
+    pub(in crate::qemu) has_bitmaps: bool,
 }
 
 impl LiveMachine {
