@@ -165,6 +165,10 @@ pub struct SeenSnapshot {
     /// The state of the machine that it was taken of, where the hypervisor says so.
     #[serde(default)]
     pub state: Option<SnapshotState>,
+    /// Whose it is, in words, where it is there only for a while and its maker removes it: a backup's. It is left alone,
+    /// and not adopted.
+    #[serde(default)]
+    pub helper: Option<String>,
 }
 
 /// What is kept beside the layers: enough to go on where the log was restored from an older copy.

@@ -85,6 +85,7 @@ impl Host for Machine {
             description: None,
             taken: None,
             state: Some(kept.power.run_state().into()),
+            helper: None,
         });
         Ok(Observation {
             at: Timestamp::now(),
