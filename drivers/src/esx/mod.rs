@@ -42,7 +42,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
-use serde::Deserialize as _;
+use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{
     Driver, DriverError, Observation, Plan, PowerWish, Probe, Registration, Resolution, StepContext,
@@ -63,7 +63,7 @@ use step::{Action, Work};
 pub use tls::{Thumbprint, Trust};
 
 /// What a host is, in its own words.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduced {
     /// Such as `VMware ESXi 8.0.1 build-21495797`.
     pub product: String,

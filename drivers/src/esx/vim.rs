@@ -8,7 +8,7 @@ use snaptree_engine::domain::RunState;
 
 use super::client::{Client, Effect};
 use super::fault::CallError;
-use super::soap::{Element, Fault, Moref, Request, SoapError};
+use super::soap::{Element, Moref, Request, SoapError};
 
 /// How many objects a page has. A host may make it fewer.
 const PAGE_OBJECTS: usize = 100;
@@ -78,19 +78,11 @@ pub struct Object {
     /// Which one.
     pub object: Moref,
     properties: BTreeMap<String, Element>,
-    /// What could not be read, and why.
-    pub missing: BTreeMap<String, Fault>,
 }
 
 impl Object {
     fn of(element: &mut Element) -> Option<Self> {
         let object = element.moref_of("obj")?;
-        let mut missing = BTreeMap::new();
-        for lacking in element.all("missingSet") {
-            if let (Some(path), Some(fault)) = (lacking.text_of("path"), lacking.child("fault")) {
-                missing.insert(path.to_owned(), Fault::of_method(fault));
-            }
-        }
         let mut properties = BTreeMap::new();
         for property in element.children.extract_if(.., |child| child.name == "propSet") {
             let name = property.text_of("name").unwrap_or_default().to_owned();
@@ -98,7 +90,7 @@ impl Object {
                 properties.insert(name, value);
             }
         }
-        Some(Self { object, properties, missing })
+        Some(Self { object, properties })
     }
 
     /// A property; none if it is not set.
