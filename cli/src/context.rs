@@ -110,7 +110,12 @@ impl Context {
         let system = Path::new(SYSTEM_FOLDER).join(SOCKET_FILE);
         // One that is not for this user is none: the user has a state of their own.
         if let Ok(Some(daemon)) = there::find(&system).await {
-            return Ok(Self { dir: daemon.status().await?.state, json, socket: system, hosts: Arc::default() });
+            return Ok(Self {
+                dir: daemon.status().await?.state,
+                json,
+                socket: system,
+                hosts: Arc::default(),
+            });
         }
         let dir = std::path::absolute(default_dir()?)?;
         Ok(Self { socket: dir.join(SOCKET_FILE), dir, json, hosts: Arc::default() })

@@ -18,15 +18,16 @@ use snaptree_engine::driver::{
 };
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainRegistered, DomainUnregisterRequested, Envelope, Event, Hash,
-    MemoryKind, MergeStarted, MergeWish, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
-    SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
+    MemoryKind, MergeStarted, MergeWish, Origin, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted, SnapshotRevertRequested, SnapshotReverted,
+    UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::reconcile::merge::MergePlan;
+use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
 use snaptree_engine::tree::{Snapshot, SnapshotState};
 use snaptree_engine::{
-    DiskName, DomainId, DomainName, EventId, OperationId, SnapshotId, SnapshotName, StreamId,
+    DiskName, DomainId, DomainName, EventId, LayerId, OperationId, SnapshotId, SnapshotName, StreamId,
 };
 use uuid::Uuid;
 
@@ -237,7 +238,7 @@ impl Bench {
             if let Poison::AtFinish(snapshots) = &step.poison {
                 for snapshot in snapshots {
                     let name = self.state.tree.get(*snapshot).unwrap().name.clone();
-                    self.log(SnapshotDeleted { snapshot: *snapshot, name });
+                    self.log(SnapshotDeleted { snapshot: *snapshot, name, stays: false });
                 }
             }
         }
@@ -263,6 +264,7 @@ fn create(name: &str) -> SnapshotCreateRequested {
         labels: BTreeMap::new(),
         disks: BTreeSet::from([vda()]),
         memory: MemoryKind::Internal,
+        place: Place::Usual,
         quiesce: false,
         request: RequestTerms::default(),
     }
@@ -512,7 +514,9 @@ fn a_broken_precondition_is_refused() {
     refused(&bench, Request::Create(create("a")), Code::Exists);
     refused(&bench, Request::Create(SnapshotCreateRequested { snapshot: a, ..create("x") }), Code::Drift);
     refused(&bench, revert(fresh()), Code::NotFound);
-    let merge = MergePlan { snapshots: vec![], actions: vec![], bytes_moved: 0, bytes_freed: 0 };
+    let layer = LayerId::new(&vda(), OperationId::from_uuid(Uuid::now_v7()));
+    let actions = vec![MergeAction::Drop { disk: vda(), layer }];
+    let merge = MergePlan { snapshots: vec![], actions, bytes_moved: 0, bytes_freed: 0 };
     refused(&bench, Request::Merge(MergeStarted { plan: merge }), Code::Unsupported);
     bench.driver.power(&bench.state, RunState::Running).unwrap();
     let disks_only = SnapshotCreateRequested { memory: MemoryKind::No, ..create("x") };

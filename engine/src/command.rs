@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::RunState;
-use crate::event::{DeleteScope, DeleteWhat, MergeWish, UnregisterWish};
+use crate::event::{DeleteScope, DeleteWhat, MergeWish, Place, UnregisterWish};
 use crate::ids::{DiskName, DomainName, SnapshotId, SnapshotName};
 use crate::operation::{Code, Failure};
 use crate::tree::Labels;
@@ -61,6 +61,9 @@ pub struct Create {
     pub labels: Labels,
     /// Whether the memory belongs to it.
     pub content: Content,
+    /// Where it is to be kept.
+    #[serde(skip_serializing_if = "Place::is_usual")]
+    pub place: Place,
     /// The disks that it is to hold; none for all.
     pub disks: Option<BTreeSet<DiskName>>,
     /// Whether the guest is to bring its file systems to rest first (libvirt's `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE`); of

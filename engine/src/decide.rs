@@ -12,8 +12,9 @@ use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, r
 use crate::domain::Domain;
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
-    OperationResolved, OperationRetried, RequestTerms, SnapshotCreateRequested, SnapshotDeleteRequested,
-    SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested, UnregisterWish,
+    OperationResolved, OperationRetried, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotDeleteRequested, SnapshotEditRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased,
+    SnapshotRevertRequested, UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::operation::{Code, Operation, Phase, Verdict};
@@ -85,7 +86,9 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
         }
         Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
         Command::Edit { snapshot, name, description, labels } => {
-            edited(state, &tree, snapshot, name.as_ref(), description.as_deref(), labels)?
+            let edit = edited(state, &tree, snapshot, name.as_ref(), description.as_deref(), labels)?;
+            name_fits(domain, name.as_ref())?;
+            edit_event(domain, &tree, edit, ctx)?
         }
         Command::Hold { snapshot, reason, until } => held(state, &tree, snapshot, reason, *until, ctx)?,
         Command::Release { snapshot } => {
@@ -174,6 +177,17 @@ fn default_name(tree: &Tree, now: Timestamp) -> Result<SnapshotName, Rejection> 
     SnapshotName::new(number.to_string()).map_err(|error| reject(Code::Invalid, error.to_string()))
 }
 
+fn name_fits(domain: &Domain, name: Option<&SnapshotName>) -> Result<(), Rejection> {
+    let most = domain.capabilities.name_bytes_max;
+    match name {
+        Some(name) if name.as_str().len() > most => Err(reject(
+            Code::Invalid,
+            format!("{} allows snapshot names of {most} bytes at most", domain.driver),
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) -> Result<Event, Rejection> {
     let capabilities = &domain.capabilities;
     let name = match &create.name {
@@ -181,15 +195,7 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         None => default_name(tree, ctx.now)?,
     };
     name_is_free(tree, &name, None)?;
-    if name.as_str().len() > capabilities.name_bytes_max {
-        return Err(reject(
-            Code::Invalid,
-            format!(
-                "{} allows snapshot names of {} bytes at most",
-                domain.driver, capabilities.name_bytes_max
-            ),
-        ));
-    }
+    name_fits(domain, Some(&name))?;
     text_fits("description", create.description.as_deref().unwrap_or_default())?;
     labels_fit(&create.labels)?;
     let depth = tree.current().map_or(0, |current| tree.ancestors(current.id).count() + 1);
@@ -203,18 +209,12 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         )
         .hint("delete some snapshots of the chain; their changes are merged"));
     }
-    let memory = match create.content {
-        Content::DisksOnly => MemoryKind::No,
-        Content::Auto if !capabilities.memory => MemoryKind::No,
-        Content::WithMemory if !capabilities.memory => {
-            return Err(reject(
-                Code::Unsupported,
-                format!("domain '{}' cannot be snapshotted with its memory", domain.name),
-            )
-            .hint("leave out --memory"));
-        }
-        Content::Auto | Content::WithMemory => MemoryKind::Internal,
-    };
+    let memory = memory_kind(domain, create)?;
+    let disks = selected_disks(domain, create.disks.as_ref())?;
+    if memory == MemoryKind::External && disks.len() < domain.disks.len() {
+        return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
+            .hint("leave out --memory, or the choice of disks"));
+    }
     if create.quiesce {
         may_quiesce(domain, memory)?;
     }
@@ -223,12 +223,39 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         name,
         description: create.description.clone().filter(|text| !text.is_empty()),
         labels: create.labels.clone(),
-        disks: selected_disks(domain, create.disks.as_ref())?,
+        disks,
         memory,
+        place: create.place,
         quiesce: create.quiesce,
         request: ctx.terms.clone(),
     }
     .into())
+}
+
+/// Whether and where the memory is to be kept. Inside an image it is kept wherever there is any; that a machine which
+/// is off has none is known when it is planned.
+fn memory_kind(domain: &Domain, create: &Create) -> Result<MemoryKind, Rejection> {
+    let can = &domain.capabilities;
+    let unsupported = |message: String, hint: &str| Err(reject(Code::Unsupported, message).hint(hint));
+    match (create.place, create.content) {
+        (Place::Internal, _) if !can.internal => unsupported(
+            format!("snapshots of domain '{}' cannot be kept inside its disk images", domain.name),
+            "leave out --internal",
+        ),
+        (_, Content::DisksOnly) => Ok(MemoryKind::No),
+        (Place::Internal, Content::Auto | Content::WithMemory) => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::WithMemory) if can.memory_external => Ok(MemoryKind::External),
+        (Place::Usual, Content::Auto | Content::WithMemory) if can.memory => Ok(MemoryKind::Internal),
+        (Place::Usual, Content::Auto) => Ok(MemoryKind::No),
+        (Place::Usual, Content::WithMemory) if can.internal => unsupported(
+            format!("domain '{}' can keep its memory only inside its disk images", domain.name),
+            "add --internal, or leave out --memory",
+        ),
+        (Place::Usual, Content::WithMemory) => unsupported(
+            format!("domain '{}' cannot be snapshotted with its memory", domain.name),
+            "leave out --memory; a QEMU machine that Snaptree itself starts (domain add --launch) can be",
+        ),
+    }
 }
 
 /// libvirt: `VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE` needs `VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY`.
@@ -358,7 +385,7 @@ fn edited(
     name: Option<&SnapshotName>,
     description: Option<&str>,
     labels: &Labels,
-) -> Result<Event, Rejection> {
+) -> Result<SnapshotEdited, Rejection> {
     let snapshot = find(state, tree, wanted)?;
     if !state.tree.contains(snapshot.id) {
         return Err(reject(Code::Invalid, format!("snapshot '{}' is still being taken", snapshot.name)));
@@ -372,7 +399,20 @@ fn edited(
         return Err(reject(Code::Invalid, "nothing to change").hint("give --name, --description or --label"));
     }
     let description = description.map(str::to_owned);
-    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels }.into())
+    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels })
+}
+
+/// Where the hypervisor keeps names, a change of them is an operation; all else is carried out by being written.
+fn edit_event(domain: &Domain, tree: &Tree, edit: SnapshotEdited, ctx: &Ctx) -> Result<Event, Rejection> {
+    let kept_there = domain.capabilities.keeps_names && (edit.name.is_some() || edit.description.is_some());
+    if !kept_there || tree.get(edit.snapshot).is_none_or(|snapshot| snapshot.lost) {
+        return Ok(edit.into());
+    }
+    if ctx.blocked == Blocked::Domain {
+        return Err(reject(Code::NeedsAttention, "another operation of this domain needs attention first")
+            .hint("`snaptree op list --open` names it; then `snaptree op retry` or `snaptree op resolve`"));
+    }
+    Ok(SnapshotEditRequested { edit, request: ctx.terms.whenever() }.into())
 }
 
 fn held(

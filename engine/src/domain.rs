@@ -82,8 +82,11 @@ pub struct Disk {
 /// What a driver can do with a domain. Kept in the log, so `decide` needs no hypervisor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
-    /// Snapshots that include the machine's memory.
+    /// Snapshots that include the machine's memory: taken with it wherever nothing else is said.
     pub memory: bool,
+    /// Snapshots that keep the machine's memory in a file of its own: taken with it where that is asked for.
+    #[serde(default)]
+    pub memory_external: bool,
     /// Snapshots of the disks alone of a machine that is not off.
     pub disk_only: bool,
     /// Asking the guest to quiesce its file systems.
@@ -98,6 +101,10 @@ pub struct Capabilities {
     pub metadata_only: bool,
     /// Whether deleting merges in the same call, so Snaptree plans no merges of its own.
     pub merges_itself: bool,
+    /// Whether the hypervisor keeps names and descriptions, so that an edit has to reach it, and one that was made there
+    /// is followed.
+    #[serde(default)]
+    pub keeps_names: bool,
     /// Longest snapshot name in bytes.
     pub name_bytes_max: usize,
     /// Deepest chain of snapshots.

@@ -169,6 +169,9 @@ pub struct SeenSnapshot {
     /// and not adopted.
     #[serde(default)]
     pub helper: Option<String>,
+    /// Why the hypervisor cannot merge its data now, if it is to be deleted; none if it can.
+    #[serde(default)]
+    pub stays: Option<String>,
 }
 
 /// What is kept beside the layers: enough to go on where the log was restored from an older copy.
@@ -268,9 +271,15 @@ pub struct Learnt {
     /// The state of the machine that it was taken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<SnapshotState>,
+    /// The hypervisor's own id of the snapshot that was taken, where it keeps a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
     /// Files that are nobody's after the step.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left: BTreeSet<PathBuf>,
+    /// What had to be put right at the hypervisor first, in words; each becomes an event.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repairs: Vec<String>,
 }
 
 /// What became of a step whose end is not known.
@@ -437,6 +446,22 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// The hypervisor or the file system cannot be asked. A missing file is no error but an observation.
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError>;
+
+    /// Reads what is there of several domains of one connection, in as few questions as the hypervisor allows. The
+    /// answers are in the order of `states`.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be asked at all. What is wrong with one domain is that one's answer.
+    async fn observe_all(
+        &self,
+        states: &[&DomainState],
+    ) -> Result<Vec<Result<Observation, DriverError>>, DriverError> {
+        let mut seen = Vec::with_capacity(states.len());
+        for state in states {
+            seen.push(self.observe(state).await);
+        }
+        Ok(seen)
+    }
 
     /// Plans a request. Pure.
     ///

@@ -703,6 +703,7 @@ fn repeated(earlier: &Envelope, key: &str, digest: &str) -> Result<Submitted, En
         Some(Request::Create(r)) => r.request.command_sha256,
         Some(Request::Revert(r)) => r.request.command_sha256,
         Some(Request::Delete(r)) => r.request.command_sha256,
+        Some(Request::Edit(r)) => r.request.command_sha256,
         Some(Request::Unregister(r)) => r.request.command_sha256,
         Some(Request::Merge(_)) | None => None,
     };

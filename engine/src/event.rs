@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::around::{Around, HookPhase};
 use crate::domain::{Domain, DriverKind, RunState};
 use crate::ids::{
-    DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
+    DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, SnapshotId, SnapshotName,
+    StreamId,
 };
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Operation, Step, Verdict};
@@ -104,6 +105,24 @@ pub enum MemoryKind {
     Internal,
     /// In a file of its own.
     External,
+}
+
+/// Where a snapshot keeps what it holds (libvirt's `disk/@snapshot`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// Where the driver usually does.
+    #[default]
+    Usual,
+    /// Inside the disk images.
+    Internal,
+}
+
+impl Place {
+    /// For what is not written down.
+    pub fn is_usual(&self) -> bool {
+        *self == Self::Usual
+    }
 }
 
 /// What a delete takes besides, or instead of, the snapshots named.
@@ -219,6 +238,8 @@ events! {
     DomainRegistered = "Domain.Registered" 1,
     /// Name, labels or configuration changed.
     DomainChanged = "Domain.Changed" 1,
+    /// Something that the hypervisor had left broken was put right.
+    DomainRepaired = "Domain.Repaired" 1,
     /// Its end was asked for.
     DomainUnregisterRequested = "Domain.UnregisterRequested" 1,
     /// Snaptree has let go of it.
@@ -235,6 +256,8 @@ events! {
     SnapshotDeleteRequested = "Snapshot.DeleteRequested" 1,
     /// One snapshot is gone; its data is poisoned from here on.
     SnapshotDeleted = "Snapshot.Deleted" 1,
+    /// A change of what the hypervisor keeps about a snapshot was asked for.
+    SnapshotEditRequested = "Snapshot.EditRequested" 1,
     /// Name, description or labels changed.
     SnapshotEdited = "Snapshot.Edited" 1,
     /// Its deletion is forbidden.
@@ -325,6 +348,13 @@ pub struct DomainChanged {
     pub labels: Option<Labels>,
 }
 
+/// Payload: something that the hypervisor had left broken was put right.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DomainRepaired {
+    /// What was broken, and what was done about it, in words.
+    pub what: String,
+}
+
 /// Payload: a domain's end was asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DomainUnregisterRequested {
@@ -383,6 +413,9 @@ pub struct SnapshotCreateRequested {
     pub disks: BTreeSet<DiskName>,
     /// Whether the machine's memory belongs to it.
     pub memory: MemoryKind,
+    /// Where it is kept.
+    #[serde(default, skip_serializing_if = "Place::is_usual")]
+    pub place: Place,
     /// Whether the guest is asked to bring its file systems to rest first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quiesce: bool,
@@ -408,7 +441,7 @@ impl SnapshotCreateRequested {
             made_by: operation.actor.clone(),
             made_in: Some(operation.id),
             lost: false,
-            native: None,
+            native: operation.learnt.native.clone(),
         }
     }
 }
@@ -469,6 +502,20 @@ pub struct SnapshotDeleted {
     pub snapshot: SnapshotId,
     /// The name that it had, for whoever reads the log alone.
     pub name: SnapshotName,
+    /// Whether the hypervisor may still hold its data, as it merges it later.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stays: bool,
+}
+
+/// Payload: a change of what the hypervisor keeps about a snapshot was asked for; what is left out stays.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotEditRequested {
+    /// What is to be.
+    #[serde(flatten)]
+    pub edit: SnapshotEdited,
+    /// Idempotency.
+    #[serde(flatten)]
+    pub request: RequestTerms,
 }
 
 /// Payload: what of a snapshot changed; what is left out stayed.
@@ -485,6 +532,21 @@ pub struct SnapshotEdited {
     /// All labels that it has from now on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Labels>,
+}
+
+impl SnapshotEdited {
+    /// Writes the change into a snapshot.
+    pub(crate) fn apply(&self, snapshot: &mut Snapshot) {
+        if let Some(name) = &self.name {
+            snapshot.name = name.clone();
+        }
+        if let Some(description) = &self.description {
+            snapshot.description = Some(description.clone()).filter(|text| !text.is_empty());
+        }
+        if let Some(labels) = &self.labels {
+            snapshot.labels.clone_from(labels);
+        }
+    }
 }
 
 /// Payload: a snapshot is held.

@@ -105,7 +105,7 @@ pub struct Snapshot {
     /// Whether the hypervisor no longer has it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lost: bool,
-    /// The hypervisor's own id, where it does not carry our mark.
+    /// The hypervisor's own id, where it keeps a list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
 }

@@ -12,8 +12,8 @@ use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
 use snaptree_engine::event::{
-    Actor, DeleteScope, DeleteWhat, Event, MergeWish, OperationNeedsAttention, RequestTerms, SnapshotHeld,
-    UnregisterWish,
+    Actor, DeleteScope, DeleteWhat, Event, MemoryKind, MergeWish, OperationNeedsAttention, Place,
+    RequestTerms, SnapshotHeld, UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::reconcile::beside::Blocked;
@@ -168,8 +168,12 @@ fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
         other => other,
     };
     let quiesce = || Command::Create(Create { quiesce: true, ..create(None) });
-    let cases: [(Change, Command, Code); 7] = [
-        (|c| c.memory = false, memory, Code::Unsupported),
+    let internal = Command::Create(Create { place: Place::Internal, ..create(None) });
+    let cases: [(Change, Command, Code); 9] = [
+        (|c| c.memory = false, memory.clone(), Code::Unsupported),
+        // It can be kept inside the images alone, and that has to be asked for.
+        (|c| (c.memory, c.internal) = (false, true), memory, Code::Unsupported),
+        (|c| c.internal = false, internal, Code::Unsupported),
         (|c| c.children_only = false, delete(&["b"], DeleteScope::ChildrenOnly), Code::Unsupported),
         (|c| c.metadata_only = false, metadata, Code::Unsupported),
         (|c| c.depth_max = 3, Command::Create(create(Some("x"))), Code::Unsupported),
@@ -183,6 +187,36 @@ fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
         change(&mut history.state.domain.as_mut().unwrap().capabilities);
         assert_eq!(refused(&history, &command).0, code, "{command:?}");
     }
+}
+
+#[test]
+fn memory_is_kept_where_the_domain_can_and_with_all_disks() {
+    type Change = fn(&mut Capabilities);
+    let with = |content, place| Create { content, place, ..create(Some("x")) };
+    let cases: [(Change, Create, MemoryKind); 6] = [
+        (|c| c.memory = true, with(Content::Auto, Place::Usual), MemoryKind::Internal),
+        (|c| c.memory = true, with(Content::DisksOnly, Place::Usual), MemoryKind::No),
+        (|c| c.memory_external = true, with(Content::WithMemory, Place::Usual), MemoryKind::External),
+        (
+            |c| (c.memory, c.memory_external) = (false, true),
+            with(Content::Auto, Place::Usual),
+            MemoryKind::No,
+        ),
+        (|c| c.internal = true, with(Content::WithMemory, Place::Internal), MemoryKind::Internal),
+        (|c| c.internal = true, with(Content::DisksOnly, Place::Internal), MemoryKind::No),
+    ];
+    for (change, wanted, memory) in cases {
+        let mut history = history();
+        change(&mut history.state.domain.as_mut().unwrap().capabilities);
+        let place = wanted.place;
+        let events = decide(&history.state, &Command::Create(wanted), &ctx()).unwrap();
+        let [Event::SnapshotCreateRequested(request)] = events.as_slice() else { panic!("{events:?}") };
+        assert_eq!((request.memory, request.place), (memory, place));
+    }
+    let mut history = history();
+    history.state.domain.as_mut().unwrap().capabilities.memory_external = true;
+    let some = Create { disks: Some([disk("vda")].into()), ..with(Content::WithMemory, Place::Usual) };
+    assert_eq!(refused(&history, &Command::Create(some)).0, Code::Invalid);
 }
 
 #[test]

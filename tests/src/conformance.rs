@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use snaptree_engine::domain::{Capabilities, Domain, DriverKind};
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainRegistered, DomainUnregistered, Event, MemoryKind,
-    MergeWish, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationSucceeded, Origin,
+    MergeWish, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationSucceeded, Origin, Place,
     RequestTerms, SnapshotCreateRequested, SnapshotCreated, SnapshotDeleteRequested, SnapshotDeleted,
     SnapshotRevertRequested, SnapshotReverted, UnregisterWish,
 };
@@ -74,6 +74,7 @@ pub fn origin() -> Origin {
 pub fn registered(id: DomainId, name: &str) -> Event {
     let capabilities = Capabilities {
         memory: true,
+        memory_external: false,
         disk_only: true,
         quiesce: false,
         internal: false,
@@ -81,6 +82,7 @@ pub fn registered(id: DomainId, name: &str) -> Event {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 100,
     };
@@ -107,6 +109,7 @@ pub fn create_requested(snapshot: SnapshotId, name: &str) -> Event {
         labels: BTreeMap::new(),
         disks: BTreeSet::new(),
         memory: MemoryKind::No,
+        place: Place::Usual,
         quiesce: false,
         request: RequestTerms::default(),
     }
@@ -152,7 +155,7 @@ pub fn delete_requested(snapshots: Vec<SnapshotId>) -> Event {
 
 /// `Snapshot.Deleted`.
 pub fn deleted(snapshot: SnapshotId, name: &str) -> Event {
-    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap() }.into()
+    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap(), stays: false }.into()
 }
 
 /// Some failure.

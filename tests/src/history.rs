@@ -8,8 +8,8 @@ use snaptree_engine::domain::{Disk, Domain, DriverKind};
 use snaptree_engine::driver::Learnt;
 use snaptree_engine::event::{
     Actor, DomainRegistered, Event, HowFinished, MemoryKind, OperationPlanned, OperationStepFinished,
-    OperationStepStarted, OperationSucceeded, Origin, RequestTerms, SnapshotCreateRequested, SnapshotCreated,
-    SnapshotRevertRequested, SnapshotReverted,
+    OperationStepStarted, OperationSucceeded, Origin, Place, RequestTerms, SnapshotCreateRequested,
+    SnapshotCreated, SnapshotRevertRequested, SnapshotReverted,
 };
 use snaptree_engine::log::{Append, EventLog, NewEvent};
 use snaptree_engine::operation::{Poison, Reversal, Step};
@@ -107,6 +107,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         labels: BTreeMap::new(),
         disks: disks.clone(),
         memory: MemoryKind::No,
+        place: Place::Usual,
         quiesce: false,
         request: RequestTerms::default(),
     };

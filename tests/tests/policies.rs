@@ -45,15 +45,23 @@ impl Clock for Standing {
     }
 }
 
-/// Refuses every step of the kind `create` while it is on.
+/// Refuses every step of the kinds `create` or `delete` while that is on.
 #[derive(Default)]
-struct NoCreates(AtomicBool);
+struct Refusing {
+    creates: AtomicBool,
+    deletes: AtomicBool,
+}
 
 #[async_trait]
-impl Faults for NoCreates {
+impl Faults for Refusing {
     fn fault(&self, point: &FaultPoint) -> Option<Fault> {
-        let forward = point.word == "create" && point.direction == Direction::Forward;
-        (forward && self.0.load(Ordering::SeqCst)).then_some(Fault::Permanent)
+        let refused = match point.word {
+            "create" => &self.creates,
+            "delete" => &self.deletes,
+            _ => return None,
+        };
+        let forward = point.direction == Direction::Forward;
+        (forward && refused.load(Ordering::SeqCst)).then_some(Fault::Permanent)
     }
 }
 
@@ -73,7 +81,7 @@ struct Lab {
     folder: tempfile::TempDir,
     store: Arc<Store>,
     clock: Arc<Standing>,
-    faults: Arc<NoCreates>,
+    faults: Arc<Refusing>,
     domains: Vec<DomainId>,
 }
 
@@ -94,7 +102,7 @@ impl Lab {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
         let store = Store::open_writer(folder.path(), LockWait { timeout: Duration::ZERO }).expect("a state");
         let clock = Arc::new(Standing(Mutex::new(at("2026-01-01T00:00:30Z"))));
-        let faults = Arc::new(NoCreates::default());
+        let faults = Arc::new(Refusing::default());
         let mut lab = Self { folder, store: Arc::new(store), clock, faults, domains: Vec::new() };
         for number in 1..=domains {
             lab.register(&format!("web-{number}"), Value::Null).await;
@@ -300,7 +308,7 @@ async fn a_run_that_failed_deletes_nothing_and_many_in_a_row_suspend_the_policy(
     lab.set(&HOURLY.replace("[keep]", "suspend-after = 3\n[keep]")).await;
     let mut notable = Vec::new();
     for hour in 1..=7 {
-        lab.faults.0.store(hour > 2, Ordering::SeqCst);
+        lab.faults.creates.store(hour > 2, Ordering::SeqCst);
         lab.go_to(at("2026-01-01T00:00:00Z") + SignedDuration::from_hours(hour));
         notable.extend(lab.life(Arc::new(NoHooks)).await);
     }
@@ -314,7 +322,7 @@ async fn a_run_that_failed_deletes_nothing_and_many_in_a_row_suspend_the_policy(
     assert_eq!(reason, "3 runs in a row took no snapshot");
 
     // Resumed, it runs from then on, and retention goes on.
-    lab.faults.0.store(false, Ordering::SeqCst);
+    lab.faults.creates.store(false, Ordering::SeqCst);
     let engine = lab.engine(Arc::new(NoHooks));
     resume(&engine, &ada(), &mut Book::default(), "p").await.expect("resumed");
     lab.life(Arc::new(NoHooks)).await;
@@ -322,6 +330,26 @@ async fn a_run_that_failed_deletes_nothing_and_many_in_a_row_suspend_the_policy(
     lab.go_to(at("2026-01-01T08:00:00Z"));
     lab.life(Arc::new(NoHooks)).await;
     assert_eq!(lab.snapshots(0).await, ["p-20260101T020000Z", "p-20260101T080000Z"]);
+}
+
+#[tokio::test]
+async fn a_delete_that_fails_is_told_of_once_and_asked_for_again_by_the_next_run() {
+    let lab = Lab::new(1).await;
+    lab.set(HOURLY).await;
+    let mut notable = Vec::new();
+    for hour in 1..=4 {
+        lab.faults.deletes.store(hour == 3, Ordering::SeqCst);
+        lab.go_to(at("2026-01-01T00:00:00Z") + SignedDuration::from_hours(hour));
+        notable.extend(lab.life(Arc::new(NoHooks)).await);
+        // A start has nothing to tell of what was told before.
+        notable.extend(lab.life(Arc::new(NoHooks)).await);
+    }
+    let told = notable.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(
+        told,
+        ["snapshot 'p-20260101T010000Z' of web-1 was not deleted: failed: a fault on demand: permanent"]
+    );
+    assert_eq!(lab.snapshots(0).await, ["p-20260101T030000Z", "p-20260101T040000Z"]);
 }
 
 #[tokio::test]
@@ -605,8 +633,7 @@ fn runs_that_fail_in_the_foreground_suspend_the_policy_too() {
     let policy =
         "name = \"p\"\ndomains = [\"*\"]\nschedule = \"2190-01-01\"\nmax-depth = 1\nsuspend-after = 2\n";
     program.json(0, &["policy", "set", &hourly_file(folder.path(), policy)]);
-    // The disk may stand upon one snapshot when a run begins, and nothing may go: from the third run on, each fails.
-    assert_eq!(program.json(0, &["policy", "run", "p"])["suspended"], Value::Null);
+    // The disk may stand upon one snapshot, and nothing may go: from the second run on, each fails.
     assert_eq!(program.json(0, &["policy", "run", "p"])["suspended"], Value::Null);
     assert_eq!(program.json(4, &["policy", "run", "p"])["suspended"], Value::Null);
     let ran = program.run(&["policy", "run", "p", "--json"]);

@@ -12,6 +12,7 @@ pub const CREATE_EXAMPLES: &str = "Examples:
   snaptree create web before-upgrade
   snaptree create web                          named by the seconds since the epoch
   snaptree create web nightly --description 'before the batch run' --label made-by=cron
+  snaptree create web before-upgrade --memory  with the memory: a revert goes on where the machine was
   snaptree create web nightly --detach         do not wait: `snaptree op show` tells how it went
   snaptree create web nightly --quiesce        the guest's file systems are frozen meanwhile (domain add --agent)
   snaptree create web --key 2026-11-23         the same key and command again is answered with the first result
@@ -91,6 +92,9 @@ pub struct CreateArgs {
     /// The disks alone
     #[arg(long)]
     pub disk_only: bool,
+    /// Inside the disk images, where the driver usually keeps it elsewhere
+    #[arg(long)]
+    pub internal: bool,
     /// Ask the guest to bring its file systems to rest first; needs --disk-only where memory would be kept
     #[arg(long, conflicts_with = "memory")]
     pub quiesce: bool,

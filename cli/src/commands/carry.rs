@@ -120,7 +120,10 @@ pub async fn call_off(
 }
 
 /// Prints what came of an operation.
-async fn report(
+///
+/// # Errors
+/// The state cannot be read.
+pub async fn report(
     context: &Context,
     writer: &Writer,
     domain: DomainId,
@@ -203,6 +206,9 @@ fn failed(view: &OperationView, story: &Story) -> String {
     let end = match story.outcome {
         Some(Outcome::Cancelled) => "it was called off, and the domain is as it was",
         Some(Outcome::Expired) => "it came too late, and nothing was changed",
+        Some(_) if !story.deleted.is_empty() => {
+            "what is deleted stays so, and its data is merged later: `snaptree tree --all` shows it"
+        }
         Some(_) if touched => "what was done is taken back, and the domain is as it was",
         Some(_) => "nothing was changed",
         None if story.needs_attention => "it can go neither on nor back by itself",

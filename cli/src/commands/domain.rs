@@ -132,9 +132,8 @@ fn misplaced(args: &AddArgs, driver: DriverKind) -> Result<(), Trouble> {
         DriverKind::Qemu if args.disk.is_empty() => {
             Err(Trouble::usage("a qemu domain needs a disk").hint("--disk vda=/path/to/image.qcow2"))
         }
-        DriverKind::Esx if args.host.is_none() => {
-            Err(Trouble::usage("an esx domain is on a host").hint("--host HOST --vm PATH|UUID; `snaptree host add` registers a host"))
-        }
+        DriverKind::Esx if args.host.is_none() => Err(Trouble::usage("an esx domain is on a host")
+            .hint("--host HOST --vm PATH|UUID; `snaptree host add` registers a host")),
         _ => Ok(()),
     }
 }

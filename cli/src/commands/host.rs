@@ -235,7 +235,11 @@ async fn discover(context: &Context, args: DiscoverArgs) -> Result<Exit> {
     Ok(exit)
 }
 
-async fn register(args: &DiscoverArgs, office: &dyn crate::office::Office, found: &Found) -> Result<DomainName> {
+async fn register(
+    args: &DiscoverArgs,
+    office: &dyn crate::office::Office,
+    found: &Found,
+) -> Result<DomainName> {
     let name = DomainName::new(found.name.as_str())?;
     let registering = Registering {
         host: Some(args.host.clone()),

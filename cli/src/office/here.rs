@@ -65,6 +65,10 @@ impl Office for Here {
         Ok(self.engine.drift(&self.requester, domain).await?)
     }
 
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
+        Ok(self.engine.drift_all(&self.requester, domains).await?)
+    }
+
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
         Ok(self.engine.power(domain, wish).await?)
     }

@@ -75,7 +75,8 @@ async fn add(
 async fn remove(engine: &Engine, requester: &Requester, host: &HostName) -> Result<HostAnswer> {
     let domains: Vec<DomainName> = domains_on(engine, host).await?.into_values().collect();
     if let Some(one) = domains.first() {
-        let others = if domains.len() > 1 { format!(" and {} more", domains.len() - 1) } else { String::new() };
+        let others =
+            if domains.len() > 1 { format!(" and {} more", domains.len() - 1) } else { String::new() };
         let message = format!("domain '{one}'{others} is on host '{host}'");
         return Err(Trouble::new(Exit::Refused, "in-use", message)
             .hint("let go of them first, with `snaptree domain remove`")

@@ -77,6 +77,18 @@ pub trait Office: Send + Sync {
     /// The hypervisor cannot be asked, or the state cannot be used.
     async fn drift(&self, domain: DomainId) -> Result<Drift>;
 
+    /// The same of many domains, in the order given.
+    ///
+    /// # Errors
+    /// As [`Office::drift`].
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
+        let mut drifts = Vec::with_capacity(domains.len());
+        for domain in domains {
+            drifts.push((*domain, self.drift(*domain).await?));
+        }
+        Ok(drifts)
+    }
+
     /// Starts or ends a machine.
     ///
     /// # Errors

@@ -28,8 +28,8 @@ use crate::exit::{Exit, FromDaemon, Trouble};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk, Powering, Registered,
-    Registering, SUDO_USER_HEADER, Status,
+    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
+    Powering, Registered, Registering, SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.

@@ -151,6 +151,7 @@ fn registered() -> DomainRegistered {
             labels: Labels::new(),
             capabilities: Capabilities {
                 memory: false,
+                memory_external: false,
                 disk_only: true,
                 quiesce: false,
                 internal: false,
@@ -158,6 +159,7 @@ fn registered() -> DomainRegistered {
                 children_only: true,
                 metadata_only: true,
                 merges_itself: false,
+                keeps_names: false,
                 name_bytes_max: 255,
                 depth_max: 200,
             },

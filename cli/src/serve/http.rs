@@ -32,8 +32,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk, Powering, QueueView,
-    Registered, Registering, Status, WireError,
+    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
+    Powering, QueueView, Registered, Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.

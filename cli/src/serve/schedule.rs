@@ -82,7 +82,10 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
 fn tell(notable: &Notable, policy: Option<&Policy>, now: Timestamp) {
     let name = notable.policy();
     match notable {
-        Notable::Failed { .. } | Notable::NeedsAttention { .. } | Notable::HookFailed { .. } => {
+        Notable::Failed { .. }
+        | Notable::DeleteFailed { .. }
+        | Notable::NeedsAttention { .. }
+        | Notable::HookFailed { .. } => {
             tracing::warn!(policy = %name, "{notable}")
         }
         Notable::Recovered { .. } => tracing::info!(policy = %name, "{notable}"),

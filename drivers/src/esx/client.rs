@@ -78,8 +78,8 @@ pub struct Client {
 #[derive(Default)]
 struct Session {
     open: Option<Open>,
-    /// Cookies of sessions in which a call may still be on its way.
-    fenced: Vec<Cookie>,
+    /// Sessions in which a call may still be on its way.
+    fenced: Vec<Open>,
 }
 
 /// A session's cookie. It is a secret while the session lasts.
@@ -136,16 +136,18 @@ impl Client {
     #[instrument(skip_all, fields(host = %self.host, method = request.method()))]
     pub async fn call(&self, request: &Request, effect: Effect) -> Result<Element, CallError> {
         let open = self.open().await?;
-        let first = self.ask(request, Some(&open), effect).await;
+        let first = self.ask(request, &open, effect).await;
         if !matches!(&first, Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED) {
             return first;
         }
         tracing::debug!("the session has ended");
         self.forget(&open.cookie).await;
         let open = self.open().await?;
-        match self.ask(request, Some(&open), effect).await {
+        match self.ask(request, &open, effect).await {
             // In a session that is new: then it is a right that lacks.
-            Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED => Err(CallError::NotAllowed(fault)),
+            Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED => {
+                Err(CallError::NotAllowed(fault))
+            }
             second => second,
         }
     }
@@ -156,10 +158,10 @@ impl Client {
     /// The host does not answer; nothing may be concluded yet.
     pub async fn fence(&self) -> Result<(), CallError> {
         let mut session = self.session.lock().await;
-        while let Some(cookie) = session.fenced.last().cloned() {
+        while let Some(fenced) = session.fenced.last().cloned() {
             tracing::debug!(host = %self.host, "a session is ended, since a call's reply was lost in it");
-            self.log_out(&cookie).await?;
-            session.fenced.retain(|other| *other != cookie);
+            self.log_out(&fenced).await?;
+            session.fenced.retain(|other| other.cookie != fenced.cookie);
         }
         Ok(())
     }
@@ -167,10 +169,10 @@ impl Client {
     /// Logs out. A host that does not answer forgets the session by itself.
     pub async fn close(&self) {
         let mut session = self.session.lock().await;
-        let open = session.open.take().map(|open| open.cookie);
-        let cookies: Vec<Cookie> = session.fenced.drain(..).chain(open).collect();
-        for cookie in cookies {
-            if let Err(error) = self.log_out(&cookie).await {
+        let open = session.open.take();
+        let all: Vec<Open> = session.fenced.drain(..).chain(open).collect();
+        for open in all {
+            if let Err(error) = self.log_out(&open).await {
                 tracing::debug!(host = %self.host, %error, "the session was not ended");
             }
         }
@@ -181,10 +183,9 @@ impl Client {
         error.told(&self.host, effect, self.shown.thumbprint())
     }
 
-    async fn log_out(&self, cookie: &Cookie) -> Result<(), CallError> {
-        let content = self.service_content().await?;
-        let request = Request::new("Logout", &content.session_manager);
-        match self.post(&request, &content.api_version, Some(cookie)).await {
+    async fn log_out(&self, open: &Open) -> Result<(), CallError> {
+        let request = Request::new("Logout", &open.content.session_manager);
+        match self.post(&request, &open.content.api_version, Some(&open.cookie)).await {
             Ok(_) => Ok(()),
             Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED => Ok(()),
             Err(error) => Err(error),
@@ -217,7 +218,8 @@ impl Client {
     }
 
     async fn service_content(&self) -> Result<Content, CallError> {
-        let request = Request::new("RetrieveServiceContent", &Moref::new("ServiceInstance", "ServiceInstance"));
+        let request =
+            Request::new("RetrieveServiceContent", &Moref::new("ServiceInstance", "ServiceInstance"));
         let (reply, _) = self.post(&request, VERSION_FIRST, None).await?;
         Ok(Content::of(&reply)?)
     }
@@ -227,16 +229,15 @@ impl Client {
         session.open.take_if(|open| open.cookie == *cookie);
     }
 
-    async fn ask(&self, request: &Request, open: Option<&Open>, effect: Effect) -> Result<Element, CallError> {
-        let version = open.map_or(VERSION_FIRST, |open| open.content.api_version.as_str());
-        let asked = self.post(request, version, open.map(|open| &open.cookie)).await;
-        if let (Err(error), Effect::Some, Some(open)) = (&asked, effect, open)
+    async fn ask(&self, request: &Request, open: &Open, effect: Effect) -> Result<Element, CallError> {
+        let asked = self.post(request, &open.content.api_version, Some(&open.cookie)).await;
+        if let (Err(error), Effect::Some) = (&asked, effect)
             && error.may_have_had_effect()
         {
             let mut session = self.session.lock().await;
             session.open.take_if(|other| other.cookie == open.cookie);
-            if !session.fenced.contains(&open.cookie) {
-                session.fenced.push(open.cookie.clone());
+            if !session.fenced.iter().any(|other| other.cookie == open.cookie) {
+                session.fenced.push(open.clone());
             }
         }
         let (reply, _) = asked?;
@@ -261,7 +262,8 @@ impl Client {
         if let Some(Cookie(value)) = cookie {
             post = post.header(COOKIE, format!("{COOKIE_NAME}={value}"));
         }
-        let mut answer = post.body(request.envelope()).send().await.map_err(|error| CallError::sending(&error))?;
+        let mut answer =
+            post.body(request.envelope()).send().await.map_err(|error| CallError::sending(&error))?;
         let status = answer.status();
         if !matches!(status, StatusCode::OK | StatusCode::INTERNAL_SERVER_ERROR) {
             return Err(CallError::Status(status.as_u16()));

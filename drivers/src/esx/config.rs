@@ -76,6 +76,7 @@ pub(super) fn domain(state: &DomainState) -> Result<&Domain, Failure> {
 pub(super) const fn capabilities() -> Capabilities {
     Capabilities {
         memory: true,
+        memory_external: false,
         disk_only: true,
         quiesce: true,
         internal: false,
@@ -83,6 +84,7 @@ pub(super) const fn capabilities() -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: true,
+        keeps_names: true,
         name_bytes_max: NAME_BYTES_MAX,
         depth_max: DEPTH_MAX,
     }

@@ -174,19 +174,25 @@ pub fn meaning(fault: &Fault) -> Meaning {
     let hinted = |class, code, hint| Meaning { class, code, hint: Some(hint) };
     use ErrorClass::{Busy, Permanent, Transient, Unknown};
     match fault.kind.as_str() {
-        "TaskInProgress" | "VAppTaskInProgress" | "ConcurrentAccess" => {
-            hinted(Busy, Code::InUse, "another task of the host works on the machine; vSphere's own list of tasks shows it")
-        }
+        "TaskInProgress" | "VAppTaskInProgress" | "ConcurrentAccess" => hinted(
+            Busy,
+            Code::InUse,
+            "another task of the host works on the machine; vSphere's own list of tasks shows it",
+        ),
         "FileLocked" | "ResourceInUse" => {
             hinted(Transient, Code::InUse, "a file of the machine is in use, perhaps by a backup")
         }
-        "HostCommunication" | "HostNotConnected" | "HostNotReachable" | "Timedout" | "NetworkDisruptedAndConfigRolledBack" => {
+        "HostCommunication"
+        | "HostNotConnected"
+        | "HostNotReachable"
+        | "Timedout"
+        | "NetworkDisruptedAndConfigRolledBack" => {
             hinted(Transient, Code::Io, "the vCenter does not reach the machine's host")
         }
         "NotAuthenticated" => mean(Transient, Code::Permission),
-        "InsufficientResourcesFault" | "InsufficientMemoryResourcesFault" | "InsufficientCpuResourcesFault" => {
-            mean(Transient, Code::NoSpace)
-        }
+        "InsufficientResourcesFault"
+        | "InsufficientMemoryResourcesFault"
+        | "InsufficientCpuResourcesFault" => mean(Transient, Code::NoSpace),
         "NoDiskSpace" | "InsufficientStorageSpace" => {
             hinted(Permanent, Code::NoSpace, "the datastore is full: make room there, and ask again")
         }
@@ -200,12 +206,14 @@ pub fn meaning(fault: &Fault) -> Meaning {
             Code::Permission,
             "the user's role lacks a right; for snapshots it needs those of VirtualMachine.State, and Interact.PowerOn for reverts",
         ),
-        "RestrictedVersion" | "NotEnoughLicenses" | "LicenseRestricted" | "FeatureRequirementsNotMet" => hinted(
-            Permanent,
-            Code::Unsupported,
-            "the host's licence does not allow changes through its API, as that of the free ESXi does not: it can be \
+        "RestrictedVersion" | "NotEnoughLicenses" | "LicenseRestricted" | "FeatureRequirementsNotMet" => {
+            hinted(
+                Permanent,
+                Code::Unsupported,
+                "the host's licence does not allow changes through its API, as that of the free ESXi does not: it can be \
              watched, and snapshots be made by hand are adopted; for more it needs a licence",
-        ),
+            )
+        }
         "ApplicationQuiesceFault" | "FilesystemQuiesceFault" => hinted(
             Permanent,
             Code::Unsupported,
@@ -219,20 +227,39 @@ pub fn meaning(fault: &Fault) -> Meaning {
         "MemorySnapshotOnIndependentDisk" => {
             hinted(Permanent, Code::Unsupported, "a disk of it is independent: use --disk-only")
         }
-        "TooManySnapshotLevels" => {
-            hinted(Permanent, Code::Unsupported, "delete some snapshots of the chain; their changes are merged")
+        "TooManySnapshotLevels" => hinted(
+            Permanent,
+            Code::Unsupported,
+            "delete some snapshots of the chain; their changes are merged",
+        ),
+        "SnapshotLocked" => {
+            hinted(Permanent, Code::InUse, "vSphere keeps the snapshot locked; a backup may be using it")
         }
-        "SnapshotLocked" => hinted(Permanent, Code::InUse, "vSphere keeps the snapshot locked; a backup may be using it"),
         "InvalidName" | "InvalidArgument" | "InvalidRequest" | "InvalidType" | "DuplicateName" => {
             mean(Permanent, Code::Invalid)
         }
         "ManagedObjectNotFound" | "NotFound" => mean(Permanent, Code::NotFound),
         "InvalidPowerState" | "InvalidState" | "InvalidVmState" => mean(Permanent, Code::InUse),
-        "MultipleSnapshotsNotSupported" | "SnapshotDisabled" | "SnapshotIncompatibleDeviceInVm" | "SnapshotNoChange"
-        | "SnapshotFault" | "NotSupported" | "MethodNotFound" | "NotImplemented" | "MethodDisabled"
+        "MultipleSnapshotsNotSupported"
+        | "SnapshotDisabled"
+        | "SnapshotIncompatibleDeviceInVm"
+        | "SnapshotNoChange"
+        | "SnapshotFault"
+        | "NotSupported"
+        | "MethodNotFound"
+        | "NotImplemented"
+        | "MethodDisabled"
         | "DisallowedOperationOnFailoverHost" => mean(Permanent, Code::Unsupported),
-        "VmConfigFault" | "GenericVmConfigFault" | "InvalidDiskFormat" | "InvalidSnapshotFormat" | "FileFault"
-        | "FileNotFound" | "CannotAccessFile" | "FileAlreadyExists" | "FileTooLarge" | "FileNotWritable"
+        "VmConfigFault"
+        | "GenericVmConfigFault"
+        | "InvalidDiskFormat"
+        | "InvalidSnapshotFormat"
+        | "FileFault"
+        | "FileNotFound"
+        | "CannotAccessFile"
+        | "FileAlreadyExists"
+        | "FileTooLarge"
+        | "FileNotWritable"
         | "SecurityError" => mean(Permanent, Code::Io),
         "RequestCanceled" => mean(Permanent, Code::Cancelled),
         // SystemError, RuntimeFault, and whatever is newer than this.

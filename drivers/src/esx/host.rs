@@ -54,7 +54,8 @@ impl HostConfig {
     /// # Errors
     /// It is none, holds a password, or would send the password in the clear over a network.
     pub fn address(&self) -> Result<Url, Failure> {
-        let refused = |message: &str, hint: &str| Err(Failure::new(Code::Invalid, message).hint(hint).refused());
+        let refused =
+            |message: &str, hint: &str| Err(Failure::new(Code::Invalid, message).hint(hint).refused());
         if self.url.len() > URL_BYTES_MAX {
             return refused("the URL is too long", EXAMPLE);
         }
@@ -108,7 +109,8 @@ mod tests {
 
     fn at(url: &str) -> Result<String, Failure> {
         let password = PasswordSource::Environment("P".to_owned());
-        let host = HostConfig { url: url.to_owned(), user: "root".to_owned(), password, trust: Trust::System };
+        let host =
+            HostConfig { url: url.to_owned(), user: "root".to_owned(), password, trust: Trust::System };
         host.address().map(|url| url.to_string())
     }
 
@@ -118,7 +120,9 @@ mod tests {
         assert_eq!(at("https://[2001:db8::1]:8443/sdk").unwrap(), "https://[2001:db8::1]:8443/sdk");
         assert_eq!(at("http://127.0.0.1:8989/sdk").unwrap(), "http://127.0.0.1:8989/sdk");
         assert_eq!(at("http://[::1]:8989").unwrap(), "http://[::1]:8989/sdk");
-        for url in ["http://esx1/sdk", "http://10.0.0.1/sdk", "http://127.0.0.1.evil.example/", "ftp://h/", "", "h"] {
+        for url in
+            ["http://esx1/sdk", "http://10.0.0.1/sdk", "http://127.0.0.1.evil.example/", "ftp://h/", "", "h"]
+        {
             assert!(at(url).is_err(), "{url}");
         }
     }

@@ -186,8 +186,10 @@ fn machine(reply: &Element) -> Option<Moref> {
 
 fn none(client: &Client, wanted: &str) -> DriverError {
     let shown: String = wanted.chars().filter(|c| !c.is_control()).take(80).collect();
-    refused(Code::NotFound, format!("host '{}' has no machine '{shown}'", client.host))
-        .hint(format!("`snaptree host discover {}` lists them; a path is like DC0/vm/folder/NAME", client.host))
+    refused(Code::NotFound, format!("host '{}' has no machine '{shown}'", client.host)).hint(format!(
+        "`snaptree host discover {}` lists them; a path is like DC0/vm/folder/NAME",
+        client.host
+    ))
 }
 
 fn refused(code: Code, message: String) -> DriverError {
@@ -209,15 +211,18 @@ pub async fn about(client: &Client, vm: &Moref) -> Result<About, CallError> {
         template: object.get("config.template").and_then(Element::flag) == Some(true),
     };
     let devices = object.get("config.hardware.device").map(|devices| devices.children.as_slice());
-    for device in devices.unwrap_or_default().iter().filter(|d| d.xsi_type.as_deref() == Some("VirtualDisk")) {
-        let mode = device.child("backing").and_then(|backing| backing.text_of("diskMode")).unwrap_or_default();
+    for device in devices.unwrap_or_default().iter().filter(|d| d.xsi_type.as_deref() == Some("VirtualDisk"))
+    {
+        let mode =
+            device.child("backing").and_then(|backing| backing.text_of("diskMode")).unwrap_or_default();
         if mode.starts_with("independent") {
             let label = device.child("deviceInfo").and_then(|info| info.text_of("label"));
             about.independent.push(label.unwrap_or("a disk").to_owned());
             continue;
         }
         let bytes = device.text_of("capacityInBytes").and_then(|bytes| bytes.parse().ok());
-        let kilobytes = || device.text_of("capacityInKB").and_then(|kb| kb.parse::<u64>().ok()).map(|kb| kb << 10);
+        let kilobytes =
+            || device.text_of("capacityInKB").and_then(|kb| kb.parse::<u64>().ok()).map(|kb| kb << 10);
         let Ok(name) = DiskName::new(disk_name(about.disks.len())) else { continue };
         let virtual_size_bytes = bytes.or_else(kilobytes).unwrap_or(0);
         about.disks.push(Disk { name, path: None, virtual_size_bytes });

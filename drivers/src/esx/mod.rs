@@ -53,8 +53,8 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::connection::ConnectionId;
 use snaptree_engine::{HostName, OperationId};
 
-use client::{Client, Effect};
 pub use client::CallTimes;
+use client::{Client, Effect};
 pub use config::{EsxConfig, EsxOptions};
 pub use host::{HostBook, HostConfig};
 pub use inventory::Found;
@@ -124,7 +124,8 @@ impl EsxDriver {
 
     /// Logs out everywhere.
     pub async fn close(&self) {
-        let clients = std::mem::take(&mut *self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner));
+        let clients =
+            std::mem::take(&mut *self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner));
         for client in clients.into_values() {
             client.close().await;
         }
@@ -176,7 +177,8 @@ impl Driver for EsxDriver {
 
     async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError> {
         let options = EsxOptions::deserialize(&registration.options).map_err(|error| {
-            Failure::new(Code::Invalid, format!("these are no options of a machine of a host: {error}")).refused()
+            Failure::new(Code::Invalid, format!("these are no options of a machine of a host: {error}"))
+                .refused()
         })?;
         let client = self.client(&options.host).await?;
         let vm = inventory::find(&client, &options.vm).await?;
@@ -184,8 +186,7 @@ impl Driver for EsxDriver {
             let message = format!("the machine {vm} of host '{}' is domain '{owner}' already", options.host);
             return Err(Failure::new(Code::Exists, message).refused().into());
         }
-        let about =
-            inventory::about(&client, &vm).await.map_err(|error| client.told(error, Effect::None))?;
+        let about = inventory::about(&client, &vm).await.map_err(|error| client.told(error, Effect::None))?;
         if about.template {
             let message = format!("'{}' is a template, and has no snapshots", about.name);
             return Err(Failure::new(Code::Unsupported, message).refused().into());
@@ -207,6 +208,28 @@ impl Driver for EsxDriver {
         let (client, config) = self.client_of(state).await?;
         let (_, machine) = observe::machine(&client, &config).await?;
         Ok(machine.observation(state, Timestamp::now())?)
+    }
+
+    async fn observe_all(
+        &self,
+        states: &[&DomainState],
+    ) -> Result<Vec<Result<Observation, DriverError>>, DriverError> {
+        let Some(first) = states.first() else { return Ok(Vec::new()) };
+        let (client, _) = self.client_of(first).await?;
+        let configs: Vec<EsxConfig> =
+            states.iter().map(|state| EsxConfig::of_state(state)).collect::<Result<_, _>>()?;
+        let wanted: Vec<soap::Moref> = configs.iter().map(EsxConfig::machine).collect();
+        let found =
+            observe::machines(&client, &wanted).await.map_err(|error| client.told(error, Effect::None))?;
+        let mut seen = Vec::with_capacity(states.len());
+        for ((state, config), vm) in states.iter().zip(&configs).zip(&wanted) {
+            seen.push(match found.get(vm).filter(|machine| observe::is_meant(machine, config)) {
+                Some(machine) => machine.observation(state, Timestamp::now()).map_err(DriverError::from),
+                // It is another object now, or none.
+                None => self.observe(state).await,
+            });
+        }
+        Ok(seen)
     }
 
     fn plan(

@@ -48,7 +48,7 @@ pub fn unescaped(name: &str) -> String {
 
 /// A description with the mark: its last line.
 pub fn marked(description: Option<&str>, snapshot: SnapshotId) -> String {
-    match description.map(str::trim_end).filter(|text| !text.is_empty()) {
+    match description.filter(|text| !text.is_empty()) {
         Some(text) => format!("{text}\n\n{MARK}{snapshot}"),
         None => format!("{MARK}{snapshot}"),
     }
@@ -59,7 +59,7 @@ pub fn unmarked(description: &str) -> (Option<String>, Option<SnapshotId>) {
     let text = description.trim_end();
     let (before, last) = text.rsplit_once('\n').unwrap_or(("", text));
     let id = last.trim().strip_prefix(MARK).and_then(|id| id.parse::<SnapshotId>().ok());
-    let plain = if id.is_some() { before.trim_end() } else { text };
+    let plain = if id.is_some() { before.strip_suffix('\n').unwrap_or(before) } else { description };
     (Some(plain.to_owned()).filter(|text| !text.is_empty()), id)
 }
 
@@ -87,7 +87,7 @@ mod tests {
         #[test]
         fn a_mark_is_found_again_whatever_stands_before_it(text in "(\\PC|\n){0,80}", id in any::<u128>()) {
             let id = SnapshotId::from_uuid(Uuid::from_u128(id));
-            let plain = Some(text.trim_end().to_owned()).filter(|text| !text.is_empty());
+            let plain = Some(text.clone()).filter(|text| !text.is_empty());
             prop_assert_eq!(unmarked(&marked(Some(&text), id)), (plain, Some(id)));
         }
     }

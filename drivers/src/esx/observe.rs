@@ -124,7 +124,8 @@ impl Machine {
         };
         let detail = Detail {
             booted: object.text("runtime.bootTime").map(str::to_owned),
-            consolidation_needed: object.get("runtime.consolidationNeeded").and_then(Element::flag) == Some(true),
+            consolidation_needed: object.get("runtime.consolidationNeeded").and_then(Element::flag)
+                == Some(true),
             question,
             connection: object.text("runtime.connectionState").map(str::to_owned),
             tools_run: tools.map(|status| status != "guestToolsNotRunning"),
@@ -176,6 +177,8 @@ impl Machine {
                 id,
                 native: native.to_owned(),
                 parent: listed.parent.as_ref().map(|parent| parent.id.clone()),
+                // The host merges whatever it deletes.
+                stays: None,
                 helper: if id.is_none() { helper(&name).map(str::to_owned) } else { None },
                 name,
                 description,
@@ -268,7 +271,8 @@ pub async fn machine(client: &Client, config: &EsxConfig) -> Result<(Moref, Mach
         None => None,
     };
     if let Some(elsewhere) = elsewhere {
-        let found = machines(client, std::slice::from_ref(&elsewhere)).await.map_err(told)?.remove(&elsewhere);
+        let found =
+            machines(client, std::slice::from_ref(&elsewhere)).await.map_err(told)?.remove(&elsewhere);
         if let Some(machine) = found {
             tracing::debug!(host = %client.host, vm = %elsewhere, was = %known, "the machine is another object now");
             return Ok((elsewhere, machine));
@@ -286,7 +290,10 @@ pub fn is_meant(machine: &Machine, config: &EsxConfig) -> bool {
 pub fn gone(client: &Client, config: &EsxConfig) -> DriverError {
     DriverError::permanent(
         Code::NotFound,
-        format!("host '{}' does not have the machine '{}' ({}) any more", client.host, config.name, config.vm),
+        format!(
+            "host '{}' does not have the machine '{}' ({}) any more",
+            client.host, config.name, config.vm
+        ),
     )
     .hint("if it is gone for good, let go of the domain with `snaptree domain remove --metadata`")
 }

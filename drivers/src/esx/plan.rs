@@ -4,8 +4,8 @@ use snaptree_engine::SnapshotId;
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{Observation, Plan, Remedy, Resolution, SeenSnapshot, StepReport};
 use snaptree_engine::event::{
-    DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
-    UnregisterWish,
+    DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEdited,
+    SnapshotRevertRequested, UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal};
 use snaptree_engine::project::DomainState;
@@ -13,7 +13,7 @@ use snaptree_engine::tree::SnapshotState;
 
 use super::config::domain;
 use super::observe::Detail;
-use super::step::{Action, Before, PowerOn, Wanted, not_at_rest, taken};
+use super::step::{Action, Before, PowerOn, Text, Wanted, not_at_rest, taken};
 use super::vim::{Task, TaskState};
 
 /// Judges again what may have changed since the request was decided; capabilities cannot have.
@@ -30,6 +30,7 @@ pub(super) fn plan(
         Request::Create(request) => planner.create(request),
         Request::Revert(request) => planner.revert(request),
         Request::Delete(request) => planner.delete(request),
+        Request::Edit(request) => planner.edit(&request.edit),
         Request::Merge(_) => unsupported("the host merges when it deletes"),
     }
 }
@@ -56,13 +57,17 @@ impl Planner<'_> {
             let message = format!("the host already has snapshot {}", request.snapshot);
             return Err(Failure::new(Code::Drift, message));
         }
+        can_be_sent(request.description.as_deref().unwrap_or_default())?;
         let power = self.observation.run_state;
         let content = match (request.memory, request.quiesce) {
             (MemoryKind::No, true) => Wanted::DisksAtRest,
             (MemoryKind::No, false) => Wanted::Disks,
             _ => Wanted::Memory,
         };
-        if content == Wanted::DisksAtRest && power == RunState::Running && self.detail.tools_run == Some(false) {
+        if content == Wanted::DisksAtRest
+            && power == RunState::Running
+            && self.detail.tools_run == Some(false)
+        {
             let message = "VMware Tools do not run in the guest, so it cannot be brought to rest";
             return Err(Failure::new(Code::Unsupported, message).hint("start them, or leave out --quiesce"));
         }
@@ -87,7 +92,8 @@ impl Planner<'_> {
             Some(SnapshotState::Shutoff | SnapshotState::DiskSnapshot) | None => RunState::Off,
         };
         if request.run_state == Some(RunState::Paused) && comes_to != RunState::Paused {
-            let message = format!("a revert to {name} cannot leave the machine paused: vSphere knows no such state");
+            let message =
+                format!("a revert to {name} cannot leave the machine paused: vSphere knows no such state");
             return Err(Failure::new(Code::Unsupported, message).hint("leave out --paused"));
         }
         let power_on = match request.run_state {
@@ -101,7 +107,8 @@ impl Planner<'_> {
             booted: self.detail.booted.clone(),
             tasks: self.detail.tasks.iter().map(known).collect(),
         };
-        let action = Action::Revert { snapshot: request.snapshot, native: seen.native.clone(), power_on, before };
+        let action =
+            Action::Revert { snapshot: request.snapshot, native: seen.native.clone(), power_on, before };
         let mut steps =
             vec![action.step(format!("revert to {name}"), Reversal::PointOfNoReturn, Poison::Nothing)?];
         if request.run_state == Some(RunState::Running) && comes_to != RunState::Running {
@@ -109,6 +116,23 @@ impl Planner<'_> {
         }
         let lost = vec!["what the machine did since its last snapshot".to_owned()];
         Ok(Plan { steps, lost, ..Plan::default() })
+    }
+
+    fn edit(&self, edit: &SnapshotEdited) -> Result<Plan, Failure> {
+        let old = self.name_of(edit.snapshot)?;
+        let seen = self.seen(edit.snapshot)?;
+        let from = Text { name: seen.name.clone(), description: seen.description.clone() };
+        let mut to = from.clone();
+        if let Some(name) = &edit.name {
+            name.as_str().clone_into(&mut to.name);
+        }
+        if let Some(description) = &edit.description {
+            can_be_sent(description)?;
+            to.description = Some(description.clone()).filter(|text| !text.is_empty());
+        }
+        let action = Action::Edit { snapshot: edit.snapshot, native: seen.native.clone(), to, from };
+        let step = action.step(format!("edit {old}"), Reversal::Undoable, Poison::Nothing)?;
+        Ok(Plan { steps: vec![step], ..Plan::default() })
     }
 
     fn delete(&self, request: &SnapshotDeleteRequested) -> Result<Plan, Failure> {
@@ -163,7 +187,8 @@ impl Planner<'_> {
     /// Whether the machine can be worked on at all.
     fn answers(&self) -> Result<(), Failure> {
         if let Some(question) = &self.detail.question {
-            let message = format!("the machine waits for an answer, and no task goes on until then: {question}");
+            let message =
+                format!("the machine waits for an answer, and no task goes on until then: {question}");
             return Err(Failure::new(Code::InUse, message).hint("answer it with vSphere's own client"));
         }
         match self.detail.connection.as_deref() {
@@ -200,6 +225,19 @@ impl Planner<'_> {
     }
 }
 
+/// XML cannot carry every character.
+fn can_be_sent(text: &str) -> Result<(), Failure> {
+    let forbidden =
+        |c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r') || matches!(c, '\u{fffe}' | '\u{ffff}');
+    match text.chars().find(|c| forbidden(*c)) {
+        Some(c) => {
+            let message = format!("a description cannot hold the character U+{:04X} on a host", u32::from(c));
+            Err(Failure::new(Code::Invalid, message))
+        }
+        None => Ok(()),
+    }
+}
+
 const fn nth(index: usize) -> Reversal {
     if index == 0 { Reversal::PointOfNoReturn } else { Reversal::ForwardOnly }
 }
@@ -231,6 +269,13 @@ pub(super) fn resolve(action: &Action, observation: &Observation) -> Resolution 
         Action::Consolidate if !detail.consolidation_needed => done(),
         Action::Start | Action::Remove { .. } | Action::Consolidate => Resolution::NotDone,
         Action::Forget { .. } => done(),
+        Action::Edit { native, to, .. } => {
+            let seen = observation.snapshots.iter().find(|seen| seen.native == *native);
+            match seen {
+                Some(seen) if seen.name == to.name && seen.description == to.description => done(),
+                _ => Resolution::NotDone,
+            }
+        }
     }
 }
 
@@ -238,7 +283,8 @@ pub(super) fn resolve(action: &Action, observation: &Observation) -> Resolution 
 /// stands elsewhere, or is powered otherwise, than before.
 fn reverted(native: &str, before: &Before, observation: &Observation, detail: &Detail) -> Resolution {
     let is_new = |task: &&Task| !before.tasks.contains(&(task.id.clone(), task.queued));
-    let is_ours = |task: &&Task| task.user.as_ref().is_none_or(|user| user.eq_ignore_ascii_case(&detail.user));
+    let is_ours =
+        |task: &&Task| task.user.as_ref().is_none_or(|user| user.eq_ignore_ascii_case(&detail.user));
     let ours = detail.tasks.iter().filter(|task| task.is_revert()).filter(is_new).filter(is_ours);
     let stands = observation.current.as_deref() == Some(native);
     let moved = stands && before.current.as_deref() != Some(native);
@@ -255,3 +301,5 @@ fn reverted(native: &str, before: &Before, observation: &Observation, detail: &D
     }
 }
 
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,9 @@ const POLL: Duration = Duration::from_millis(500);
 /// The host cannot do it, or the guest does not shut down.
 pub async fn power(client: &Client, vm: &Moref, now: RunState, wish: PowerWish) -> Result<(), DriverError> {
     match (wish, now) {
-        (PowerWish::Start, RunState::Running) | (PowerWish::Shutdown | PowerWish::End, RunState::Off) => Ok(()),
+        (PowerWish::Start, RunState::Running) | (PowerWish::Shutdown | PowerWish::End, RunState::Off) => {
+            Ok(())
+        }
         (PowerWish::Start, _) => task(client, &Request::new("PowerOnVM_Task", vm)).await,
         (PowerWish::End, _) => task(client, &Request::new("PowerOffVM_Task", vm)).await,
         (PowerWish::Shutdown, _) => shut_down(client, vm).await,

@@ -67,9 +67,8 @@ impl PasswordSource {
     pub async fn read(&self) -> Result<Secret, DriverError> {
         let text = match self {
             Self::File(path) => {
-                let unreadable = |error: std::io::Error| {
-                    self.unusable(format!("cannot read {}: {error}", path.display()))
-                };
+                let unreadable =
+                    |error: std::io::Error| self.unusable(format!("cannot read {}: {error}", path.display()));
                 let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
                 limited(file).await.map_err(unreadable)?
             }

@@ -26,7 +26,13 @@ const QUIESCE_MINUTES: &str = "15";
 #[serde(tag = "action", rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) enum Action {
     /// Takes a snapshot.
-    Create { snapshot: SnapshotId, name: String, description: Option<String>, content: Wanted, power: RunState },
+    Create {
+        snapshot: SnapshotId,
+        name: String,
+        description: Option<String>,
+        content: Wanted,
+        power: RunState,
+    },
     /// Goes back to one. `before` is what tells afterwards whether it took place.
     Revert { snapshot: SnapshotId, native: String, power_on: PowerOn, before: Before },
     /// Switches the machine on.
@@ -35,8 +41,20 @@ pub(super) enum Action {
     Remove { snapshot: SnapshotId, native: String },
     /// Folds away what no snapshot needs any more and the host could not fold when it deleted.
     Consolidate,
+    /// Gives a snapshot another name or description.
+    Edit { snapshot: SnapshotId, native: String, to: Text, from: Text },
     /// Leaves a snapshot to whoever uses the host's own tools.
     Forget { snapshot: SnapshotId },
+}
+
+/// What a host keeps about a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Text {
+    /// Its name.
+    pub name: String,
+    /// What is written about it.
+    pub description: Option<String>,
 }
 
 /// What a snapshot is to hold.
@@ -75,14 +93,6 @@ pub(super) struct Before {
     pub tasks: BTreeSet<(String, Option<Timestamp>)>,
 }
 
-/// What a create reports: the engine reads [`Learnt`], and the object is kept for whoever reads the log.
-#[derive(Serialize)]
-struct Created {
-    #[serde(flatten)]
-    learnt: Learnt,
-    native: String,
-}
-
 impl Action {
     pub(super) fn of(step: &Step) -> Result<Self, Failure> {
         Self::deserialize(&step.data).map_err(|error| {
@@ -102,6 +112,7 @@ impl Action {
             Self::Start => "start",
             Self::Remove { .. } => "remove",
             Self::Consolidate => "consolidate",
+            Self::Edit { .. } => "edit",
             Self::Forget { .. } => "forget",
         }
     }
@@ -118,8 +129,8 @@ pub(super) fn taken(mark: &Mark, power: RunState) -> Result<StepReport, Failure>
         (RunState::Off, _) => SnapshotState::DiskSnapshot,
         (state, _) => state.into(),
     };
-    let learnt = Learnt { taken: mark.taken, state: Some(state), left: BTreeSet::new() };
-    let learnt = json(&Created { learnt, native: mark.native.clone() })?;
+    let native = Some(mark.native.clone());
+    let learnt = json(&Learnt { taken: mark.taken, state: Some(state), native, ..Learnt::default() })?;
     // This hypervisor's layers are its own.
     Ok(StepReport { changes: Vec::new(), learnt })
 }
@@ -130,7 +141,10 @@ pub(super) fn not_at_rest(mark: &Mark, content: Wanted, power: RunState) -> Opti
         return None;
     }
     let message = "the host took the snapshot without bringing the guest to rest";
-    Some(Failure::new(Code::Unsupported, message).hint("see to VMware Tools in the guest, or leave out --quiesce"))
+    Some(
+        Failure::new(Code::Unsupported, message)
+            .hint("see to VMware Tools in the guest, or leave out --quiesce"),
+    )
 }
 
 /// A machine that is worked on, within a step.
@@ -163,6 +177,10 @@ impl Work<'_> {
                 self.consolidate().await?;
                 Ok(StepReport::default())
             }
+            Action::Edit { snapshot, native, to, .. } => {
+                self.rename(*snapshot, native, to).await?;
+                Ok(StepReport::default())
+            }
             // What carries our mark and is in no log of ours is left alone.
             Action::Forget { .. } => Ok(StepReport::default()),
         }
@@ -182,8 +200,13 @@ impl Work<'_> {
                 if moved { Err(no_way_back(action)) } else { Ok(()) }
             }
             Action::Remove { native, .. } => {
-                if self.look().await?.lists(native) { Ok(()) } else { Err(no_way_back(action)) }
+                if self.look().await?.lists(native) {
+                    Ok(())
+                } else {
+                    Err(no_way_back(action))
+                }
             }
+            Action::Edit { snapshot, native, from, .. } => self.rename(*snapshot, native, from).await,
             Action::Start | Action::Consolidate | Action::Forget { .. } => Ok(()),
         }
     }
@@ -219,7 +242,8 @@ impl Work<'_> {
     ) -> Result<StepReport, DriverError> {
         let machine = self.look().await?;
         let Some((oldest, younger)) = machine.marks(snapshot).split_first() else {
-            let message = format!("host '{}' says that it took the snapshot, and does not have it", self.client.host);
+            let message =
+                format!("host '{}' says that it took the snapshot, and does not have it", self.client.host);
             return Err(DriverError::unknown(Code::Io, message));
         };
         for mark in younger.iter().rev() {
@@ -232,7 +256,12 @@ impl Work<'_> {
     }
 
     /// The newer call where the host has it: the older one is deprecated as of vSphere 8.
-    async fn ask_for_snapshot(&self, name: &str, description: &str, content: Wanted) -> Result<Moref, DriverError> {
+    async fn ask_for_snapshot(
+        &self,
+        name: &str,
+        description: &str,
+        content: Wanted,
+    ) -> Result<Moref, DriverError> {
         let told = |error| self.client.told(error, Effect::Some);
         let memory = content == Wanted::Memory;
         let at_rest = content == Wanted::DisksAtRest;
@@ -243,7 +272,8 @@ impl Work<'_> {
                 .text("description", description)
                 .flag("memory", memory);
             if at_rest {
-                request = request.raw(&format!("<quiesceSpec><timeout>{QUIESCE_MINUTES}</timeout></quiesceSpec>"));
+                request =
+                    request.raw(&format!("<quiesceSpec><timeout>{QUIESCE_MINUTES}</timeout></quiesceSpec>"));
             }
             match begin(self.client, &request).await {
                 Err(error) if error.is_unknown_method() => {}
@@ -261,7 +291,8 @@ impl Work<'_> {
     async fn revert(&self, native: &str, power_on: PowerOn, before: &Before) -> Result<(), DriverError> {
         let request = Request::new("RevertToSnapshot_Task", &snapshot(native))
             .flag("suppressPowerOn", power_on == PowerOn::Suppressed);
-        let task = begin(self.client, &request).await.map_err(|error| self.client.told(error, Effect::Some))?;
+        let task =
+            begin(self.client, &request).await.map_err(|error| self.client.told(error, Effect::Some))?;
         self.context.hooks.reached("esx.revert.asked");
         let Ended::Badly(fault) = end(self.client, &task, self.watched()).await? else { return Ok(()) };
         let mut error = of_task(&fault, &self.client.host);
@@ -311,12 +342,22 @@ impl Work<'_> {
         }
     }
 
+    /// Not a task: it is done when it is answered.
+    async fn rename(&self, id: SnapshotId, native: &str, to: &Text) -> Result<(), DriverError> {
+        let request = Request::new("RenameSnapshot", &snapshot(native))
+            .text("name", &escaped(&to.name))
+            .text("description", &marked(to.description.as_deref(), id));
+        let asked = self.client.call(&request, Effect::Some).await;
+        asked.map(|_| ()).map_err(|error| self.client.told(error, Effect::Some))
+    }
+
     async fn consolidate(&self) -> Result<(), DriverError> {
         if !self.look().await?.detail.consolidation_needed {
             return Ok(());
         }
         let request = Request::new("ConsolidateVMDisks_Task", &self.vm);
-        let task = begin(self.client, &request).await.map_err(|error| self.client.told(error, Effect::Some))?;
+        let task =
+            begin(self.client, &request).await.map_err(|error| self.client.told(error, Effect::Some))?;
         self.context.hooks.reached("esx.consolidate.asked");
         match end(self.client, &task, self.watched()).await? {
             Ended::Badly(fault) if self.look().await?.detail.consolidation_needed => {
@@ -341,7 +382,10 @@ impl Work<'_> {
         };
         let found = machines(self.client, std::slice::from_ref(&self.vm)).await.map_err(unknown)?;
         found.into_values().next().ok_or_else(|| {
-            DriverError::unknown(Code::NotFound, format!("host '{}' has no machine {}", self.client.host, self.vm))
+            DriverError::unknown(
+                Code::NotFound,
+                format!("host '{}' has no machine {}", self.client.host, self.vm),
+            )
         })
     }
 }

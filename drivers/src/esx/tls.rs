@@ -62,7 +62,9 @@ impl fmt::Debug for Thumbprint {
 
 /// A text that is no thumbprint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a thumbprint is a SHA-256: 64 hex digits, with colons or without; this has {0} (a SHA-1 has 40, and is not enough)")]
+#[error(
+    "a thumbprint is a SHA-256: 64 hex digits, with colons or without; this has {0} (a SHA-1 has 40, and is not enough)"
+)]
 pub struct ThumbprintError(usize);
 
 impl FromStr for Thumbprint {
@@ -70,8 +72,7 @@ impl FromStr for Thumbprint {
     fn from_str(text: &str) -> Result<Self, ThumbprintError> {
         let text = text.trim();
         let text = text.strip_prefix("sha256:").unwrap_or(text);
-        let digits: Vec<u32> =
-            text.chars().filter(|c| *c != ':').map_while(|c| c.to_digit(16)).collect();
+        let digits: Vec<u32> = text.chars().filter(|c| *c != ':').map_while(|c| c.to_digit(16)).collect();
         let others = text.chars().filter(|c| *c != ':').count() - digits.len();
         let mut bytes = [0; 32];
         if digits.len() != 64 || others > 0 {
@@ -230,7 +231,8 @@ mod tests {
 
     #[test]
     fn a_sha1_and_other_texts_are_no_thumbprints() {
-        for text in ["", "ab", &"ab".repeat(20), &"ab".repeat(33), &format!("{}zz", "ab".repeat(32)), "éé"] {
+        for text in ["", "ab", &"ab".repeat(20), &"ab".repeat(33), &format!("{}zz", "ab".repeat(32)), "éé"]
+        {
             assert!(text.parse::<Thumbprint>().is_err(), "{text}");
         }
     }

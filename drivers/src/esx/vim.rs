@@ -48,7 +48,9 @@ impl Content {
         let said = |name: &str| about.text_of(name).unwrap_or_default().chars().take(100).collect::<String>();
         let api_version = said("apiVersion");
         // It becomes part of a header.
-        if api_version.is_empty() || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'.') {
+        if api_version.is_empty()
+            || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'.')
+        {
             return Err(SoapError::Lacks("a version of the API"));
         }
         let full = said("fullName");
@@ -134,8 +136,13 @@ impl Query {
     /// Of this object, and of what `selection` leads to from it.
     #[must_use]
     pub fn object_and(mut self, object: &Moref, selection: &str) -> Self {
-        let (kind, id) = (quick_xml::escape::escape(object.object.as_str()), quick_xml::escape::escape(object.id.as_str()));
-        self.objects.push_str(&format!("<objectSet><obj type=\"{kind}\">{id}</obj><skip>false</skip>{selection}</objectSet>"));
+        let (kind, id) = (
+            quick_xml::escape::escape(object.object.as_str()),
+            quick_xml::escape::escape(object.id.as_str()),
+        );
+        self.objects.push_str(&format!(
+            "<objectSet><obj type=\"{kind}\">{id}</obj><skip>false</skip>{selection}</objectSet>"
+        ));
         self
     }
 
@@ -163,7 +170,9 @@ impl Query {
         let mut objects = Vec::new();
         for _ in 0..PAGES_MAX {
             let mut reply = client.call(&request, Effect::None).await?;
-            let Some(result) = reply.children.iter_mut().find(|child| child.name == "returnval") else { break };
+            let Some(result) = reply.children.iter_mut().find(|child| child.name == "returnval") else {
+                break;
+            };
             let found = result.children.iter_mut().filter(|child| child.name == "objects");
             objects.extend(found.filter_map(Object::of));
             let Some(token) = result.text_of("token") else { break };
@@ -223,7 +232,8 @@ pub struct Listed {
 /// A machine's snapshots, parents before their children, and the current one.
 pub fn snapshots(info: &Element) -> (Vec<Listed>, Option<Moref>) {
     let mut listed = Vec::new();
-    let mut waiting: Vec<(&Element, Option<Moref>)> = info.all("rootSnapshotList").map(|root| (root, None)).collect();
+    let mut waiting: Vec<(&Element, Option<Moref>)> =
+        info.all("rootSnapshotList").map(|root| (root, None)).collect();
     waiting.reverse();
     while let Some((element, parent)) = waiting.pop() {
         let Some(snapshot) = element.moref_of("snapshot") else { continue };
@@ -302,9 +312,17 @@ impl Task {
     /// name the snapshot, others its machine.
     pub fn concerns_snapshots(&self) -> bool {
         let verb = self.what.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
-        ["createsnapshot", "revertto", "removesnapshot", "removeallsnapshots", "consolidate", "poweron", "poweroff"]
-            .iter()
-            .any(|known| verb.starts_with(known))
+        [
+            "createsnapshot",
+            "revertto",
+            "removesnapshot",
+            "removeallsnapshots",
+            "consolidate",
+            "poweron",
+            "poweroff",
+        ]
+        .iter()
+        .any(|known| verb.starts_with(known))
     }
 
     /// Whether it is a revert.

@@ -117,6 +117,7 @@ pub(super) fn active(layers: &Path) -> PathBuf {
 pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: agent.is_some(),
         internal: false,
@@ -124,6 +125,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: DEPTH_MAX,
     }

@@ -88,6 +88,9 @@ impl Planner<'_> {
                 Request::Revert(request) => self.revert(request)?,
                 Request::Delete(request) => self.delete(request)?,
                 Request::Merge(request) => self.merge(&request.plan)?,
+                Request::Edit(_) => {
+                    return Err(Failure::new(Code::Unsupported, "QEMU keeps no names of snapshots"));
+                }
                 Request::Unregister(_) => {}
             }
         }

@@ -30,6 +30,9 @@ impl Planner<'_> {
                     self.check_dependants(disk, layer, &[])?;
                     drop.push(self.drop_of(disk, layer)?);
                 }
+                MergeAction::Fold { .. } => {
+                    return Err(Failure::new(Code::Unsupported, "QEMU keeps no list of snapshots"));
+                }
                 MergeAction::Pull { disk, vanish, dependants, onto } => {
                     drop.extend(self.pull(disk, vanish, dependants, onto)?);
                 }

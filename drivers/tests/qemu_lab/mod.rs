@@ -240,6 +240,7 @@ impl Lab {
             labels: Labels::new(),
             disks: self.disks.iter().map(|(disk, _)| disk.clone()).collect(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
             request: RequestTerms::default(),
         }
@@ -507,7 +508,7 @@ impl Lab {
         if let Poison::AtFinish(snapshots) = &step.poison {
             for id in snapshots {
                 let name = self.state.tree.get(*id).unwrap().name.clone();
-                self.apply(Some(operation), SnapshotDeleted { snapshot: *id, name }.into());
+                self.apply(Some(operation), SnapshotDeleted { snapshot: *id, name, stays: false }.into());
                 self.contents.remove(id);
             }
         }

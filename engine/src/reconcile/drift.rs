@@ -14,6 +14,7 @@ use crate::driver::{Observation, SeenSnapshot};
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
 use crate::project::DomainState;
+use crate::reconcile::adopt;
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -41,6 +42,15 @@ pub enum Finding {
         name: String,
         /// Whose it is, in words.
         whose: String,
+    },
+    /// The hypervisor has a snapshot of ours under another name or description.
+    SnapshotChanged {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Its name in the log.
+        name: SnapshotName,
+        /// Its name there.
+        found: String,
     },
     /// The machine stands on another snapshot than the log says.
     CurrentMoved {
@@ -121,6 +131,12 @@ fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeS
             found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
         }
     }
+    for edit in adopt::edits(state, seen) {
+        if let (Some(known), Some(listed)) = (state.tree.get(edit.snapshot), marked(edit.snapshot)) {
+            let (snapshot, name) = (known.id, known.name.clone());
+            found.insert(Finding::SnapshotChanged { snapshot, name, found: listed.name.clone() });
+        }
+    }
     let expected = state.tree.current().map(|current| current.id);
     if expected != nearest_live(state, seen) {
         found.insert(Finding::CurrentMoved { expected, found: seen.current.clone() });
@@ -181,6 +197,12 @@ impl std::fmt::Display for Finding {
             }
             Self::HelperFound { native, name, whose } => {
                 write!(f, "the hypervisor has a snapshot '{name}' ({native}), {whose}: it is left alone")
+            }
+            Self::SnapshotChanged { name, found, .. } if name.as_str() == found => {
+                write!(f, "the description of snapshot '{name}' was changed at the hypervisor")
+            }
+            Self::SnapshotChanged { name, found, .. } => {
+                write!(f, "snapshot '{name}' is called '{found}' at the hypervisor")
             }
             Self::CurrentMoved { expected, found } => write!(
                 f,

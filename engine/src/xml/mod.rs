@@ -19,6 +19,7 @@ use jiff::Timestamp;
 
 use crate::command::{Content, Create};
 use crate::domain::Disk;
+use crate::event::Place;
 use crate::ids::{DiskName, DomainId, NameError, SnapshotName};
 use crate::tree::Labels;
 
@@ -267,6 +268,7 @@ impl SnapshotXml {
             description: self.description.clone(),
             labels: Labels::new(),
             content: self.content()?,
+            place: Place::Usual,
             disks: self.selection(disks_of_domain)?,
             quiesce: false,
         })

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::domain::{Capabilities, Domain, DriverKind};
-use crate::event::{Actor, MemoryKind};
+use crate::event::{Actor, MemoryKind, Place};
 use crate::ids::{DomainName, OperationId, SnapshotId};
 use crate::tree::{Snapshot, SnapshotState};
 
@@ -36,6 +36,7 @@ fn domain(disks: &[&str]) -> Domain {
         labels: Labels::new(),
         capabilities: Capabilities {
             memory: true,
+            memory_external: false,
             disk_only: true,
             quiesce: false,
             internal: false,
@@ -43,6 +44,7 @@ fn domain(disks: &[&str]) -> Domain {
             children_only: true,
             metadata_only: true,
             merges_itself: false,
+            keeps_names: false,
             name_bytes_max: 255,
             depth_max: 64,
         },
@@ -341,6 +343,7 @@ fn a_create_is_made() {
         description: Some("d".into()),
         labels: Labels::new(),
         content: Content::DisksOnly,
+        place: Place::Usual,
         disks: only(&["vda", "vdc"]),
         quiesce: false,
     };

@@ -41,6 +41,7 @@ pub fn at(second: i64) -> Timestamp {
 pub fn capabilities() -> Capabilities {
     Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: true,
         quiesce: false,
         internal: false,
@@ -48,6 +49,7 @@ pub fn capabilities() -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 200,
     }
@@ -136,6 +138,7 @@ impl History {
             labels: BTreeMap::new(),
             disks: self.disks(),
             memory: MemoryKind::No,
+            place: Place::Usual,
             quiesce: false,
             request: RequestTerms::default(),
         }
@@ -183,7 +186,7 @@ impl History {
             .iter()
             .map(|id| {
                 let name = self.state.tree.get(*id).unwrap().name.clone();
-                SnapshotDeleted { snapshot: *id, name }.into()
+                SnapshotDeleted { snapshot: *id, name, stays: false }.into()
             })
             .collect();
         let request = SnapshotDeleteRequested {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use snaptree_engine::engine::{Engine, EngineError};
-use snaptree_engine::event::{Actor, Event, RunPart};
+use snaptree_engine::event::{Actor, Event, PolicyRun, RunPart};
 use snaptree_engine::log::EventFilter;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -17,6 +17,15 @@ use crate::near::nearest;
 
 /// How many events are read at once.
 const PAGE_EVENTS: usize = 4_096;
+
+/// What a run asked for, new in the log.
+#[derive(Clone, Debug, PartialEq)]
+pub enum News {
+    /// A snapshot of a domain.
+    Snapshot(PolicyName, DomainId),
+    /// Deletes of snapshots of a domain.
+    Deletes(PolicyName, PolicyRun),
+}
 
 /// All policies, as the log tells them.
 #[derive(Clone, Debug, Default)]
@@ -38,12 +47,12 @@ impl Book {
         Ok(book)
     }
 
-    /// Reads what was appended since. Returns the domains of the runs in it, with their policies.
+    /// Reads what was appended since. Returns what runs asked for in it.
     ///
     /// # Errors
     /// The store failed.
-    pub async fn refresh(&mut self, engine: &Engine) -> Result<Vec<(PolicyName, DomainId)>, EngineError> {
-        let mut fired = Vec::new();
+    pub async fn refresh(&mut self, engine: &Engine) -> Result<Vec<News>, EngineError> {
+        let mut news = Vec::new();
         let filter = EventFilter { kind: Some("Policy.".to_owned()), ..EventFilter::default() };
         let head = engine.log().head().await?.seq;
         while self.seq < head {
@@ -51,10 +60,11 @@ impl Book {
             for envelope in &page {
                 self.seq = envelope.seq;
                 if let StreamId::Policy(name) = &envelope.stream {
-                    if let Event::PolicyFired(e) = &envelope.event
-                        && e.part == RunPart::Snapshots
-                    {
-                        fired.extend(e.domains.iter().map(|run| (name.clone(), run.domain)));
+                    if let Event::PolicyFired(e) = &envelope.event {
+                        news.extend(e.domains.iter().map(|run| match e.part {
+                            RunPart::Snapshots => News::Snapshot(name.clone(), run.domain),
+                            RunPart::Retention => News::Deletes(name.clone(), run.clone()),
+                        }));
                     }
                     let new = || Arc::new(PolicyState::new(name.clone()));
                     Arc::make_mut(self.policies.entry(name.clone()).or_insert_with(new)).apply(envelope);
@@ -64,7 +74,7 @@ impl Book {
                 self.seq = self.seq.max(head);
             }
         }
-        Ok(fired)
+        Ok(news)
     }
 
     /// The policies that are defined, by name.

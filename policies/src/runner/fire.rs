@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use snaptree_engine::command::{Command, Content, Create};
 use snaptree_engine::engine::{Engine, EngineError, Requester};
 use snaptree_engine::event::{
-    Actor, Event, Origin, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
+    Actor, Event, Origin, Place, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
 };
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -12,7 +12,7 @@ use snaptree_engine::together::{Beside, Decided, Wanted};
 use snaptree_engine::{DomainId, NameError, OperationId, SnapshotName, StreamId};
 
 use super::book::{Chosen, actor};
-use super::look::plan_of;
+use super::look::depth_with_one_more;
 use super::project::PolicyState;
 use crate::file::Policy;
 use crate::retention::Depth;
@@ -152,6 +152,7 @@ async fn wish(
         description: spec.description.clone(),
         labels: spec.labels.clone(),
         content,
+        place: Place::Usual,
         disks: None,
         quiesce: spec.quiesce,
     };
@@ -188,11 +189,11 @@ fn name_of(
 
 /// The refusal of a snapshot that the machine's disk would stand upon beside more than it may.
 fn too_deep(engine: &Engine, policy: &Policy, state: &DomainState) -> Option<Failure> {
-    match plan_of(policy, state, engine.now()).depth {
+    match depth_with_one_more(policy, state, engine.now()) {
         Depth::Fits(_) => None,
         Depth::Exceeds(depth) => {
             let message = format!(
-                "the disk stands upon {depth} snapshots, max-depth is {}, and none of them may go",
+                "with it the disk would stand upon {depth} snapshots, max-depth is {}, and none of them may go",
                 policy.max_depth
             );
             Some(

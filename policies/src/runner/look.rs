@@ -6,9 +6,10 @@ use jiff::Timestamp;
 use snaptree_engine::operation::Request;
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{PolicyName, SnapshotId};
+use uuid::Uuid;
 
 use crate::file::Policy;
-use crate::retention::{Candidate, File, Node, Plan, Shape, Standing, Uncounted};
+use crate::retention::{Candidate, Depth, File, Node, Plan, Shape, Standing, Uncounted};
 
 /// The domain's snapshots as `policy` sees them at `now`.
 pub fn candidates(state: &DomainState, policy: &PolicyName, now: Timestamp) -> Vec<Candidate> {
@@ -53,4 +54,17 @@ pub fn shape(state: &DomainState) -> Shape {
 /// What retention would do to the domain at `now`: what `policy plan` prints and a run carries out.
 pub fn plan_of(policy: &Policy, state: &DomainState, now: Timestamp) -> Plan {
     policy.plan(&candidates(state, &policy.name, now), &shape(state), now)
+}
+
+/// What the machine's disk stands upon once `policy` has taken one more snapshot of it at `now`, and retention has
+/// followed.
+pub fn depth_with_one_more(policy: &Policy, state: &DomainState, now: Timestamp) -> Depth {
+    let one_more = SnapshotId::from_uuid(Uuid::max());
+    let mut candidates = candidates(state, &policy.name, now);
+    candidates.push(Candidate { snapshot: one_more, created: now, standing: Standing::Counted });
+    let mut shape = shape(state);
+    let bytes = std::mem::take(&mut shape.active_bytes);
+    shape.nodes.insert(one_more, Node { parent: shape.current, bytes, file: File::Layer });
+    shape.current = Some(one_more);
+    policy.plan(&candidates, &shape, now).depth
 }

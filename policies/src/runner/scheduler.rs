@@ -1,125 +1,22 @@
 //! What a daemon does with policies, again and again: looks what is due, and what ended.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
 use jiff::Timestamp;
-use snaptree_engine::around::HookPhase;
 use snaptree_engine::engine::{Engine, EngineError};
-use snaptree_engine::event::{Event, Origin, PolicySkipped, PolicySuspended};
+use snaptree_engine::event::{Origin, PolicyRequest, PolicyRun, PolicySkipped, PolicySuspended};
 use snaptree_engine::log::LogError;
-use snaptree_engine::{DomainId, DomainName, OperationId, PolicyName};
+use snaptree_engine::{DomainId, DomainName, PolicyName};
 
-use super::book::{Book, Chosen, chosen, registered_at};
+use super::book::{Book, Chosen, News, chosen, registered_at};
 use super::define::write;
 use super::fire::{Firing, fire, requester};
+use super::notable::{Notable, delete_failure, failure, hooks_failed};
 use super::outcome::{RunOutcome, outcome_of};
 use super::project::{PolicyState, Run};
 use super::retain::retain;
-use crate::file::{Hooks, Occasion, Policy};
+use crate::file::{Hooks, Policy};
 use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
-
-/// Something that someone may want to hear of.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Notable {
-    /// A run of one domain took no snapshot.
-    Failed {
-        /// The policy.
-        policy: PolicyName,
-        /// The domain.
-        domain: DomainName,
-        /// How it ended, and why if it was refused.
-        why: String,
-    },
-    /// A run's operation on one domain can go neither on nor back by itself.
-    NeedsAttention {
-        /// The policy.
-        policy: PolicyName,
-        /// The domain.
-        domain: DomainName,
-        /// The operation.
-        operation: Option<OperationId>,
-    },
-    /// A run took its snapshot of a domain, and the one before it had not.
-    Recovered {
-        /// The policy.
-        policy: PolicyName,
-        /// The domain.
-        domain: DomainName,
-    },
-    /// A program around a run failed, and the run did not end with that.
-    HookFailed {
-        /// The policy.
-        policy: PolicyName,
-        /// The domain.
-        domain: DomainName,
-        /// Which program.
-        hook: HookPhase,
-        /// What went wrong.
-        why: String,
-    },
-    /// The policy does not run any more.
-    Suspended {
-        /// The policy.
-        policy: PolicyName,
-        /// Why.
-        reason: String,
-    },
-}
-
-impl Notable {
-    /// The policy.
-    pub fn policy(&self) -> &PolicyName {
-        match self {
-            Self::Failed { policy, .. }
-            | Self::NeedsAttention { policy, .. }
-            | Self::Recovered { policy, .. }
-            | Self::HookFailed { policy, .. }
-            | Self::Suspended { policy, .. } => policy,
-        }
-    }
-
-    /// The domain, if it is about one.
-    pub fn domain(&self) -> Option<&DomainName> {
-        match self {
-            Self::Failed { domain, .. }
-            | Self::NeedsAttention { domain, .. }
-            | Self::Recovered { domain, .. }
-            | Self::HookFailed { domain, .. } => Some(domain),
-            Self::Suspended { .. } => None,
-        }
-    }
-
-    /// When people want to hear of it.
-    pub fn occasion(&self) -> Occasion {
-        match self {
-            Self::Failed { .. } | Self::HookFailed { .. } | Self::Suspended { .. } => Occasion::Failure,
-            Self::NeedsAttention { .. } => Occasion::NeedsAttention,
-            Self::Recovered { .. } => Occasion::Recovery,
-        }
-    }
-}
-
-impl fmt::Display for Notable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Failed { domain, why, .. } => write!(f, "the run on {domain} took no snapshot: {why}"),
-            Self::NeedsAttention { domain, operation: Some(operation), .. } => {
-                write!(f, "the run on {domain} needs attention: `snaptree op show {operation}`")
-            }
-            Self::NeedsAttention { domain, operation: None, .. } => {
-                write!(f, "the run on {domain} needs attention")
-            }
-            Self::HookFailed { domain, hook, why, .. } => {
-                write!(f, "the hook {} the run on {domain} failed: {why}", hook.as_str())
-            }
-            Self::Recovered { domain, .. } => write!(f, "runs on {domain} take their snapshots again"),
-            Self::Suspended { policy, reason } => {
-                write!(f, "the policy is suspended until `snaptree policy resume {policy}`: {reason}")
-            }
-        }
-    }
-}
 
 /// What a look came to.
 #[derive(Clone, Debug, Default)]
@@ -147,12 +44,22 @@ enum Watched {
     Fresh,
 }
 
+/// A delete that retention asked for and of which it is not known yet how it ended.
+#[derive(Clone)]
+struct WatchedDelete {
+    policy: PolicyName,
+    domain: DomainName,
+    request: PolicyRequest,
+    how: Watched,
+}
+
 /// Runs policies. All that it remembers can be read from the log again.
 pub struct Scheduler {
     engine: Engine,
     origin: Origin,
     book: Book,
     watched: BTreeMap<(PolicyName, DomainId), Watched>,
+    deletes: Vec<WatchedDelete>,
     registered: BTreeMap<DomainId, Timestamp>,
 }
 
@@ -163,12 +70,22 @@ impl Scheduler {
     /// The store failed.
     pub async fn new(engine: Engine, origin: Origin) -> Result<Self, EngineError> {
         let book = Book::read(&engine).await?;
-        let mut watched = BTreeMap::new();
+        let (mut watched, mut deletes) = (BTreeMap::new(), Vec::new());
         for state in book.defined() {
-            let domains = state.runs().map(|run| run.domain);
-            watched.extend(domains.map(|domain| ((state.name.clone(), domain), Watched::Before)));
+            for run in state.runs() {
+                let is_last = watched.insert((state.name.clone(), run.domain), Watched::Before).is_none();
+                if is_last {
+                    let asked = run.deletes.iter().flatten();
+                    deletes.extend(asked.map(|request| WatchedDelete {
+                        policy: state.name.clone(),
+                        domain: run.name.clone(),
+                        request: request.clone(),
+                        how: Watched::Before,
+                    }));
+                }
+            }
         }
-        Ok(Self { engine, origin, book, watched, registered: BTreeMap::new() })
+        Ok(Self { engine, origin, book, watched, deletes, registered: BTreeMap::new() })
     }
 
     /// What a policy says, as of the last look.
@@ -184,6 +101,7 @@ impl Scheduler {
         let mut tick = Tick::default();
         self.learn().await?;
         self.settle(&mut tick).await?;
+        self.settle_deletes(&mut tick).await?;
         let names: Vec<PolicyName> = self.book.defined().map(|state| state.name.clone()).collect();
         for name in names {
             match self.run_due(&name, &mut tick).await {
@@ -196,11 +114,41 @@ impl Scheduler {
         Ok(tick)
     }
 
-    /// Reads what is new, and watches the runs in it.
+    /// Reads what is new, and watches what was asked for in it.
     async fn learn(&mut self) -> Result<(), EngineError> {
-        for run in self.book.refresh(&self.engine).await? {
-            self.watched.insert(run, Watched::Fresh);
+        for news in self.book.refresh(&self.engine).await? {
+            match news {
+                News::Snapshot(policy, domain) => {
+                    self.watched.insert((policy, domain), Watched::Fresh);
+                }
+                News::Deletes(policy, PolicyRun { name: domain, requests, .. }) => {
+                    self.deletes.extend(requests.into_iter().map(|request| WatchedDelete {
+                        policy: policy.clone(),
+                        domain: domain.clone(),
+                        request,
+                        how: Watched::Fresh,
+                    }));
+                }
+            }
         }
+        Ok(())
+    }
+
+    /// Looks how the watched deletes ended.
+    async fn settle_deletes(&mut self, tick: &mut Tick) -> Result<(), EngineError> {
+        let mut open = Vec::new();
+        for watched in &self.deletes {
+            let WatchedDelete { policy, domain, request, how } = watched;
+            match outcome_of(&self.engine, request).await? {
+                RunOutcome::Open => open.push(WatchedDelete { how: Watched::Fresh, ..watched.clone() }),
+                outcome if outcome.is_success() || *how == Watched::Before => {}
+                outcome => {
+                    let told = delete_failure(&self.engine, policy, domain, request, outcome).await?;
+                    tick.notable.push(told);
+                }
+            }
+        }
+        self.deletes = open;
         Ok(())
     }
 
@@ -357,51 +305,6 @@ impl Scheduler {
         let Some(run) = state.last_run(domain) else { return Ok(false) };
         Ok(outcome_of(&self.engine, &run.create).await? == RunOutcome::Open)
     }
-}
-
-async fn failure(
-    engine: &Engine,
-    policy: &PolicyName,
-    run: &Run,
-    outcome: RunOutcome,
-) -> Result<Notable, EngineError> {
-    let (policy, domain) = (policy.clone(), run.name.clone());
-    if outcome == RunOutcome::NeedsAttention {
-        return Ok(Notable::NeedsAttention { policy, domain, operation: run.create.operation });
-    }
-    let failure = match (&run.create.refused, run.create.operation) {
-        (Some(refused), _) => Some(refused.clone()),
-        (None, Some(operation)) => {
-            let events = engine.operation_events(operation).await?;
-            events.iter().rev().find_map(|envelope| match &envelope.event {
-                Event::OperationFailed(e) => Some(e.failure.clone()),
-                Event::OperationCancelled(e) => Some(e.failure.clone()),
-                Event::OperationExpired(e) => Some(e.failure.clone()),
-                Event::OperationResolved(e) => e.abandoned(),
-                _ => None,
-            })
-        }
-        (None, None) => None,
-    };
-    let word = outcome.as_str().unwrap_or("open");
-    let why = failure.map_or_else(|| word.to_owned(), |failure| format!("{word}: {failure}"));
-    Ok(Notable::Failed { policy, domain, why })
-}
-
-/// What is to be told of the programs around a run that took its snapshot.
-async fn hooks_failed(engine: &Engine, policy: &PolicyName, run: &Run) -> Result<Vec<Notable>, EngineError> {
-    let Some(operation) = run.create.operation else { return Ok(Vec::new()) };
-    let events = engine.operation_events(operation).await?;
-    let failed = events.into_iter().filter_map(|envelope| match envelope.event {
-        Event::OperationHookFinished(e) => Some(Notable::HookFailed {
-            policy: policy.clone(),
-            domain: run.name.clone(),
-            hook: e.hook,
-            why: e.failure?.message,
-        }),
-        _ => None,
-    });
-    Ok(failed.collect())
 }
 
 /// The event of a skip.

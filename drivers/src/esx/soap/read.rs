@@ -231,9 +231,7 @@ fn element(reader: &NsReader<&[u8]>, start: &BytesStart<'_>) -> Result<Element, 
         if local.as_ref() != "type" {
             continue;
         }
-        let value = attribute
-            .normalized_value(XmlVersion::Implicit1_0)
-            .map_err(|error| malformed(&error))?;
+        let value = attribute.normalized_value(XmlVersion::Implicit1_0).map_err(|error| malformed(&error))?;
         match namespace {
             ResolveResult::Bound(Namespace(uri)) if uri == SCHEMA_INSTANCE => {
                 let local = value.rsplit(':').next().unwrap_or_default();
@@ -256,3 +254,6 @@ fn shown(text: &str) -> String {
     text.chars().take(SHOWN_CHARS_MAX).map(printable).collect()
 }
 
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

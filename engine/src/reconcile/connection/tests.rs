@@ -154,6 +154,7 @@ impl Driver for Flaky {
 fn state() -> DomainState {
     let capabilities = Capabilities {
         memory: false,
+        memory_external: false,
         disk_only: false,
         quiesce: false,
         internal: false,
@@ -161,6 +162,7 @@ fn state() -> DomainState {
         children_only: false,
         metadata_only: false,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 10,
     };
