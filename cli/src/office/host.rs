@@ -75,9 +75,10 @@ async fn add(
 async fn remove(engine: &Engine, requester: &Requester, host: &HostName) -> Result<HostAnswer> {
     let domains: Vec<DomainName> = domains_on(engine, host).await?.into_values().collect();
     if let Some(one) = domains.first() {
-        let others =
-            if domains.len() > 1 { format!(" and {} more", domains.len() - 1) } else { String::new() };
-        let message = format!("domain '{one}'{others} is on host '{host}'");
+        let message = match domains.len() {
+            1 => format!("domain '{one}' is on host '{host}'"),
+            many => format!("domain '{one}' and {} more are on host '{host}'", many - 1),
+        };
         return Err(Trouble::new(Exit::Refused, "in-use", message)
             .hint("let go of them first, with `snaptree domain remove`")
             .into());

@@ -144,12 +144,19 @@ impl Client {
         self.forget(&open.cookie).await;
         let open = self.open().await?;
         match self.ask(request, &open, effect).await {
-            // In a session that is new: then it is a right that lacks.
+            // In a session that is new and still stands it is a right that lacks; another call may have ended it, too.
             Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED => {
-                Err(CallError::NotAllowed(fault))
+                match self.is_open(&open.cookie).await {
+                    true => Err(CallError::NotAllowed(fault)),
+                    false => Err(CallError::Fault(fault)),
+                }
             }
             second => second,
         }
+    }
+
+    async fn is_open(&self, cookie: &Cookie) -> bool {
+        self.session.lock().await.open.as_ref().is_some_and(|open| open.cookie == *cookie)
     }
 
     /// Ends the sessions in which a call may still be on its way. What is seen afterwards stays so.

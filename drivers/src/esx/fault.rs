@@ -111,13 +111,16 @@ impl CallError {
             Self::TimedOut => DriverError::new(lost, Code::Timeout, says),
             Self::Reply(SoapError::CutOff) => DriverError::new(lost, Code::Io, says),
             Self::Reply(_) if effect == Effect::Some => DriverError::unknown(Code::Io, says),
-            Self::Reply(_) => DriverError::permanent(Code::Io, says).hint("is the URL that of an ESXi or vCenter?"),
+            Self::Reply(_) => {
+                DriverError::permanent(Code::Io, says).hint("is the URL that of an ESXi or vCenter?")
+            }
             Self::Status(status) if status >= 500 => DriverError::new(lost, Code::Io, says),
             Self::Status(_) => DriverError::permanent(Code::Io, says).hint("the URL usually ends in /sdk"),
             Self::Fault(fault) => told(&fault, host, effect),
             Self::NotAllowed(fault) => {
-                DriverError::permanent(Code::Permission, format!("host '{host}': {fault}"))
-                    .hint("the user may not do this; vSphere's role needs the rights of VirtualMachine.State and System.View")
+                DriverError::permanent(Code::Permission, format!("host '{host}': {fault}")).hint(
+                    "the user may not do this: its role needs System.View and those of VirtualMachine.State",
+                )
             }
             Self::Ours(failure) => failure.into(),
         }
@@ -204,7 +207,7 @@ pub fn meaning(fault: &Fault) -> Meaning {
         "NoPermission" => hinted(
             Permanent,
             Code::Permission,
-            "the user's role lacks a right; for snapshots it needs those of VirtualMachine.State, and Interact.PowerOn for reverts",
+            "the user's role lacks a right: snapshots need those of VirtualMachine.State, reverts Interact.PowerOn",
         ),
         "RestrictedVersion" | "NotEnoughLicenses" | "LicenseRestricted" | "FeatureRequirementsNotMet" => {
             hinted(

@@ -12,7 +12,7 @@ import json
 import ssl
 import sys
 import time
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from pyVim.connect import Disconnect, SmartConnect
 from pyVmomi import vim
@@ -32,7 +32,7 @@ def tree(machine):
 def seen(machine):
     info = machine.snapshot
     current = info.currentSnapshot._moId if info and info.currentSnapshot else None
-    by_id = {node.snapshot._moId: node.name for node, _ in tree(machine)}
+    by_id = {node.snapshot._moId: unquote(node.name) for node, _ in tree(machine)}
     return {
         "name": machine.name,
         "power": machine.runtime.powerState,
@@ -40,8 +40,8 @@ def seen(machine):
         "consolidate": bool(machine.runtime.consolidationNeeded),
         "snapshots": [
             {
-                "name": node.name,
-                "parent": parent.name if parent else None,
+                "name": unquote(node.name),
+                "parent": unquote(parent.name) if parent else None,
                 "state": node.state,
                 "quiesced": node.quiesced,
                 "description": node.description,
@@ -73,7 +73,7 @@ def main(url, user, password, act, *rest):
         if act == "take":
             wait(machine.CreateSnapshot_Task(name=name, description="by hand", memory=False, quiesce=False))
             return
-        found = next(node.snapshot for node, _ in tree(machine) if node.name == name)
+        found = next(node.snapshot for node, _ in tree(machine) if unquote(node.name) == name)
         if act == "revert":
             wait(found.RevertToSnapshot_Task())
         else:
