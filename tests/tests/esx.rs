@@ -127,7 +127,11 @@ fn a_host_that_is_killed_in_the_middle_of_a_task_is_asked_again_when_it_is_back(
             let what = format!("{kind}, killed {when}");
             prepare(&program, &simulator);
             simulator.lab(&format!("inject?method={method}&action=exit-after&ms={ms}"));
-            let child = program.command(&[ask, &["--json"]].concat()).spawn().expect("it starts");
+            let child = program
+                .command(&[ask, &["--json"]].concat())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("it starts");
             simulator.ends_and_returns();
             let output = child.wait_with_output().expect("it ends");
             assert!(output.status.success(), "{what}: {output:?}");
@@ -199,7 +203,7 @@ fn a_licence_that_forbids_changes_is_explained_in_vspheres_own_words() {
     simulator.lab(
         "inject?method=CreateSnapshotEx_Task&action=fault&fault=RestrictedVersion&message=Current%20license%20prohibits",
     );
-    let error = program.json(4, &["create", "vm", "a"])["error"].clone();
+    let error = program.json(1, &["create", "vm", "a"])["error"].clone();
     assert_eq!(error["code"], "unsupported", "{error}");
     assert!(error["message"].as_str().expect("text").contains("Current license prohibits"), "{error}");
     assert!(error["hint"].as_str().expect("text").contains("licence"), "{error}");

@@ -159,6 +159,11 @@ impl Client {
         self.session.lock().await.open.as_ref().is_some_and(|open| open.cookie == *cookie)
     }
 
+    /// Whether a call may still be on its way.
+    pub async fn has_fenced(&self) -> bool {
+        !self.session.lock().await.fenced.is_empty()
+    }
+
     /// Ends the sessions in which a call may still be on its way. What is seen afterwards stays so.
     ///
     /// # Errors

@@ -274,7 +274,6 @@ impl Driver for EsxDriver {
 
     async fn settle(&self, state: &DomainState, _operation: OperationId) -> Result<(), DriverError> {
         let (client, config) = self.client_of(state).await?;
-        client.fence().await.map_err(|error| client.told(error, Effect::None))?;
         task::settle(&client, &config.machine()).await
     }
 }

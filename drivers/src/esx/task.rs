@@ -116,12 +116,33 @@ async fn cancel(client: &Client, task: &Moref) {
     }
 }
 
-/// Returns when nothing that changes snapshots or power is at work on a machine, whoever asked for it.
+/// Returns when nothing that changes snapshots or power is at work on a machine, whoever asked for it, and nothing of
+/// ours is still on its way there. A host that was there a moment ago is given the time to come back.
 ///
 /// # Errors
 /// The host cannot be asked, or something still is.
 #[instrument(skip_all, fields(host = %client.host, vm = vm.id))]
 pub async fn settle(client: &Client, vm: &Moref) -> Result<(), DriverError> {
+    let patience = if client.has_fenced().await { SILENCE_MAX } else { Duration::ZERO };
+    let begun = Instant::now();
+    let mut pause = POLL_MIN;
+    loop {
+        let settled = match client.fence().await {
+            Ok(()) => at_rest(client, vm).await,
+            Err(error) => Err(client.told(error, Effect::None)),
+        };
+        match settled {
+            Err(error) if error.class == ErrorClass::Transient && begun.elapsed() < patience => {
+                tracing::debug!(%error, "the host does not answer, and is given time");
+            }
+            other => return other,
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(POLL_MAX);
+    }
+}
+
+async fn at_rest(client: &Client, vm: &Moref) -> Result<(), DriverError> {
     let told = |error| client.told(error, Effect::None);
     let deadline = Instant::now() + SETTLE_MAX;
     let mut pause = POLL_MIN;
