@@ -6,6 +6,7 @@
 mod model;
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use snaptree_tests::daemon::Daemon;
@@ -294,7 +295,7 @@ fn a_host_is_believed_for_a_reason_or_not_at_all() {
     // The host's own certificate vouches for it.
     let port = simulator.url.trim_start_matches("https://").trim_end_matches("/sdk");
     let show = format!("openssl s_client -connect {port} -showcerts </dev/null 2>/dev/null | openssl x509");
-    let pem = std::process::Command::new("sh").args(["-c", &show]).output().expect("openssl runs").stdout;
+    let pem = Command::new("sh").args(["-c", &show]).output().expect("openssl runs").stdout;
     let ca = folder.path().join("ca.pem");
     std::fs::write(&ca, pem).expect("a file");
     add(&simulator.url, &["--ca", ca.to_str().expect("a path")], 0);
@@ -333,11 +334,7 @@ fn the_password_appears_nowhere() {
     assert!(said.contains("Login"), "the traces tell of the login, so that this can fail");
     // While it works.
     simulator.lab("inject?method=RemoveSnapshot_Task&action=task-hang");
-    let mut child = program
-        .command(&["delete", "vm", "a"])
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .expect("it starts");
+    let mut child = program.command(&["delete", "vm", "a"]).stderr(Stdio::null()).spawn().expect("it starts");
     let cmdline = std::fs::read(format!("/proc/{}/cmdline", child.id())).expect("its arguments");
     let environment = std::fs::read(format!("/proc/{}/environ", child.id())).expect("its environment");
     simulator.lab("release");
