@@ -335,6 +335,9 @@ fn the_password_appears_nowhere() {
     // While it works.
     simulator.lab("inject?method=RemoveSnapshot_Task&action=task-hang");
     let mut child = program.command(&["delete", "vm", "a"]).stderr(Stdio::null()).spawn().expect("it starts");
+    while simulator.lab("calls")["count"]["RemoveSnapshot_Task"] != 1 {
+        std::thread::yield_now();
+    }
     let cmdline = std::fs::read(format!("/proc/{}/cmdline", child.id())).expect("its arguments");
     let environment = std::fs::read(format!("/proc/{}/environ", child.id())).expect("its environment");
     simulator.lab("release");
