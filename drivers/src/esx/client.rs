@@ -310,18 +310,17 @@ const NOT_AUTHENTICATED: &str = "NotAuthenticated";
 fn not_authenticated(reply: &Element) -> Option<Fault> {
     let objects = reply.all("returnval").flat_map(|result| result.all("objects").chain([result]));
     let mut missing = objects.flat_map(|object| object.all("missingSet"));
-    let fault = missing.find_map(|missing| {
+    missing.find_map(|missing| {
         let fault = Fault::of_method(missing.child("fault")?);
         (fault.kind == NOT_AUTHENTICATED).then_some(fault)
-    });
-    fault
+    })
 }
 
 fn cookie_of(headers: &HeaderMap) -> Option<Cookie> {
-    let values = headers.get_all(SET_COOKIE).into_iter().filter_map(|value| value.to_str().ok());
+    let mut values = headers.get_all(SET_COOKIE).into_iter().filter_map(|value| value.to_str().ok());
     let pair = |value: &str| {
         let value = value.split(';').next()?.trim().strip_prefix(COOKIE_NAME)?.trim().strip_prefix('=')?;
         Some(value.trim().to_owned()).filter(|value| !value.is_empty() && value.len() <= COOKIE_BYTES_MAX)
     };
-    values.filter_map(|value| pair(value)).next().map(Cookie)
+    values.find_map(pair).map(Cookie)
 }
