@@ -83,7 +83,9 @@ fn prepare(program: &Program, simulator: &Simulator) {
 /// One outcome, at most one snapshot of that name, nothing open, and the host agrees with the log.
 fn came_to_one_end(program: &Program, simulator: &Simulator, kind: &str, what: &str) -> String {
     let operations = program.json(0, &["op", "list"]);
-    let last = operations["operations"].as_array().expect("a list").iter().find(|op| op["kind"] == kind);
+    // Ids grow with time.
+    let of_kind = operations["operations"].as_array().expect("a list").iter().filter(|op| op["kind"] == kind);
+    let last = of_kind.max_by_key(|op| op["operation"].as_str().map(str::to_owned));
     let last = last.unwrap_or_else(|| panic!("{what}: no {kind} in {operations}"));
     let outcome = last["outcome"].as_str().unwrap_or_else(|| panic!("{what}: it is open: {last}"));
     assert!(["succeeded", "failed"].contains(&outcome), "{what}: {last}");

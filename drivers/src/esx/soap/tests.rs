@@ -2,7 +2,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::super::Fault;
+use super::super::{Fault, Request};
 use super::*;
 
 fn corpus(name: &str) -> Vec<u8> {
