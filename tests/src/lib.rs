@@ -21,5 +21,6 @@ pub mod scene;
 pub mod simulation;
 pub mod small;
 pub mod strace;
+pub mod virtualbox;
 pub mod wrapped;
 pub mod year;

@@ -34,7 +34,7 @@ mod generation;
 mod img;
 mod kept;
 mod live;
-mod lock;
+pub(crate) mod lock;
 mod manifest;
 mod merge;
 mod observe;
