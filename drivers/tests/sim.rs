@@ -266,12 +266,18 @@ fn create(name: &str) -> SnapshotCreateRequested {
         memory: MemoryKind::Internal,
         place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     }
 }
 
 fn revert(snapshot: SnapshotId) -> Request {
-    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() })
+    Request::Revert(SnapshotRevertRequested {
+        snapshot,
+        run_state: None,
+        keep: None,
+        request: RequestTerms::default(),
+    })
 }
 
 fn delete(snapshots: &[SnapshotId], what: DeleteWhat) -> Request {
@@ -377,6 +383,7 @@ fn memory_and_run_state_come_back() {
     let mut paused = SnapshotRevertRequested {
         snapshot: running,
         run_state: Some(RunState::Paused),
+        keep: None,
         request: RequestTerms::default(),
     };
     bench.carry(Request::Revert(paused.clone()));

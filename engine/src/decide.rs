@@ -28,6 +28,8 @@ pub const TEXT_BYTES_MAX: usize = 64 << 10;
 pub const LABELS_MAX: usize = 64;
 /// Longest value of a label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 255;
+/// What the name of a snapshot begins with that keeps what a revert gave up.
+pub const KEPT_NAME: &str = "before-revert-";
 /// Most operations that may wait for one domain.
 pub const OPEN_OPERATIONS_MAX: usize = 1_000;
 
@@ -77,12 +79,15 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
     }
     let tree = state.tree_after_open();
     let event = match command {
-        Command::Create(create) => create_requested(domain, &tree, create, ctx)?,
-        Command::Revert { snapshot, run_state } => {
+        Command::Create(create) => create_requested(state, domain, &tree, create, ctx)?.into(),
+        Command::Revert { snapshot, run_state, keep } => {
             let snapshot = find(state, &tree, snapshot)?;
             not_lost(snapshot)?;
-            let request = ctx.terms.clone();
-            SnapshotRevertRequested { snapshot: snapshot.id, run_state: *run_state, request }.into()
+            let (snapshot, run_state, request) = (snapshot.id, *run_state, ctx.terms.clone());
+            let kept = keep.then(|| kept(state, domain, &tree, ctx)).transpose()?;
+            let keep = kept.as_ref().map(|kept| kept.snapshot);
+            let revert = SnapshotRevertRequested { snapshot, run_state, keep, request };
+            return Ok(kept.into_iter().map(Event::from).chain([revert.into()]).collect());
         }
         Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
         Command::Edit { snapshot, name, description, labels } => {
@@ -167,14 +172,14 @@ fn name_is_free(tree: &Tree, name: &SnapshotName, but: Option<SnapshotId>) -> Re
     }
 }
 
-/// The seconds since the epoch, or the next number that is free (libvirt's default name).
-fn default_name(tree: &Tree, now: Timestamp) -> Result<SnapshotName, Rejection> {
+/// The seconds since the epoch, or the next number that is free (libvirt's default name), behind `prefix`.
+fn free_name(tree: &Tree, prefix: &str, now: Timestamp) -> Result<SnapshotName, Rejection> {
     let taken: BTreeSet<&str> = tree.iter().map(|snapshot| snapshot.name.as_str()).collect();
     let mut number = now.as_second();
-    while taken.contains(number.to_string().as_str()) {
+    while taken.contains(format!("{prefix}{number}").as_str()) {
         number += 1;
     }
-    SnapshotName::new(number.to_string()).map_err(|error| reject(Code::Invalid, error.to_string()))
+    SnapshotName::new(format!("{prefix}{number}")).map_err(|error| reject(Code::Invalid, error.to_string()))
 }
 
 fn name_fits(domain: &Domain, name: Option<&SnapshotName>) -> Result<(), Rejection> {
@@ -188,11 +193,32 @@ fn name_fits(domain: &Domain, name: Option<&SnapshotName>) -> Result<(), Rejecti
     }
 }
 
-fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) -> Result<Event, Rejection> {
+/// The snapshot of what a revert gives up: with the memory, if the machine has any then and the driver can.
+fn kept(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
+    let can = &domain.capabilities;
+    let content = if can.memory_external { Content::WithMemory } else { Content::Auto };
+    let name = Some(free_name(tree, KEPT_NAME, ctx.now)?);
+    let create = Create { name, content, ..Create::default() };
+    let request = create_requested(state, domain, tree, &create, ctx)?;
+    Ok(SnapshotCreateRequested { before_revert: true, ..request })
+}
+
+fn create_requested(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    create: &Create,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
     let capabilities = &domain.capabilities;
     let name = match &create.name {
         Some(name) => name.clone(),
-        None => default_name(tree, ctx.now)?,
+        None => free_name(tree, "", ctx.now)?,
     };
     name_is_free(tree, &name, None)?;
     name_fits(domain, Some(&name))?;
@@ -209,7 +235,8 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         )
         .hint("delete some snapshots of the chain; their changes are merged"));
     }
-    let memory = memory_kind(domain, create)?;
+    let place = place_of(state, domain, create.place)?;
+    let memory = memory_kind(domain, place, create.content)?;
     let disks = selected_disks(domain, create.disks.as_ref())?;
     if memory == MemoryKind::External && disks.len() < domain.disks.len() {
         return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
@@ -225,19 +252,35 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         labels: create.labels.clone(),
         disks,
         memory,
-        place: create.place,
+        place,
         quiesce: create.quiesce,
+        before_revert: false,
         request: ctx.terms.clone(),
+    })
+}
+
+/// A domain keeps all its snapshots in one way; one that is asked for without a word about it goes where the others are.
+fn place_of(state: &DomainState, domain: &Domain, wanted: Place) -> Result<Place, Rejection> {
+    match (wanted, state.place()) {
+        (Place::Internal, Some(Place::Usual)) => Err(reject(
+            Code::Unsupported,
+            format!(
+                "domain '{}' has external snapshots, and the two kinds are not mixed in one domain",
+                domain.name
+            ),
+        )
+        .hint("leave out --internal, or delete its snapshots first")),
+        (Place::Usual, Some(Place::Internal)) => Ok(Place::Internal),
+        (wanted, _) => Ok(wanted),
     }
-    .into())
 }
 
 /// Whether and where the memory is to be kept. Inside an image it is kept wherever there is any; that a machine which
 /// is off has none is known when it is planned.
-fn memory_kind(domain: &Domain, create: &Create) -> Result<MemoryKind, Rejection> {
+fn memory_kind(domain: &Domain, place: Place, content: Content) -> Result<MemoryKind, Rejection> {
     let can = &domain.capabilities;
     let unsupported = |message: String, hint: &str| Err(reject(Code::Unsupported, message).hint(hint));
-    match (create.place, create.content) {
+    match (place, content) {
         (Place::Internal, _) if !can.internal => unsupported(
             format!("snapshots of domain '{}' cannot be kept inside its disk images", domain.name),
             "leave out --internal",

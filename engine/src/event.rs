@@ -414,6 +414,9 @@ pub struct SnapshotCreateRequested {
     /// Whether the guest is asked to bring its file systems to rest first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quiesce: bool,
+    /// Whether it keeps what a revert gives up. The memory belongs to it then only if the machine has any.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub before_revert: bool,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,
@@ -457,6 +460,9 @@ pub struct SnapshotRevertRequested {
     /// The run state asked for; none for the one that the snapshot has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
+    /// The snapshot that keeps what is given up, asked for together with this: without it nothing is reverted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<SnapshotId>,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,

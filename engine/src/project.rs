@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 use crate::around::HookStages;
 use crate::domain::Domain;
 use crate::driver::{Learnt, SeenSnapshot};
-use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, SnapshotDeleted, SystemRestored};
+use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, Place, SnapshotDeleted, SystemRestored};
 use crate::ids::{OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{IllegalHistory, Operation, Phase, Poison, Request, Verdict};
 use crate::reconcile::drift::Finding;
-use crate::tree::Tree;
+use crate::tree::{Snapshot, Tree};
 
 /// The version of this projector. A checkpoint of another version is dropped.
 pub const PROJECTOR: u32 = 2;
@@ -333,6 +333,25 @@ impl DomainState {
     /// The operation of that id, while it is open.
     pub fn operation(&self, id: OperationId) -> Option<&Operation> {
         self.open.iter().find(|operation| operation.id == id)
+    }
+
+    /// Where the domain keeps its snapshots, by those that it has or will have; none while there are none. One that none of
+    /// the layers reads as is inside the images, where the driver has both kinds.
+    pub fn place(&self) -> Option<Place> {
+        let can = self.domain.as_ref().map(|domain| &domain.capabilities);
+        let can = can.is_some_and(|can| can.internal && !can.merges_itself);
+        let open = self.open.iter().find_map(|operation| match &operation.request {
+            Request::Create(request) => Some(request.place),
+            _ => None,
+        });
+        let stands =
+            |snapshot: &Snapshot| self.layers.disks.values().any(|disk| disk.layer_of(snapshot.id).is_some());
+        let of_tree = self
+            .tree
+            .iter()
+            .next()
+            .map(|snapshot| if can && !stands(snapshot) { Place::Internal } else { Place::Usual });
+        of_tree.or(open)
     }
 
     /// The tree as it will be when all open requests have been carried out; what a new request is judged by.

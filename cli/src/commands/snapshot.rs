@@ -110,14 +110,15 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
     );
     let asked = Asked {
         domain: &args.domain,
-        command: Command::Revert { snapshot, run_state },
+        command: Command::Revert { snapshot, run_state, keep: args.keep },
         key: None,
         wait: args.wait.wait(),
     };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
-    confirm(&question, args.yes)?;
+    // What is kept is not discarded.
+    confirm(&question, args.yes || args.keep)?;
     carry(context, &open(context, &args.writer).await?, &asked).await
 }
 

@@ -120,7 +120,7 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
         memory_external: false,
         disk_only: true,
         quiesce: agent.is_some(),
-        internal: false,
+        internal: true,
         disk_selection: true,
         children_only: true,
         metadata_only: true,

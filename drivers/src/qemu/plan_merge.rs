@@ -254,7 +254,11 @@ impl Planner<'_> {
             .filter(|(_, layers)| layers.active_layer().is_some())
             .map(|(name, layers)| (name.clone(), layers.clone()))
             .collect();
-        if wish != UnregisterWish::Flatten || adopted.is_empty() {
+        if wish != UnregisterWish::Flatten {
+            return Ok(());
+        }
+        self.erase_all()?;
+        if adopted.is_empty() {
             return Ok(());
         }
         self.check_sound()?;

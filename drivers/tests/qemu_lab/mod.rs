@@ -242,6 +242,7 @@ impl Lab {
             memory: MemoryKind::No,
             place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -255,6 +256,7 @@ impl Lab {
         SnapshotRevertRequested {
             snapshot: self.names[name],
             run_state: None,
+            keep: None,
             request: RequestTerms::default(),
         }
         .into()

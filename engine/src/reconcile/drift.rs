@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::Disk;
 use crate::driver::{Observation, SeenSnapshot};
+use crate::event::Place;
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
 use crate::project::DomainState;
@@ -100,9 +101,24 @@ pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
     // A hypervisor that merges by itself keeps the list of its snapshots by itself; elsewhere there are only layers.
     if state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
         compare_snapshots(state, seen, &mut found);
+    } else if state.place() == Some(Place::Internal) {
+        compare_inside(state, seen, &mut found);
     }
     compare_layers(state, seen, &mut found);
     found
+}
+
+/// Snapshots inside the images: the driver lists those of ours that are whole, and none of others.
+fn compare_inside(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
+    let is_there = |id| seen.snapshots.iter().any(|listed| listed.id == Some(id));
+    for snapshot in state.tree.iter().filter(|snapshot| !is_there(snapshot.id)) {
+        found.insert(Finding::SnapshotLost { snapshot: snapshot.id, name: snapshot.name.clone() });
+    }
+    for listed in seen.snapshots.iter().filter(|listed| !state.forgot(listed)) {
+        if listed.id.is_some_and(|id| !state.tree.contains(id)) {
+            found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
+        }
+    }
 }
 
 fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {

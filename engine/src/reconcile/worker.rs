@@ -261,6 +261,9 @@ impl<'a> Worker<'a> {
         if let Some(hook) = operation.hook_before() {
             return self.before(operation, hook).await;
         }
+        if let Some(failure) = self.not_kept(operation) {
+            return self.end(operation, vec![OperationFailed { failure }.into()]).await;
+        }
         let seen = self.observe_and_adopt().await?;
         // The hypervisor may have been busy with others for long.
         if let Some(failure) = self.expired(operation) {
@@ -297,6 +300,18 @@ impl<'a> Worker<'a> {
         let mut events = vec![OperationFailed { failure: failure.clone().refused() }.into()];
         events.extend(deferrals(operation, &failure));
         self.end(operation, events).await
+    }
+
+    /// Why a revert must not begin, if what it gives up was to be kept and is not.
+    fn not_kept(&self, operation: &Operation) -> Option<Failure> {
+        let Request::Revert(revert) = &operation.request else { return None };
+        revert.keep.filter(|keep| !self.state.tree.contains(*keep))?;
+        let message = "what the revert would give up could not be kept";
+        Some(
+            Failure::new(Code::Invalid, message)
+                .hint("`snaptree op list` shows the create before it, and `op show` why it failed")
+                .refused(),
+        )
     }
 
     /// The plan, if there is room for it, and for the merges that are to follow at once.

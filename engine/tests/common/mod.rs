@@ -140,6 +140,7 @@ impl History {
             memory: MemoryKind::No,
             place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -176,7 +177,12 @@ impl History {
 
     pub fn revert(&mut self, n: u128, changes: Vec<LayerChange>) {
         let snapshot = snapshot_id(n);
-        let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+        let request = SnapshotRevertRequested {
+            snapshot,
+            run_state: None,
+            keep: None,
+            request: RequestTerms::default(),
+        };
         self.operation(request, changes, vec![SnapshotReverted { snapshot }.into()]);
     }
 
