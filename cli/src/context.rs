@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use snaptree_drivers::esx::EsxDriver;
 use snaptree_drivers::qemu::QemuDriver;
 use snaptree_drivers::sim::SimDriver;
+use snaptree_drivers::virtualbox::VirtualboxDriver;
 use snaptree_engine::DomainId;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::Hooks;
@@ -248,12 +249,14 @@ impl Context {
             .job_speed(config.job_speed_bytes);
         let book = || EsxDriver::new(Arc::new(LogHosts(Arc::clone(engine.log()))), config.esx);
         let hosts = self.hosts.get_or_init(book).clone();
+        let virtualbox = VirtualboxDriver::new(config.manage, self.dir.join(RUN_FOLDER));
         engine
             .with_settings(config.settings)
             .with_driver(DriverKind::Esx, Arc::new(hosts))
             .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))
+            .with_driver(DriverKind::Virtualbox, Arc::new(virtualbox))
     }
 }
 

@@ -97,7 +97,7 @@ pub struct Registering {
     /// `esx`: the host that it is on.
     #[serde(default)]
     pub host: Option<HostName>,
-    /// `esx`: which machine it is there.
+    /// `esx` and `virtualbox`: which machine it is there.
     #[serde(default)]
     pub vm: Option<String>,
 }

@@ -3,3 +3,4 @@
 pub mod esx;
 pub mod qemu;
 pub mod sim;
+pub mod virtualbox;

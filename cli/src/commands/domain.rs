@@ -123,6 +123,7 @@ fn misplaced(args: &AddArgs, driver: DriverKind) -> Result<(), Trouble> {
         ("--agent", args.agent.is_some(), &[DriverKind::Qemu]),
         ("--profile", args.profile.is_some(), &[DriverKind::Sim]),
         ("--host", args.host.is_some(), &[DriverKind::Esx]),
+        ("--vm", args.vm.is_some(), &[DriverKind::Virtualbox, DriverKind::Esx]),
         ("--disk", !args.disk.is_empty(), &[DriverKind::Qemu, DriverKind::Sim]),
     ];
     if let Some((option, ..)) = given.iter().find(|(_, given, of)| *given && !of.contains(&driver)) {
@@ -134,6 +135,10 @@ fn misplaced(args: &AddArgs, driver: DriverKind) -> Result<(), Trouble> {
         }
         DriverKind::Esx if args.host.is_none() => Err(Trouble::usage("an esx domain is on a host")
             .hint("--host HOST --vm PATH|UUID; `snaptree host add` registers a host")),
+        DriverKind::Virtualbox if args.vm.is_none() => {
+            Err(Trouble::usage("a virtualbox domain is one of its machines")
+                .hint("--vm NAME|UUID; `VBoxManage list vms` shows them"))
+        }
         _ => Ok(()),
     }
 }

@@ -35,7 +35,7 @@ mod img;
 mod internal;
 mod kept;
 mod live;
-mod lock;
+pub(crate) mod lock;
 mod manifest;
 mod merge;
 mod observe;
