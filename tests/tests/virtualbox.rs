@@ -106,8 +106,8 @@ impl Bench {
         let open = self.program.json(0, &["op", "list", "--open"]);
         assert_eq!(open["operations"], json!([]), "{what}");
         let operations = self.program.json(0, &["op", "list"]);
-        let last = operations["operations"].as_array().expect("operations").iter();
-        let last = last.filter(|operation| operation["kind"] == verb).next_back();
+        let mut last = operations["operations"].as_array().expect("operations").iter();
+        let last = last.rfind(|operation| operation["kind"] == verb);
         let succeeded = last.is_some_and(|last| last["outcome"] == "succeeded" && last["snapshot"] == name);
         let list = self.program.json(0, &["list", "web"])["snapshots"].to_string();
         let is_there = list.contains(&format!("\"{name}\""));
