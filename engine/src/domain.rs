@@ -27,6 +27,10 @@ pub enum RunState {
 pub enum DriverKind {
     /// QEMU/KVM on disk images of this host.
     Qemu,
+    /// VirtualBox on this host.
+    Virtualbox,
+    /// A machine of an ESXi or a vCenter.
+    Esx,
     /// The built-in simulated hypervisor.
     Sim,
 }
@@ -36,6 +40,8 @@ impl DriverKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Qemu => "qemu",
+            Self::Virtualbox => "virtualbox",
+            Self::Esx => "esx",
             Self::Sim => "sim",
         }
     }
@@ -49,7 +55,7 @@ impl fmt::Display for DriverKind {
 
 /// A driver's name that is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown driver '{0}': expected qemu or sim")]
+#[error("unknown driver '{0}': expected qemu, virtualbox, esx or sim")]
 pub struct DriverKindError(String);
 
 impl FromStr for DriverKind {
@@ -57,6 +63,8 @@ impl FromStr for DriverKind {
     fn from_str(text: &str) -> Result<Self, DriverKindError> {
         match text {
             "qemu" => Ok(Self::Qemu),
+            "virtualbox" => Ok(Self::Virtualbox),
+            "esx" => Ok(Self::Esx),
             "sim" => Ok(Self::Sim),
             other => Err(DriverKindError(other.chars().take(40).collect())),
         }

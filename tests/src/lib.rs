@@ -23,5 +23,7 @@ pub mod simulation;
 pub mod small;
 pub mod strace;
 pub mod victim;
+pub mod virtualbox;
+pub mod vsphere;
 pub mod wrapped;
 pub mod year;

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use snaptree_engine::DomainName;
 use snaptree_engine::domain::DriverKind;
+use snaptree_engine::{DomainName, HostName};
 
 use super::WriterArgs;
 use super::value::{DiskArg, Label, disk, label, new_label};
@@ -13,6 +13,8 @@ const ADD_EXAMPLES: &str = "Examples:
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
   snaptree domain add db --driver qemu --disk vda=db.qcow2 --disk vdb=data.qcow2 --label tier=prod
   snaptree domain add toy --driver sim
+  snaptree domain add web --host vc --vm DC0/vm/prod/web
+  snaptree domain add lab --driver virtualbox --vm 'Debian 12'
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --qmp /run/web.qmp
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --start 'systemctl start web' \
       --stop 'systemctl stop web' --qmp /run/web.qmp
@@ -25,6 +27,8 @@ virtio-serial -chardev socket,id=ga,path=/run/web.agent,server=on,wait=off -devi
 virtserialport,chardev=ga,name=org.qemu.guest_agent.0, and qemu-ga runs in the guest. Nobody else may hold the socket.
 A machine that Snaptree cannot reach is left alone while it runs: with --qmp its snapshots are taken and merged under the
 running guest, with --start and --stop or --launch it can be reverted, too. The commands are kept in the log.
+A VirtualBox machine is found where VBoxManage finds it: by this user, with VBOX_USER_HOME where it is set. The
+snapshots that it has are taken over.
 With the qemu driver the registered path becomes a symlink that always opens the machine's current disk, so whatever
 starts the machine needs no change. --keep-path leaves it as it is.";
 const LIST_EXAMPLES: &str = "Example:
@@ -96,9 +100,15 @@ pub enum DomainCommand {
 pub struct AddArgs {
     /// Its name
     pub name: DomainName,
-    /// The hypervisor: qemu or sim
-    #[arg(long)]
-    pub driver: DriverKind,
+    /// The hypervisor: qemu, virtualbox, esx or sim
+    #[arg(long, required_unless_present = "host")]
+    pub driver: Option<DriverKind>,
+    /// The host that it is on, an ESXi or a vCenter; see `snaptree host`
+    #[arg(long, requires = "vm")]
+    pub host: Option<HostName>,
+    /// Which machine it is there: its inventory path (on a host), its UUID or its name
+    #[arg(long, value_name = "PATH|UUID|NAME")]
+    pub vm: Option<String>,
     /// A disk and its image, as vda=FILE; may be given several times
     #[arg(long, value_name = "NAME=FILE", value_parser = disk)]
     pub disk: Vec<DiskArg>,

@@ -3,6 +3,7 @@
 //! Architecture Invariant: a command does not know which of the two it works with, and prints the same.
 
 mod here;
+mod host;
 mod log;
 mod policy;
 pub mod there;
@@ -13,8 +14,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 use async_trait::async_trait;
 use serde::Deserialize;
+use snaptree_drivers::esx::EsxOptions;
 use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
 use snaptree_drivers::sim::{Profile, SimOptions};
+use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::{PowerWish, Registration};
@@ -28,11 +31,12 @@ use snaptree_engine::{DomainId, DomainName, OperationId};
 use uuid::Uuid;
 
 pub use here::{Here, PARK_AFTER};
+pub use host::{LogHosts, domains_on, host};
 pub use log::ReadOut;
 pub use policy::{domains_of, in_engine, policy, readable};
 
 use crate::exit::Trouble;
-use crate::wire::{Account, PolicyAnswer, PolicyAsk, Registered, Registering};
+use crate::wire::{Account, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
 
 /// What commands that write ask for.
 #[async_trait]
@@ -74,6 +78,18 @@ pub trait Office: Send + Sync {
     /// The hypervisor cannot be asked, or the state cannot be used.
     async fn drift(&self, domain: DomainId) -> Result<Drift>;
 
+    /// The same of many domains, in the order given.
+    ///
+    /// # Errors
+    /// As [`Office::drift`].
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
+        let mut drifts = Vec::with_capacity(domains.len());
+        for domain in domains {
+            drifts.push((*domain, self.drift(*domain).await?));
+        }
+        Ok(drifts)
+    }
+
     /// Starts or ends a machine.
     ///
     /// # Errors
@@ -85,6 +101,12 @@ pub trait Office: Send + Sync {
     /// # Errors
     /// The name is taken, the machine is unfit, or the state cannot be used.
     async fn register(&self, registering: Registering) -> Result<Registered>;
+
+    /// Carries out a request about a host.
+    ///
+    /// # Errors
+    /// It was rejected, the host does not answer, or the state cannot be used.
+    async fn host(&self, ask: HostAsk) -> Result<HostAnswer>;
 
     /// Carries out a request about a policy. What a run asked for is in the log then, and is to be waited for with
     /// [`Office::finish`].
@@ -112,6 +134,11 @@ pub async fn register(
     let options = match registering.driver {
         DriverKind::Sim => sim_options(registering.profile.as_deref())?,
         DriverKind::Qemu => qemu_options(engine, &registering).await?,
+        DriverKind::Esx => esx_options(engine, &registering).await?,
+        DriverKind::Virtualbox => {
+            let vm = registering.vm.clone().unwrap_or_default();
+            serde_json::to_value(VirtualboxOptions { vm })?
+        }
     };
     let registration = Registration {
         id: DomainId::from_uuid(Uuid::now_v7()),
@@ -119,9 +146,20 @@ pub async fn register(
         driver: registering.driver,
         disks: registering.disks,
         options,
-        taken: files_of_all(engine, files_of).await?,
+        taken: files_of_all(engine, |state| {
+            files_of(state).into_iter().chain(virtualbox::file_of(state)).collect()
+        })
+        .await?,
     };
-    let (domain, notes) = engine.register(requester, registration, registering.labels).await?;
+    let (domain, mut notes) = engine.register(requester, registration, registering.labels).await?;
+    if domain.capabilities.merges_itself && domain.driver != DriverKind::Sim {
+        // What is there already is taken over, unless the settings say otherwise.
+        match engine.drift(requester, domain.id).await {
+            Ok(found) if found.adopted.is_empty() => {}
+            Ok(found) => notes.push(format!("took over {} snapshots that were there", found.adopted.len())),
+            Err(error) => notes.push(format!("its snapshots could not be looked at: {error}")),
+        }
+    }
     Ok(Registered { domain, notes })
 }
 
@@ -144,6 +182,15 @@ async fn qemu_options(engine: &Engine, registering: &Registering) -> Result<serd
     let bases = files_of_all(engine, bases_of).await?;
     let (runs, agent) = (registering.runs.clone(), registering.agent.clone());
     Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases, runs, agent })?)
+}
+
+/// What only the esx driver understands, and the machines of its host that are registered already.
+async fn esx_options(engine: &Engine, registering: &Registering) -> Result<serde_json::Value> {
+    let (Some(host), Some(vm)) = (registering.host.clone(), registering.vm.clone()) else {
+        return Err(Trouble::usage("an esx domain is on a host").hint("--host HOST --vm PATH|UUID").into());
+    };
+    let taken = domains_on(engine, &host).await?;
+    Ok(serde_json::to_value(EsxOptions { host, vm, taken })?)
 }
 
 /// Files of the registered domains, with the owner's name.

@@ -38,7 +38,7 @@ mod internal;
 mod keep;
 mod kept;
 mod live;
-mod lock;
+pub(crate) mod lock;
 mod manifest;
 mod merge;
 mod observe;
