@@ -514,7 +514,7 @@ fn a_broken_precondition_is_refused() {
     refused(&bench, Request::Create(create("a")), Code::Exists);
     refused(&bench, Request::Create(SnapshotCreateRequested { snapshot: a, ..create("x") }), Code::Drift);
     refused(&bench, revert(fresh()), Code::NotFound);
-    let merge = MergePlan { snapshots: vec![], actions: vec![], bytes_moved: 0, bytes_freed: 0 };
+    let merge = MergePlan::default();
     refused(&bench, Request::Merge(MergeStarted { plan: merge }), Code::Unsupported);
     bench.driver.power(&bench.state, RunState::Running).unwrap();
     let disks_only = SnapshotCreateRequested { memory: MemoryKind::No, ..create("x") };
