@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use snaptree_drivers::qemu::ToolTimes;
+use snaptree_drivers::virtualbox::PROGRAM;
 use snaptree_engine::engine::{Foreign, Settings};
 use toml::{Table, Value};
 
@@ -33,6 +34,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("retry", "delay-min", "a duration, such as \"200ms\""),
     ("retry", "delay-max", "a duration, such as \"30s\""),
     ("space", "margin", "a size, such as \"64 MiB\""),
+    ("virtualbox", "manage", "the program VBoxManage, by its name or an absolute path"),
     ("serve", "socket", "an absolute path, such as \"/run/snaptree/snaptree.sock\""),
 ];
 
@@ -45,6 +47,8 @@ pub struct Config {
     pub qemu: ToolTimes,
     /// How many bytes a second a merge may move; 0 for no limit.
     pub job_speed_bytes: u64,
+    /// The VBoxManage that is called.
+    pub manage: PathBuf,
     /// Where the daemon listens, if it is said.
     pub socket: Option<PathBuf>,
     /// How often the daemon looks for drift, domain by domain; none for never.
@@ -59,6 +63,7 @@ impl Default for Config {
             settings: Settings::default(),
             qemu: ToolTimes::default(),
             job_speed_bytes: 0,
+            manage: PathBuf::from(std::env::var_os("VBOXMANAGE").unwrap_or_else(|| PROGRAM.into())),
             socket: None,
             drift_every: Some(DRIFT_EVERY_DEFAULT),
             files: Vec::new(),
@@ -156,6 +161,13 @@ impl Config {
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
             ("space", "margin") => settings.space_margin_bytes = size_of(value)?,
+            ("virtualbox", "manage") => {
+                let program = value.as_str().filter(|program| !program.is_empty())?;
+                // The environment is nearer than a file.
+                if std::env::var_os("VBOXMANAGE").is_none() {
+                    self.manage = PathBuf::from(program);
+                }
+            }
             ("retry", "delay-min") => settings.retry_delay_ms_min = millis_of(value)?,
             ("serve", "socket") => {
                 let path = PathBuf::from(value.as_str()?);

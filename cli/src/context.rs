@@ -8,6 +8,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 use snaptree_drivers::qemu::QemuDriver;
 use snaptree_drivers::sim::SimDriver;
+use snaptree_drivers::virtualbox::VirtualboxDriver;
 use snaptree_engine::DomainId;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::Hooks;
@@ -227,11 +228,13 @@ impl Context {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
             .tool_times(config.qemu)
             .job_speed(config.job_speed_bytes);
+        let virtualbox = VirtualboxDriver::new(config.manage, self.dir.join(RUN_FOLDER));
         engine
             .with_settings(config.settings)
             .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))
+            .with_driver(DriverKind::Virtualbox, Arc::new(virtualbox))
     }
 }
 

@@ -91,6 +91,9 @@ pub struct Registering {
     /// `sim`: whose limits it has.
     #[serde(default)]
     pub profile: Option<String>,
+    /// `virtualbox`: which machine it is there.
+    #[serde(default)]
+    pub vm: Option<String>,
 }
 
 /// A machine that was registered.

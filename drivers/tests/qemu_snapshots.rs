@@ -15,6 +15,7 @@ fn kinds(plans: &[snaptree_engine::reconcile::merge::MergePlan]) -> Vec<&'static
         MergeAction::Drop { .. } => "drop",
         MergeAction::Pull { .. } => "pull",
         MergeAction::Push { .. } => "push",
+        MergeAction::Fold { .. } => "fold",
     };
     plans.iter().flat_map(|plan| plan.actions.iter().map(kind)).collect()
 }

@@ -24,10 +24,10 @@ use snaptree_engine::event::{
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::reconcile::merge::MergePlan;
+use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
 use snaptree_engine::tree::{Snapshot, SnapshotState};
 use snaptree_engine::{
-    DiskName, DomainId, DomainName, EventId, OperationId, SnapshotId, SnapshotName, StreamId,
+    DiskName, DomainId, DomainName, EventId, LayerId, OperationId, SnapshotId, SnapshotName, StreamId,
 };
 use uuid::Uuid;
 
@@ -238,7 +238,7 @@ impl Bench {
             if let Poison::AtFinish(snapshots) = &step.poison {
                 for snapshot in snapshots {
                     let name = self.state.tree.get(*snapshot).unwrap().name.clone();
-                    self.log(SnapshotDeleted { snapshot: *snapshot, name });
+                    self.log(SnapshotDeleted { snapshot: *snapshot, name, stays: false });
                 }
             }
         }
@@ -266,12 +266,18 @@ fn create(name: &str) -> SnapshotCreateRequested {
         memory: MemoryKind::Internal,
         place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     }
 }
 
 fn revert(snapshot: SnapshotId) -> Request {
-    Request::Revert(SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() })
+    Request::Revert(SnapshotRevertRequested {
+        snapshot,
+        run_state: None,
+        keep: None,
+        request: RequestTerms::default(),
+    })
 }
 
 fn delete(snapshots: &[SnapshotId], what: DeleteWhat) -> Request {
@@ -377,6 +383,7 @@ fn memory_and_run_state_come_back() {
     let mut paused = SnapshotRevertRequested {
         snapshot: running,
         run_state: Some(RunState::Paused),
+        keep: None,
         request: RequestTerms::default(),
     };
     bench.carry(Request::Revert(paused.clone()));
@@ -514,7 +521,9 @@ fn a_broken_precondition_is_refused() {
     refused(&bench, Request::Create(create("a")), Code::Exists);
     refused(&bench, Request::Create(SnapshotCreateRequested { snapshot: a, ..create("x") }), Code::Drift);
     refused(&bench, revert(fresh()), Code::NotFound);
-    let merge = MergePlan::default();
+    let layer = LayerId::new(&vda(), OperationId::from_uuid(Uuid::now_v7()));
+    let actions = vec![MergeAction::Drop { disk: vda(), layer }];
+    let merge = MergePlan { actions, ..MergePlan::default() };
     refused(&bench, Request::Merge(MergeStarted { plan: merge }), Code::Unsupported);
     bench.driver.power(&bench.state, RunState::Running).unwrap();
     let disks_only = SnapshotCreateRequested { memory: MemoryKind::No, ..create("x") };

@@ -104,6 +104,9 @@ pub enum Command {
         snapshot: SnapshotRef,
         /// The run state asked for; none for the snapshot's.
         run_state: Option<RunState>,
+        /// Whether what would be lost is kept as a snapshot of its own first.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        keep: bool,
     },
     /// Delete snapshots.
     Delete(Delete),
@@ -211,7 +214,7 @@ mod tests {
         for (command, text) in [
             (Command::Create(Create::default()), r#"{"command":"create"}"#),
             (
-                Command::Revert { snapshot: snapshot.clone(), run_state: None },
+                Command::Revert { snapshot: snapshot.clone(), run_state: None, keep: false },
                 r#"{"command":"revert","snapshot":"current"}"#,
             ),
             (Command::Delete(delete), r#"{"command":"delete","snapshots":["current"]}"#),

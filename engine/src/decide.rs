@@ -13,8 +13,8 @@ use crate::domain::Domain;
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
     OperationResolved, OperationRetried, Place, RequestTerms, SnapshotCreateRequested,
-    SnapshotDeleteRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased, SnapshotRevertRequested,
-    UnregisterWish,
+    SnapshotDeleteRequested, SnapshotEditRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased,
+    SnapshotRevertRequested, UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::operation::{Code, Operation, Phase, Verdict};
@@ -28,6 +28,8 @@ pub const TEXT_BYTES_MAX: usize = 64 << 10;
 pub const LABELS_MAX: usize = 64;
 /// Longest value of a label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 255;
+/// What the name of a snapshot begins with that keeps what a revert gave up.
+pub const KEPT_NAME: &str = "before-revert-";
 /// Most operations that may wait for one domain.
 pub const OPEN_OPERATIONS_MAX: usize = 1_000;
 
@@ -77,16 +79,21 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
     }
     let tree = state.tree_after_open();
     let event = match command {
-        Command::Create(create) => create_requested(domain, &tree, create, ctx)?,
-        Command::Revert { snapshot, run_state } => {
+        Command::Create(create) => create_requested(state, domain, &tree, create, ctx)?.into(),
+        Command::Revert { snapshot, run_state, keep } => {
             let snapshot = find(state, &tree, snapshot)?;
             not_lost(snapshot)?;
-            let request = ctx.terms.clone();
-            SnapshotRevertRequested { snapshot: snapshot.id, run_state: *run_state, request }.into()
+            let (snapshot, run_state, request) = (snapshot.id, *run_state, ctx.terms.clone());
+            let kept = keep.then(|| kept(state, domain, &tree, ctx)).transpose()?;
+            let keep = kept.as_ref().map(|kept| kept.snapshot);
+            let revert = SnapshotRevertRequested { snapshot, run_state, keep, request };
+            return Ok(kept.into_iter().map(Event::from).chain([revert.into()]).collect());
         }
         Command::Delete(delete) => delete_requested(state, domain, &tree, delete, ctx)?,
         Command::Edit { snapshot, name, description, labels } => {
-            edited(state, &tree, snapshot, name.as_ref(), description.as_deref(), labels)?
+            let edit = edited(state, &tree, snapshot, name.as_ref(), description.as_deref(), labels)?;
+            name_fits(domain, name.as_ref())?;
+            edit_event(domain, &tree, edit, ctx)?
         }
         Command::Hold { snapshot, reason, until } => held(state, &tree, snapshot, reason, *until, ctx)?,
         Command::Release { snapshot } => {
@@ -165,32 +172,56 @@ fn name_is_free(tree: &Tree, name: &SnapshotName, but: Option<SnapshotId>) -> Re
     }
 }
 
-/// The seconds since the epoch, or the next number that is free (libvirt's default name).
-fn default_name(tree: &Tree, now: Timestamp) -> Result<SnapshotName, Rejection> {
+/// The seconds since the epoch, or the next number that is free (libvirt's default name), behind `prefix`.
+fn free_name(tree: &Tree, prefix: &str, now: Timestamp) -> Result<SnapshotName, Rejection> {
     let taken: BTreeSet<&str> = tree.iter().map(|snapshot| snapshot.name.as_str()).collect();
     let mut number = now.as_second();
-    while taken.contains(number.to_string().as_str()) {
+    while taken.contains(format!("{prefix}{number}").as_str()) {
         number += 1;
     }
-    SnapshotName::new(number.to_string()).map_err(|error| reject(Code::Invalid, error.to_string()))
+    SnapshotName::new(format!("{prefix}{number}")).map_err(|error| reject(Code::Invalid, error.to_string()))
 }
 
-fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) -> Result<Event, Rejection> {
+fn name_fits(domain: &Domain, name: Option<&SnapshotName>) -> Result<(), Rejection> {
+    let most = domain.capabilities.name_bytes_max;
+    match name {
+        Some(name) if name.as_str().len() > most => Err(reject(
+            Code::Invalid,
+            format!("{} allows snapshot names of {most} bytes at most", domain.driver),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The snapshot of what a revert gives up: with the memory, if the machine has any then and the driver can.
+fn kept(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
+    let can = &domain.capabilities;
+    let content = if can.memory_external { Content::WithMemory } else { Content::Auto };
+    let name = Some(free_name(tree, KEPT_NAME, ctx.now)?);
+    let create = Create { name, content, ..Create::default() };
+    let request = create_requested(state, domain, tree, &create, ctx)?;
+    Ok(SnapshotCreateRequested { before_revert: true, ..request })
+}
+
+fn create_requested(
+    state: &DomainState,
+    domain: &Domain,
+    tree: &Tree,
+    create: &Create,
+    ctx: &Ctx,
+) -> Result<SnapshotCreateRequested, Rejection> {
     let capabilities = &domain.capabilities;
     let name = match &create.name {
         Some(name) => name.clone(),
-        None => default_name(tree, ctx.now)?,
+        None => free_name(tree, "", ctx.now)?,
     };
     name_is_free(tree, &name, None)?;
-    if name.as_str().len() > capabilities.name_bytes_max {
-        return Err(reject(
-            Code::Invalid,
-            format!(
-                "{} allows snapshot names of {} bytes at most",
-                domain.driver, capabilities.name_bytes_max
-            ),
-        ));
-    }
+    name_fits(domain, Some(&name))?;
     text_fits("description", create.description.as_deref().unwrap_or_default())?;
     labels_fit(&create.labels)?;
     let depth = tree.current().map_or(0, |current| tree.ancestors(current.id).count() + 1);
@@ -204,7 +235,8 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         )
         .hint("delete some snapshots of the chain; their changes are merged"));
     }
-    let memory = memory_kind(domain, create)?;
+    let place = place_of(state, domain, create.place)?;
+    let memory = memory_kind(domain, place, create.content)?;
     let disks = selected_disks(domain, create.disks.as_ref())?;
     if memory == MemoryKind::External && disks.len() < domain.disks.len() {
         return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
@@ -220,19 +252,35 @@ fn create_requested(domain: &Domain, tree: &Tree, create: &Create, ctx: &Ctx) ->
         labels: create.labels.clone(),
         disks,
         memory,
-        place: create.place,
+        place,
         quiesce: create.quiesce,
+        before_revert: false,
         request: ctx.terms.clone(),
+    })
+}
+
+/// A domain keeps all its snapshots in one way; one that is asked for without a word about it goes where the others are.
+fn place_of(state: &DomainState, domain: &Domain, wanted: Place) -> Result<Place, Rejection> {
+    match (wanted, state.place()) {
+        (Place::Internal, Some(Place::Usual)) => Err(reject(
+            Code::Unsupported,
+            format!(
+                "domain '{}' has external snapshots, and the two kinds are not mixed in one domain",
+                domain.name
+            ),
+        )
+        .hint("leave out --internal, or delete its snapshots first")),
+        (Place::Usual, Some(Place::Internal)) => Ok(Place::Internal),
+        (wanted, _) => Ok(wanted),
     }
-    .into())
 }
 
 /// Whether and where the memory is to be kept. Inside an image it is kept wherever there is any; that a machine which
 /// is off has none is known when it is planned.
-fn memory_kind(domain: &Domain, create: &Create) -> Result<MemoryKind, Rejection> {
+fn memory_kind(domain: &Domain, place: Place, content: Content) -> Result<MemoryKind, Rejection> {
     let can = &domain.capabilities;
     let unsupported = |message: String, hint: &str| Err(reject(Code::Unsupported, message).hint(hint));
-    match (create.place, create.content) {
+    match (place, content) {
         (Place::Internal, _) if !can.internal => unsupported(
             format!("snapshots of domain '{}' cannot be kept inside its disk images", domain.name),
             "leave out --internal",
@@ -380,7 +428,7 @@ fn edited(
     name: Option<&SnapshotName>,
     description: Option<&str>,
     labels: &Labels,
-) -> Result<Event, Rejection> {
+) -> Result<SnapshotEdited, Rejection> {
     let snapshot = find(state, tree, wanted)?;
     if !state.tree.contains(snapshot.id) {
         return Err(reject(Code::Invalid, format!("snapshot '{}' is still being taken", snapshot.name)));
@@ -394,7 +442,20 @@ fn edited(
         return Err(reject(Code::Invalid, "nothing to change").hint("give --name, --description or --label"));
     }
     let description = description.map(str::to_owned);
-    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels }.into())
+    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels })
+}
+
+/// Where the hypervisor keeps names, a change of them is an operation; all else is carried out by being written.
+fn edit_event(domain: &Domain, tree: &Tree, edit: SnapshotEdited, ctx: &Ctx) -> Result<Event, Rejection> {
+    let kept_there = domain.capabilities.keeps_names && (edit.name.is_some() || edit.description.is_some());
+    if !kept_there || tree.get(edit.snapshot).is_none_or(|snapshot| snapshot.lost) {
+        return Ok(edit.into());
+    }
+    if ctx.blocked == Blocked::Domain {
+        return Err(reject(Code::NeedsAttention, "another operation of this domain needs attention first")
+            .hint("`snaptree op list --open` names it; then `snaptree op retry` or `snaptree op resolve`"));
+    }
+    Ok(SnapshotEditRequested { edit, request: ctx.terms.whenever() }.into())
 }
 
 fn held(

@@ -27,6 +27,8 @@ pub enum RunState {
 pub enum DriverKind {
     /// QEMU/KVM on disk images of this host.
     Qemu,
+    /// VirtualBox on this host.
+    Virtualbox,
     /// The built-in simulated hypervisor.
     Sim,
 }
@@ -36,6 +38,7 @@ impl DriverKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Qemu => "qemu",
+            Self::Virtualbox => "virtualbox",
             Self::Sim => "sim",
         }
     }
@@ -49,7 +52,7 @@ impl fmt::Display for DriverKind {
 
 /// A driver's name that is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown driver '{0}': expected qemu or sim")]
+#[error("unknown driver '{0}': expected qemu, virtualbox or sim")]
 pub struct DriverKindError(String);
 
 impl FromStr for DriverKind {
@@ -57,6 +60,7 @@ impl FromStr for DriverKind {
     fn from_str(text: &str) -> Result<Self, DriverKindError> {
         match text {
             "qemu" => Ok(Self::Qemu),
+            "virtualbox" => Ok(Self::Virtualbox),
             "sim" => Ok(Self::Sim),
             other => Err(DriverKindError(other.chars().take(40).collect())),
         }
@@ -97,6 +101,10 @@ pub struct Capabilities {
     pub metadata_only: bool,
     /// Whether deleting merges in the same call, so Snaptree plans no merges of its own.
     pub merges_itself: bool,
+    /// Whether the hypervisor keeps names and descriptions, so that an edit has to reach it, and one that was made there
+    /// is followed.
+    #[serde(default)]
+    pub keeps_names: bool,
     /// Longest snapshot name in bytes.
     pub name_bytes_max: usize,
     /// Deepest chain of snapshots.

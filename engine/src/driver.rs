@@ -165,6 +165,9 @@ pub struct SeenSnapshot {
     /// The state of the machine that it was taken of, where the hypervisor says so.
     #[serde(default)]
     pub state: Option<SnapshotState>,
+    /// Why the hypervisor cannot merge its data now, if it is to be deleted; none if it can.
+    #[serde(default)]
+    pub stays: Option<String>,
 }
 
 /// What is kept beside the layers: enough to go on where the log was restored from an older copy.
@@ -264,9 +267,15 @@ pub struct Learnt {
     /// The state of the machine that it was taken of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<SnapshotState>,
+    /// The hypervisor's own id of the snapshot that was taken, where it keeps a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
     /// Files that are nobody's after the step.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left: BTreeSet<PathBuf>,
+    /// What had to be put right at the hypervisor first, in words; each becomes an event.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repairs: Vec<String>,
 }
 
 /// What became of a step whose end is not known.

@@ -481,17 +481,23 @@ impl Engine {
             _ if is_request => (Some(operation), Submitted::Operation(operation)),
             _ => (None, Submitted::Recorded),
         };
-        let events = events
-            .into_iter()
-            .map(|event| NewEvent {
+        // What a command is about is its last request: those before it make it possible, as operations of their own.
+        let mut last = true;
+        let mut addressed: Vec<NewEvent> = Vec::with_capacity(events.len());
+        for event in events.into_iter().rev() {
+            let is_request = Request::of(&event).is_some();
+            let before = is_request && !last;
+            addressed.push(NewEvent {
                 stream: stream.clone(),
-                key: key.filter(|_| Request::of(&event).is_some()).map(str::to_owned),
+                key: key.filter(|_| is_request && !before).map(str::to_owned),
                 event,
-                operation,
+                operation: if before { Some(OperationId::from_uuid(self.ids.next())) } else { operation },
                 cause: None,
-            })
-            .collect();
-        (submitted, events)
+            });
+            last &= !is_request;
+        }
+        addressed.reverse();
+        (submitted, addressed)
     }
 
     /// Carries out everything that is open for a domain, in the order of the requests, and the merges after it.
@@ -596,14 +602,28 @@ impl Engine {
     ) -> Result<DryRun, EngineError> {
         let state = self.load(domain).await?;
         let events = decide(&state, command, &self.ctx(requester, &state, None))?;
-        let request = events.iter().find_map(Request::of);
-        let request = request.ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
+        let mut requests: Vec<Request> = events.iter().filter_map(Request::of).collect();
+        let request = requests.pop().ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
         let driver = self.driver_of(&state)?;
         let observation = driver.observe(&state).await.map_err(EngineError::Driver)?;
         let mut plan =
             driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
         let policy = self.settings.merge_policy();
         space::check_plan(&request, &plan, &observation, policy.margin_bytes)?;
+        for before in &requests {
+            let mut first =
+                driver.plan(OperationId::from_uuid(self.ids.next()), before, &state, &observation)?;
+            space::check_plan(before, &first, &observation, policy.margin_bytes)?;
+            first.steps.append(&mut plan.steps);
+            // What the revert would give up is in the snapshot that is taken first.
+            plan = Plan {
+                steps: first.steps,
+                bytes_moved: plan.bytes_moved.saturating_add(first.bytes_moved),
+                bytes_freed: 0,
+                peak_space_bytes: plan.peak_space_bytes.saturating_add(first.peak_space_bytes),
+                lost: first.lost,
+            };
+        }
         let (mut after, mut merges, mut frees) = (state.clone(), Vec::new(), None);
         if let Request::Delete(delete) = &request {
             let deleted = (&requester.actor, self.clock.now());
@@ -703,6 +723,7 @@ fn repeated(earlier: &Envelope, key: &str, digest: &str) -> Result<Submitted, En
         Some(Request::Create(r)) => r.request.command_sha256,
         Some(Request::Revert(r)) => r.request.command_sha256,
         Some(Request::Delete(r)) => r.request.command_sha256,
+        Some(Request::Edit(r)) => r.request.command_sha256,
         Some(Request::Unregister(r)) => r.request.command_sha256,
         Some(Request::Merge(_)) | None => None,
     };

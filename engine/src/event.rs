@@ -237,6 +237,8 @@ events! {
     DomainRegistered = "Domain.Registered" 1,
     /// Name, labels or configuration changed.
     DomainChanged = "Domain.Changed" 1,
+    /// Something that the hypervisor had left broken was put right.
+    DomainRepaired = "Domain.Repaired" 1,
     /// Its end was asked for.
     DomainUnregisterRequested = "Domain.UnregisterRequested" 1,
     /// Snaptree has let go of it.
@@ -253,6 +255,8 @@ events! {
     SnapshotDeleteRequested = "Snapshot.DeleteRequested" 1,
     /// One snapshot is gone; its data is poisoned from here on.
     SnapshotDeleted = "Snapshot.Deleted" 1,
+    /// A change of what the hypervisor keeps about a snapshot was asked for.
+    SnapshotEditRequested = "Snapshot.EditRequested" 1,
     /// Name, description or labels changed.
     SnapshotEdited = "Snapshot.Edited" 1,
     /// Its deletion is forbidden.
@@ -339,6 +343,13 @@ pub struct DomainChanged {
     pub labels: Option<Labels>,
 }
 
+/// Payload: something that the hypervisor had left broken was put right.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DomainRepaired {
+    /// What was broken, and what was done about it, in words.
+    pub what: String,
+}
+
 /// Payload: a domain's end was asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DomainUnregisterRequested {
@@ -403,6 +414,9 @@ pub struct SnapshotCreateRequested {
     /// Whether the guest is asked to bring its file systems to rest first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quiesce: bool,
+    /// Whether it keeps what a revert gives up. The memory belongs to it then only if the machine has any.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub before_revert: bool,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,
@@ -425,7 +439,7 @@ impl SnapshotCreateRequested {
             made_by: operation.actor.clone(),
             made_in: Some(operation.id),
             lost: false,
-            native: None,
+            native: operation.learnt.native.clone(),
         }
     }
 }
@@ -446,6 +460,9 @@ pub struct SnapshotRevertRequested {
     /// The run state asked for; none for the one that the snapshot has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
+    /// The snapshot that keeps what is given up, asked for together with this: without it nothing is reverted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<SnapshotId>,
     /// Idempotency.
     #[serde(flatten)]
     pub request: RequestTerms,
@@ -486,6 +503,20 @@ pub struct SnapshotDeleted {
     pub snapshot: SnapshotId,
     /// The name that it had, for whoever reads the log alone.
     pub name: SnapshotName,
+    /// Whether the hypervisor may still hold its data, as it merges it later.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stays: bool,
+}
+
+/// Payload: a change of what the hypervisor keeps about a snapshot was asked for; what is left out stays.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotEditRequested {
+    /// What is to be.
+    #[serde(flatten)]
+    pub edit: SnapshotEdited,
+    /// Idempotency.
+    #[serde(flatten)]
+    pub request: RequestTerms,
 }
 
 /// Payload: what of a snapshot changed; what is left out stayed.
@@ -502,6 +533,21 @@ pub struct SnapshotEdited {
     /// All labels that it has from now on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Labels>,
+}
+
+impl SnapshotEdited {
+    /// Writes the change into a snapshot.
+    pub(crate) fn apply(&self, snapshot: &mut Snapshot) {
+        if let Some(name) = &self.name {
+            snapshot.name = name.clone();
+        }
+        if let Some(description) = &self.description {
+            snapshot.description = Some(description.clone()).filter(|text| !text.is_empty());
+        }
+        if let Some(labels) = &self.labels {
+            snapshot.labels.clone_from(labels);
+        }
+    }
 }
 
 /// Payload: a snapshot is held.

@@ -45,7 +45,7 @@ use crate::around::{HookPhase, HookStage, HookStages};
 use crate::driver::Learnt;
 use crate::event::{
     Actor, DomainUnregisterRequested, Event, MergeStarted, OperationResolved, RetryKind,
-    SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
+    SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEditRequested, SnapshotRevertRequested,
 };
 use crate::ids::{OperationId, SnapshotId};
 
@@ -177,6 +177,8 @@ pub enum Poison {
     AtStart(Vec<SnapshotId>),
     /// With its `StepFinished`: the hypervisor deletes in one call, or only a mark is set.
     AtFinish(Vec<SnapshotId>),
+    /// With its `StepFinished`: they are deleted for the user, and the hypervisor merges their data later.
+    Hidden(Vec<SnapshotId>),
 }
 
 /// The smallest thing a driver does.
@@ -207,6 +209,8 @@ pub enum Request {
     Revert(SnapshotRevertRequested),
     /// Delete some.
     Delete(SnapshotDeleteRequested),
+    /// Change what the hypervisor keeps about one.
+    Edit(SnapshotEditRequested),
     /// Fold tombstones away.
     Merge(MergeStarted),
     /// Let go of the domain.
@@ -220,6 +224,7 @@ impl Request {
             Event::SnapshotCreateRequested(r) => Some(Self::Create(r.clone())),
             Event::SnapshotRevertRequested(r) => Some(Self::Revert(r.clone())),
             Event::SnapshotDeleteRequested(r) => Some(Self::Delete(r.clone())),
+            Event::SnapshotEditRequested(r) => Some(Self::Edit(r.clone())),
             Event::MergeStarted(r) => Some(Self::Merge(r.clone())),
             Event::DomainUnregisterRequested(r) => Some(Self::Unregister(r.clone())),
             _ => None,
@@ -232,6 +237,7 @@ impl Request {
             Self::Create(_) => "create",
             Self::Revert(_) => "revert",
             Self::Delete(_) => "delete",
+            Self::Edit(_) => "edit",
             Self::Merge(_) => "merge",
             Self::Unregister(_) => "unregister",
         }
@@ -243,6 +249,7 @@ impl Request {
             Self::Create(r) => vec![r.snapshot],
             Self::Revert(r) => vec![r.snapshot],
             Self::Delete(r) => r.snapshots.clone(),
+            Self::Edit(r) => vec![r.edit.snapshot],
             Self::Merge(r) => r.plan.snapshots.clone(),
             Self::Unregister(_) => Vec::new(),
         }
@@ -562,6 +569,7 @@ impl Operation {
         if let Ok(learnt) = serde_json::from_value::<Learnt>(learnt.clone()) {
             self.learnt.taken = learnt.taken.or(self.learnt.taken);
             self.learnt.state = learnt.state.or(self.learnt.state);
+            self.learnt.native = learnt.native.or(self.learnt.native.take());
             self.learnt.left.extend(learnt.left);
         }
     }
@@ -580,7 +588,7 @@ impl Operation {
         match &self.request {
             Request::Create(request) => request.request.deadline,
             Request::Revert(request) => request.request.deadline,
-            Request::Delete(_) | Request::Merge(_) | Request::Unregister(_) => None,
+            Request::Delete(_) | Request::Edit(_) | Request::Merge(_) | Request::Unregister(_) => None,
         }
     }
 

@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 use crate::around::HookStages;
 use crate::domain::Domain;
 use crate::driver::{Learnt, SeenSnapshot};
-use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, SystemRestored};
+use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, Place, SnapshotDeleted, SystemRestored};
 use crate::ids::{OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
-use crate::operation::{IllegalHistory, Operation, Phase, Request};
+use crate::operation::{IllegalHistory, Operation, Phase, Poison, Request, Verdict};
 use crate::reconcile::drift::Finding;
-use crate::tree::Tree;
+use crate::tree::{Snapshot, Tree};
 
 /// The version of this projector. A checkpoint of another version is dropped.
 pub const PROJECTOR: u32 = 2;
@@ -32,6 +32,9 @@ pub struct Tombstone {
     pub deleted_by: Actor,
     /// The event that deleted it; the cause of its merge.
     pub seq: u64,
+    /// The hypervisor's own id of it, where it keeps a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native: Option<String>,
     /// When its data was asked to be folded away.
     pub wish: MergeWish,
     /// Why it is not folded away yet, if that was found out.
@@ -47,6 +50,15 @@ pub enum Forgotten {
     Marked(SnapshotId),
     /// By the hypervisor's own id.
     Native(String),
+}
+
+/// Where what is left of a deleted snapshot would be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Remains {
+    /// In layers, if any are its own.
+    InLayers,
+    /// In the hypervisor's list.
+    Listed,
 }
 
 /// Whether the hypervisor has a snapshot.
@@ -118,7 +130,7 @@ impl DomainState {
             Event::SnapshotReverted(e) => self.tree.revert(e.snapshot),
             Event::SnapshotAdopted(e) => self.tree.adopt(e.snapshot.clone(), &e.children),
             Event::SystemRestored(e) => self.restore(envelope, e),
-            Event::SnapshotDeleted(e) => self.delete(envelope, e.snapshot),
+            Event::SnapshotDeleted(e) => self.delete(envelope, e),
             Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_) => {
                 self.mark(&envelope.event);
             }
@@ -135,7 +147,8 @@ impl DomainState {
                 self.mark_lost(&e.finding, Presence::There);
                 self.drift.remove(&e.finding);
             }
-            Event::MergeFinished(_) | Event::SystemOpened(_) | Event::SystemRecovered(_) => {}
+            Event::MergeFinished(e) => self.folded(&e.snapshots),
+            Event::DomainRepaired(_) | Event::SystemOpened(_) | Event::SystemRecovered(_) => {}
             _ => self.advance(envelope),
         }
     }
@@ -175,9 +188,20 @@ impl DomainState {
             });
             return;
         };
+        let in_hand = self.open[position].step_in_hand();
         if let Err(illegal) = self.open[position].apply(&envelope.event, envelope.seq) {
             self.illegal.get_or_insert(illegal);
             return;
+        }
+        let done = match &envelope.event {
+            Event::OperationStepFinished(e) => Some(e.step),
+            Event::OperationResolved(e) if e.verdict == Verdict::Done => in_hand,
+            _ => None,
+        };
+        if let Some(Poison::AtStart(gone)) =
+            done.and_then(|step| self.open[position].steps.get(step)).map(|step| step.poison.clone())
+        {
+            self.folded(&gone);
         }
         match &envelope.event {
             Event::OperationStepFinished(e) => self.change_layers(&e.changes),
@@ -203,7 +227,15 @@ impl DomainState {
         }
     }
 
-    fn delete(&mut self, envelope: &Envelope, id: SnapshotId) {
+    /// A hypervisor that merges by itself has done so with the data of these.
+    fn folded(&mut self, snapshots: &[SnapshotId]) {
+        if self.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
+            self.tombstones.retain(|id, _| !snapshots.contains(id));
+        }
+    }
+
+    fn delete(&mut self, envelope: &Envelope, deleted: &SnapshotDeleted) {
+        let id = deleted.snapshot;
         let open = self.open.iter().find(|open| Some(open.id) == envelope.operation);
         let (wish, what) = match open.map(|open| &open.request) {
             Some(Request::Delete(request)) => (request.merge, request.what),
@@ -214,16 +246,24 @@ impl DomainState {
             let native = self.tree.get(id).and_then(|snapshot| snapshot.native.clone());
             self.forgotten.extend(native.map(Forgotten::Native));
         }
-        self.bury(id, wish, &envelope.actor, envelope.at, envelope.seq);
+        let by = (&envelope.actor, envelope.at, envelope.seq);
+        self.bury(id, wish, by, if deleted.stays { Remains::Listed } else { Remains::InLayers });
     }
 
-    /// Takes a snapshot out of the tree; what the layers still hold of it becomes a tombstone.
-    fn bury(&mut self, id: SnapshotId, wish: MergeWish, by: &Actor, at: Timestamp, seq: u64) {
-        let stands = self.layers.disks.values().any(|disk| disk.layer_of(id).is_some());
+    /// Takes a snapshot out of the tree; what is still held of it becomes a tombstone.
+    fn bury(
+        &mut self,
+        id: SnapshotId,
+        wish: MergeWish,
+        (by, at, seq): (&Actor, Timestamp, u64),
+        remains: Remains,
+    ) {
+        let stands =
+            remains == Remains::Listed || self.layers.disks.values().any(|disk| disk.layer_of(id).is_some());
         if let Some(snapshot) = self.tree.get(id).filter(|_| stands) {
-            let name = snapshot.name.clone();
+            let (name, native) = (snapshot.name.clone(), snapshot.native.clone());
             let deleted_by = by.clone();
-            let tombstone = Tombstone { name, deleted: at, deleted_by, seq, wish, deferred: None };
+            let tombstone = Tombstone { name, deleted: at, deleted_by, seq, native, wish, deferred: None };
             self.tombstones.insert(id, tombstone);
         }
         self.tree.delete(id);
@@ -240,6 +280,7 @@ impl DomainState {
             deleted: envelope.at,
             deleted_by: envelope.actor.clone(),
             seq: envelope.seq,
+            native: None,
             wish: MergeWish::Auto,
             deferred: None,
         };
@@ -249,7 +290,7 @@ impl DomainState {
     /// The state as it would be if these were deleted now.
     pub(crate) fn delete_all(&mut self, ids: &[SnapshotId], wish: MergeWish, by: &Actor, at: Timestamp) {
         for id in ids {
-            self.bury(*id, wish, by, at, self.seq);
+            self.bury(*id, wish, (by, at, self.seq), Remains::InLayers);
         }
     }
 
@@ -257,15 +298,8 @@ impl DomainState {
     fn mark(&mut self, event: &Event) {
         match event {
             Event::SnapshotEdited(e) => {
-                let Some(snapshot) = self.tree.get_mut(e.snapshot) else { return };
-                if let Some(name) = &e.name {
-                    snapshot.name = name.clone();
-                }
-                if let Some(description) = &e.description {
-                    snapshot.description = Some(description.clone()).filter(|text| !text.is_empty());
-                }
-                if let Some(labels) = &e.labels {
-                    snapshot.labels.clone_from(labels);
+                if let Some(snapshot) = self.tree.get_mut(e.snapshot) {
+                    e.apply(snapshot);
                 }
             }
             Event::SnapshotHeld(e) => {
@@ -301,6 +335,25 @@ impl DomainState {
         self.open.iter().find(|operation| operation.id == id)
     }
 
+    /// Where the domain keeps its snapshots, by those that it has or will have; none while there are none. One that none of
+    /// the layers reads as is inside the images, where the driver has both kinds.
+    pub fn place(&self) -> Option<Place> {
+        let can = self.domain.as_ref().map(|domain| &domain.capabilities);
+        let can = can.is_some_and(|can| can.internal && !can.merges_itself);
+        let open = self.open.iter().find_map(|operation| match &operation.request {
+            Request::Create(request) => Some(request.place),
+            _ => None,
+        });
+        let stands =
+            |snapshot: &Snapshot| self.layers.disks.values().any(|disk| disk.layer_of(snapshot.id).is_some());
+        let of_tree = self
+            .tree
+            .iter()
+            .next()
+            .map(|snapshot| if can && !stands(snapshot) { Place::Internal } else { Place::Usual });
+        of_tree.or(open)
+    }
+
     /// The tree as it will be when all open requests have been carried out; what a new request is judged by.
     pub fn tree_after_open(&self) -> std::borrow::Cow<'_, Tree> {
         use std::borrow::Cow;
@@ -312,6 +365,11 @@ impl DomainState {
                     tree.to_mut().create(snapshot);
                 }
                 Request::Revert(request) => tree.to_mut().revert(request.snapshot),
+                Request::Edit(request) => {
+                    if let Some(snapshot) = tree.to_mut().get_mut(request.edit.snapshot) {
+                        request.edit.apply(snapshot);
+                    }
+                }
                 Request::Delete(request) => {
                     for id in &request.snapshots {
                         tree.to_mut().delete(*id);

@@ -4,6 +4,7 @@
 //! children and descendants are derived.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -105,7 +106,7 @@ pub struct Snapshot {
     /// Whether the hypervisor no longer has it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lost: bool,
-    /// The hypervisor's own id, where it does not carry our mark.
+    /// The hypervisor's own id, where it keeps a list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
 }
@@ -113,8 +114,30 @@ pub struct Snapshot {
 /// All live snapshots of one domain, and which of them is current.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tree {
-    snapshots: BTreeMap<SnapshotId, Snapshot>,
+    /// Shared, since a tree is copied for every look at a domain, and few of its snapshots change.
+    #[serde(with = "shared")]
+    snapshots: BTreeMap<SnapshotId, Arc<Snapshot>>,
     current: Option<SnapshotId>,
+}
+
+/// Shared snapshots are written as if they were not.
+mod shared {
+    use super::{Arc, BTreeMap, Snapshot, SnapshotId};
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        snapshots: &BTreeMap<SnapshotId, Arc<Snapshot>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(snapshots.iter().map(|(id, snapshot)| (id, snapshot.as_ref())))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<SnapshotId, Arc<Snapshot>>, D::Error> {
+        let snapshots = BTreeMap::<SnapshotId, Snapshot>::deserialize(deserializer)?;
+        Ok(snapshots.into_iter().map(|(id, snapshot)| (id, snapshot.into())).collect())
+    }
 }
 
 /// Snapshots that make no tree.
@@ -144,7 +167,7 @@ impl Tree {
         let mut names = BTreeSet::new();
         for snapshot in snapshots {
             let (id, name) = (snapshot.id, snapshot.name.clone());
-            if !names.insert(name.clone()) || tree.snapshots.insert(id, snapshot).is_some() {
+            if !names.insert(name.clone()) || tree.snapshots.insert(id, snapshot.into()).is_some() {
                 return Err(TreeError::Twice(name));
             }
         }
@@ -185,12 +208,12 @@ impl Tree {
 
     /// A live snapshot.
     pub fn get(&self, id: SnapshotId) -> Option<&Snapshot> {
-        self.snapshots.get(&id)
+        self.snapshots.get(&id).map(AsRef::as_ref)
     }
 
     /// For what changes in place: name, description, labels, hold.
     pub(crate) fn get_mut(&mut self, id: SnapshotId) -> Option<&mut Snapshot> {
-        self.snapshots.get_mut(&id)
+        self.snapshots.get_mut(&id).map(Arc::make_mut)
     }
 
     /// The snapshot that the machine's state descends from directly.
@@ -200,7 +223,7 @@ impl Tree {
 
     /// All live snapshots, in the order of their ids (thus of their requests).
     pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
-        self.snapshots.values()
+        self.snapshots.values().map(AsRef::as_ref)
     }
 
     /// The live snapshot of that name.
@@ -268,7 +291,7 @@ impl Tree {
     pub(crate) fn create(&mut self, mut snapshot: Snapshot) {
         snapshot.parent = self.current;
         self.current = Some(snapshot.id);
-        self.snapshots.insert(snapshot.id, snapshot);
+        self.snapshots.insert(snapshot.id, snapshot.into());
     }
 
     /// Adopted: it stands where the hypervisor has it, and `children` stand upon it from now on.
@@ -279,11 +302,11 @@ impl Tree {
             .chain(snapshot.parent.iter().flat_map(|parent| self.ancestors(*parent).map(|up| up.id)))
             .collect();
         for child in children.iter().filter(|child| !above.contains(child)) {
-            if let Some(child) = self.snapshots.get_mut(child) {
+            if let Some(child) = self.get_mut(*child) {
                 child.parent = Some(snapshot.id);
             }
         }
-        self.snapshots.insert(snapshot.id, snapshot);
+        self.snapshots.insert(snapshot.id, snapshot.into());
     }
 
     /// Reverted: it becomes current, parents stay.
@@ -298,7 +321,7 @@ impl Tree {
         let Some(deleted) = self.snapshots.remove(&id) else { return };
         for snapshot in self.snapshots.values_mut() {
             if snapshot.parent == Some(id) {
-                snapshot.parent = deleted.parent;
+                Arc::make_mut(snapshot).parent = deleted.parent;
             }
         }
         if self.current == Some(id) {

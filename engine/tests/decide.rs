@@ -7,7 +7,6 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{History, at, disk, name, snapshot_id, uuid};
-use snaptree_engine::LabelKey;
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::decide::{Ctx, LABELS_MAX, TEXT_BYTES_MAX, decide};
 use snaptree_engine::domain::Capabilities;
@@ -15,9 +14,11 @@ use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, Event, MemoryKind, MergeWish, OperationNeedsAttention, Place,
     RequestTerms, SnapshotHeld, UnregisterWish,
 };
+use snaptree_engine::layer::{Layer, LayerChange};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::reconcile::beside::Blocked;
 use snaptree_engine::tree::Hold;
+use snaptree_engine::{LabelKey, LayerId, OperationId};
 
 /// a <- b <- c, and b <- d; current is d.
 fn history() -> History {
@@ -124,25 +125,25 @@ fn requests_are_judged_by_the_tree_after_the_open_ones() {
     let events = decide(&history.state, &delete(&["d"], DeleteScope::Named), &ctx()).unwrap();
     let operation = Some(history.fresh_operation());
     history.push(operation, events.into_iter().next().unwrap());
-    let revert = Command::Revert { snapshot: by_name("d"), run_state: None };
+    let revert = Command::Revert { snapshot: by_name("d"), run_state: None, keep: false };
     assert_eq!(refused(&history, &revert).1, "snapshot 'd' of domain 'web' is being deleted");
     let hold = Command::Hold { snapshot: by_name("d"), reason: "x".to_owned(), until: None };
     assert_eq!(refused(&history, &hold).0, Code::NotFound);
     // `--current` is resolved now: d's parent.
-    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None, keep: false };
     let events = decide(&history.state, &revert, &ctx()).unwrap();
     assert!(matches!(&events[..], [Event::SnapshotRevertRequested(r)] if r.snapshot == snapshot_id(2)));
 }
 
 #[test]
 fn what_is_not_there_is_not_found() {
-    let revert = Command::Revert { snapshot: by_name("zz"), run_state: None };
+    let revert = Command::Revert { snapshot: by_name("zz"), run_state: None, keep: false };
     assert_eq!(
         refused(&history(), &revert),
         (Code::NotFound, "domain 'web' has no snapshot 'zz'".to_owned())
     );
     let mut empty = History::new(&["vda"]);
-    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None };
+    let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None, keep: false };
     assert_eq!(refused(&empty, &revert).1, "domain 'web' has no current snapshot");
     empty.state.registered = false;
     assert_eq!(refused(&empty, &revert).1, "the domain is not registered");
@@ -169,10 +170,8 @@ fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
     };
     let quiesce = || Command::Create(Create { quiesce: true, ..create(None) });
     let internal = Command::Create(Create { place: Place::Internal, ..create(None) });
-    let cases: [(Change, Command, Code); 9] = [
+    let cases: [(Change, Command, Code); 8] = [
         (|c| c.memory = false, memory.clone(), Code::Unsupported),
-        // It can be kept inside the images alone, and that has to be asked for.
-        (|c| (c.memory, c.internal) = (false, true), memory, Code::Unsupported),
         (|c| c.internal = false, internal, Code::Unsupported),
         (|c| c.children_only = false, delete(&["b"], DeleteScope::ChildrenOnly), Code::Unsupported),
         (|c| c.metadata_only = false, metadata, Code::Unsupported),
@@ -187,6 +186,64 @@ fn what_the_driver_cannot_do_is_refused_before_anything_is_written() {
         change(&mut history.state.domain.as_mut().unwrap().capabilities);
         assert_eq!(refused(&history, &command).0, code, "{command:?}");
     }
+    // It can be kept inside the images alone, and for a first snapshot that has to be asked for.
+    let mut history = History::new(&["vda"]);
+    history.state.domain.as_mut().unwrap().capabilities.internal = true;
+    assert_eq!(refused(&history, &memory).0, Code::Unsupported);
+}
+
+/// A domain that can have both kinds, and has `a` inside its image (`layers` is then empty), or as a layer.
+fn of_both_kinds(changes: Vec<LayerChange>) -> History {
+    let mut history = History::new(&["vda"]);
+    history.state.domain.as_mut().unwrap().capabilities.internal = true;
+    history.create(1, "a", changes);
+    history
+}
+
+fn layer_of_a() -> Vec<LayerChange> {
+    let (disk, layer) = (disk("vda"), LayerId::adopted(&disk("vda"), OperationId::from_uuid(uuid(9))));
+    let facts = Layer {
+        file: "/vda".into(),
+        parent: None,
+        snapshot: Some(snapshot_id(1)),
+        mode: 0o600,
+        virtual_size_bytes: 1,
+        registered: true,
+        stamp: None,
+    };
+    vec![LayerChange::Added { disk, layer, facts }]
+}
+
+#[test]
+fn the_first_snapshot_says_where_the_others_go() {
+    let asked = |history: &History, place| {
+        let command = Command::Create(Create { place, ..create(Some("b")) });
+        let events = decide(&history.state, &command, &ctx()).unwrap();
+        let [Event::SnapshotCreateRequested(request)] = events.as_slice() else { panic!("{events:?}") };
+        (request.place, request.memory)
+    };
+    let inside = of_both_kinds(vec![]);
+    assert_eq!(asked(&inside, Place::Usual), (Place::Internal, MemoryKind::Internal));
+    assert_eq!(asked(&inside, Place::Internal), (Place::Internal, MemoryKind::Internal));
+    let outside = of_both_kinds(layer_of_a());
+    assert_eq!(asked(&outside, Place::Usual), (Place::Usual, MemoryKind::No));
+    let mixed = Command::Create(Create { place: Place::Internal, ..create(Some("b")) });
+    let (code, message) = refused(&outside, &mixed);
+    assert_eq!(code, Code::Unsupported);
+    assert!(message.contains("not mixed"), "{message}");
+}
+
+#[test]
+fn a_revert_that_keeps_asks_for_a_snapshot_first_and_names_it() {
+    let revert = Command::Revert { snapshot: by_name("a"), run_state: None, keep: true };
+    let events = decide(&history().state, &revert, &ctx()).unwrap();
+    let [Event::SnapshotCreateRequested(kept), Event::SnapshotRevertRequested(revert)] = events.as_slice()
+    else {
+        panic!("{events:?}")
+    };
+    assert_eq!(kept.name, name(&format!("before-revert-{}", at(500).as_second())));
+    assert!(kept.before_revert);
+    assert_eq!(revert.keep, Some(kept.snapshot));
 }
 
 #[test]

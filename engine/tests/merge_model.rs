@@ -238,6 +238,7 @@ impl Model {
         let mut grown = 0;
         match action {
             MergeAction::Drop { layer, .. } => drop(self, layer),
+            MergeAction::Fold { .. } => unreachable!("the layers are the engine's own"),
             MergeAction::Pull { vanish, dependants, onto, .. } => {
                 for dependant in dependants {
                     let mut pulled = Blocks::new();

@@ -82,6 +82,7 @@ pub fn registered(id: DomainId, name: &str) -> Event {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 100,
     };
@@ -110,6 +111,7 @@ pub fn create_requested(snapshot: SnapshotId, name: &str) -> Event {
         memory: MemoryKind::No,
         place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     }
     .into()
@@ -154,7 +156,7 @@ pub fn delete_requested(snapshots: Vec<SnapshotId>) -> Event {
 
 /// `Snapshot.Deleted`.
 pub fn deleted(snapshot: SnapshotId, name: &str) -> Event {
-    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap() }.into()
+    SnapshotDeleted { snapshot, name: SnapshotName::new(name).unwrap(), stays: false }.into()
 }
 
 /// Some failure.
@@ -501,8 +503,12 @@ pub async fn operations_keep_the_names_of_their_snapshots(log: &impl EventLog) {
     let (id, first, second) = (domain_id(), snapshot_id(), snapshot_id());
     let stream = StreamId::Domain(id);
     let ids: Vec<OperationId> = (0..5).map(|_| operation_id()).collect();
-    let revert =
-        |snapshot| SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+    let revert = |snapshot| SnapshotRevertRequested {
+        snapshot,
+        run_state: None,
+        keep: None,
+        request: RequestTerms::default(),
+    };
     log.append(facts(vec![
         new(&stream, registered(id, "d")),
         of(ids[0], &stream, create_requested(first, "first")),

@@ -109,6 +109,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         memory: MemoryKind::No,
         place: Place::Usual,
         quiesce: false,
+        before_revert: false,
         request: RequestTerms::default(),
     };
     let snapshot = Snapshot {
@@ -131,6 +132,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
 }
 
 fn revert(domain: DomainId, snapshot: SnapshotId) -> Vec<NewEvent> {
-    let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+    let request =
+        SnapshotRevertRequested { snapshot, run_state: None, keep: None, request: RequestTerms::default() };
     operation(domain, request.into(), SnapshotReverted { snapshot }.into())
 }

@@ -61,8 +61,10 @@ pub enum Way {
 
 /// QEMU's arguments, with these for disks, socket and pid file.
 fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file: &str) -> Vec<String> {
-    let mut words: Vec<String> = ["-accel", "tcg", "-machine", "pc,i8042=off", "-m", "16", "-nodefaults"]
-        .into_iter()
+    let mut words: Vec<String> = accelerator()
+        .iter()
+        .copied()
+        .chain(["-machine", "pc,i8042=off", "-m", "16", "-nodefaults"])
         .chain(["-no-user-config", "-display", "none", "-serial"])
         .map(str::to_owned)
         .collect();
@@ -84,6 +86,15 @@ fn arguments(serial: &Path, disks: [&str; 2], format: &str, qmp: &str, pid_file:
 /// The program that is QEMU: another one by `SNAPTREE_TEST_QEMU`.
 fn qemu() -> String {
     std::env::var("SNAPTREE_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
+/// How the guest is carried out: by KVM with `SNAPTREE_TEST_ACCEL=kvm`.
+fn accelerator() -> &'static [&'static str] {
+    match std::env::var("SNAPTREE_TEST_ACCEL").as_deref() {
+        // Where KVM itself runs in a machine, this one feature cannot be set.
+        Ok("kvm") => &["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
+        _ => &["-accel", "tcg"],
+    }
 }
 
 impl Running {
@@ -179,9 +190,18 @@ impl Running {
     /// # Panics
     /// It does not come up.
     pub fn start_by_hand(&mut self) {
+        self.start_by_hand_with(&[]);
+    }
+
+    /// The same with more arguments, which take the place of earlier ones.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn start_by_hand_with(&mut self, more: &[&str]) {
         std::fs::remove_file(&self.qmp).ok();
-        let child =
-            Command::new(qemu()).args(self.words()).stdin(Stdio::null()).spawn().expect("QEMU starts");
+        let mut command = Command::new(qemu());
+        command.args(self.words()).args(more).stdin(Stdio::null());
+        let child = command.spawn().expect("QEMU starts");
         self.by_hand = Some(child);
         wait_until("the monitor is there", || self.qmp.exists());
     }

@@ -150,3 +150,58 @@ async fn where_the_settings_say_so_it_is_only_reported() {
     assert_eq!(lab.tree(), json!([["one", null], "one"]));
     assert_eq!(lab.kinds("Drift.Found").len(), 1, "it is written down once");
 }
+
+#[tokio::test]
+async fn a_new_name_given_by_hand_is_followed_and_one_given_here_reaches_the_hypervisor() {
+    let lab = Lab::new();
+    lab.by_hand(ByHand::Rename(lab.id("one").await, "first".to_owned())).await;
+    assert_eq!(report_only(lab.folder.path(), &lab.program, &["drift", "web"]).0, Some(5));
+    assert_eq!(lab.tree(), json!([["one", null], "one"]));
+    lab.program.json(0, &["create", "web", "two"]);
+    assert_eq!(lab.tree(), json!([["first", null], ["two", "first"], "two"]), "before it was planned");
+    assert_eq!(lab.kinds("Snapshot.Edited"), ["\"Snapshot.Edited\" by \"engine\""]);
+
+    let edited = ["edit", "web", "two", "--name", "second", "--description", "of two"];
+    assert_eq!(lab.program.json(0, &edited)["name"], "second");
+    let file = std::fs::read_dir(lab.folder.path().join("sim")).expect("machines").next().expect("one");
+    let machine = std::fs::read_to_string(file.expect("readable").path()).expect("a machine");
+    assert!(machine.contains("second") && machine.contains("of two"), "{machine}");
+    assert_eq!(lab.program.json(0, &["drift", "web"])["domains"][0]["findings"], json!([]));
+    assert_eq!(lab.kinds("Snapshot.EditRequested").len(), 1);
+    // What only Snaptree keeps needs no hypervisor.
+    lab.program.json(0, &["edit", "web", "second", "--label", "a=b"]);
+    assert_eq!(lab.kinds("Snapshot.EditRequested").len(), 1);
+}
+
+#[tokio::test]
+async fn what_cannot_be_merged_yet_is_deleted_at_once_and_merged_when_one_child_is_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::new(folder.path());
+    program.json(0, &["domain", "add", "box", "--driver", "sim", "--profile", "virtualbox"]);
+    program.json(0, &["create", "box", "p"]);
+    for child in ["a", "b", "c"] {
+        program.json(0, &["revert", "box", "p", "--yes"]);
+        program.json(0, &["create", "box", child]);
+    }
+    let deleted = program.json(0, &["delete", "box", "p"]);
+    assert_eq!(deleted["merges"][0]["outcome"], "deferred", "{deleted}");
+    let names = || {
+        let list = program.json(0, &["list", "box"]);
+        let all = list["snapshots"].as_array().expect("snapshots").iter();
+        all.map(|s| format!("{}<{}", s["name"], s["parent"])).collect::<Vec<_>>()
+    };
+    assert_eq!(names(), [r#""a"<null"#, r#""b"<null"#, r#""c"<null"#]);
+    assert_eq!(program.json(0, &["drift", "box"])["domains"][0]["findings"], json!([]));
+    // Its name is free again, and it is merged with the delete that leaves it one child.
+    program.json(0, &["create", "box", "p"]);
+    let first = program.json(0, &["delete", "box", "a"]);
+    assert_eq!(first["merges"], json!([]), "{first}");
+    program.json(0, &["delete", "box", "b"]);
+    let listed = program.json(0, &["op", "list"]);
+    let merges = listed["operations"].as_array().expect("operations").iter();
+    let merges: Vec<_> = merges.filter(|o| o["kind"] == "merge").map(|o| &o["outcome"]).collect();
+    assert_eq!(merges, ["succeeded"], "{listed}");
+    assert_eq!(names(), [r#""c"<null"#, r#""p"<"c""#]);
+    assert_eq!(program.json(0, &["drift", "box"])["domains"][0]["findings"], json!([]));
+    program.json(0, &["revert", "box", "c", "--yes"]);
+}

@@ -19,6 +19,7 @@ use snaptree_tests::alive::Alive;
 use snaptree_tests::lab::Model;
 use snaptree_tests::rewind::Rewind;
 use snaptree_tests::running::{Hash, Way, wait_until};
+use snaptree_tests::victim::{Tally, Victim, numbered, points, signal, stopped, tell};
 
 /// How many places of an operation are tried by default.
 const POINTS: usize = 9;
@@ -100,24 +101,6 @@ const ALL: Scenario = Scenario {
 const PIVOT: Scenario =
     Scenario { name: "a commit of what the guest writes", prepare: |alive| snapshots(alive, &["a"]), ..ROOT };
 
-/// Who is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Victim {
-    Snaptree,
-    Qemu,
-    Both,
-}
-
-const VICTIMS: [Victim; 3] = [Victim::Snaptree, Victim::Qemu, Victim::Both];
-
-#[derive(Debug, Default)]
-struct Tally {
-    recovered: usize,
-    before: usize,
-    missed: usize,
-    failed: Vec<String>,
-}
-
 /// The machine in front of the operation, as often as it is wanted.
 struct Stage {
     scenario: Scenario,
@@ -170,14 +153,7 @@ impl Stage {
         let fault = format!("trace={}", trace.display());
         let ran = self.alive.running.program.with_fault(&fault).run(self.scenario.command);
         assert_eq!(ran.code, Some(0), "{}: {ran:?}", self.scenario.name);
-        let mut reached: BTreeMap<String, usize> = BTreeMap::new();
-        let lines = std::fs::read_to_string(trace).expect("the trace");
-        let number = |line: &str| {
-            let count = reached.entry(line.to_owned()).or_default();
-            *count += 1;
-            (line.to_owned(), *count)
-        };
-        lines.lines().map(number).collect()
+        numbered(&trace)
     }
 
     /// The operation, stopped at a place. None if it ended before it came there.
@@ -321,47 +297,11 @@ struct Killed {
     counters: Option<(u32, u32)>,
 }
 
-fn signal(pid: u32, name: &str) {
-    let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
-    assert!(sent.expect("kill runs").success(), "{name} to {pid}");
-}
-
-/// Waits until a process is stopped, or has ended.
-fn stopped(child: &mut Child) -> bool {
-    let mut is_stopped = false;
-    wait_until("it is stopped, or has ended", || {
-        let stat = std::fs::read_to_string(Path::new("/proc").join(child.id().to_string()).join("stat"));
-        let state =
-            stat.ok().and_then(|stat| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()));
-        is_stopped = state == Some('T');
-        is_stopped || matches!(state, None | Some('Z'))
-    });
-    if !is_stopped {
-        child.wait().expect("it ended");
-    }
-    is_stopped
-}
-
-/// Some of `all`, evenly.
-fn some<T: Clone>(all: &[T], wanted: usize) -> Vec<T> {
-    let step = all.len().div_ceil(wanted.max(1)).max(1);
-    all.iter().step_by(step).cloned().collect()
-}
-
 fn kill_everywhere(scenario: Scenario) {
     let mut stage = Stage::new(scenario);
     let name = stage.scenario.name;
     let places = stage.places();
-    let points: Vec<((String, usize), Victim)> = match std::env::var("SNAPTREE_POINTS").ok().as_deref() {
-        Some("all") => {
-            places.iter().flat_map(|place| VICTIMS.map(|victim| (place.clone(), victim))).collect()
-        }
-        wanted => {
-            let wanted = wanted.map_or(POINTS, |wanted| wanted.parse().expect("a number, or all"));
-            let victims = VICTIMS.into_iter().cycle();
-            some(&places, wanted).into_iter().zip(victims).collect()
-        }
-    };
+    let points = points(&places, POINTS);
     let mut table: BTreeMap<Victim, Tally> = BTreeMap::new();
     for ((place, reach), victim) in points {
         let what = format!("{name}: {victim:?} killed at {place}@{reach}");
@@ -379,19 +319,7 @@ fn kill_everywhere(scenario: Scenario) {
             Err(_) => tally.failed.push(what),
         }
     }
-    println!("{name}: {} places", places.len());
-    for (victim, tally) in &table {
-        println!(
-            "  {victim:?}: recovered {} ({} as it began), missed {}, failed {}",
-            tally.recovered,
-            tally.before,
-            tally.missed,
-            tally.failed.len()
-        );
-    }
-    let failed: Vec<&String> = table.values().flat_map(|tally| &tally.failed).collect();
-    assert!(failed.is_empty(), "not recovered: {failed:#?}");
-    assert!(table.values().map(|tally| tally.recovered).sum::<usize>() > 0, "nothing was killed");
+    tell(name, places.len(), &table);
 }
 
 /// The calls by which QEMU's jobs change an image.

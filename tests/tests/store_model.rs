@@ -55,8 +55,12 @@ fn events(index: usize, step: Step, open: &mut Vec<(u8, OperationId)>) -> Vec<Ne
     match what {
         0..=2 => whole(create_requested(fresh, &name), created(fresh, &name, operation)),
         3 => {
-            let request =
-                SnapshotRevertRequested { snapshot: id, run_state: None, request: RequestTerms::default() };
+            let request = SnapshotRevertRequested {
+                snapshot: id,
+                run_state: None,
+                keep: None,
+                request: RequestTerms::default(),
+            };
             whole(request.into(), SnapshotReverted { snapshot: id }.into())
         }
         4..=6 => whole(delete_requested(vec![id, earlier(which.wrapping_add(1))]), deleted(id, "was")),

@@ -13,6 +13,7 @@ const ADD_EXAMPLES: &str = "Examples:
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
   snaptree domain add db --driver qemu --disk vda=db.qcow2 --disk vdb=data.qcow2 --label tier=prod
   snaptree domain add toy --driver sim
+  snaptree domain add lab --driver virtualbox --vm 'Debian 12'
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --qmp /run/web.qmp
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --start 'systemctl start web' \
       --stop 'systemctl stop web' --qmp /run/web.qmp
@@ -25,6 +26,8 @@ virtio-serial -chardev socket,id=ga,path=/run/web.agent,server=on,wait=off -devi
 virtserialport,chardev=ga,name=org.qemu.guest_agent.0, and qemu-ga runs in the guest. Nobody else may hold the socket.
 A machine that Snaptree cannot reach is left alone while it runs: with --qmp its snapshots are taken and merged under the
 running guest, with --start and --stop or --launch it can be reverted, too. The commands are kept in the log.
+A VirtualBox machine is found where VBoxManage finds it: by this user, with VBOX_USER_HOME where it is set. The
+snapshots that it has are taken over.
 With the qemu driver the registered path becomes a symlink that always opens the machine's current disk, so whatever
 starts the machine needs no change. --keep-path leaves it as it is.";
 const LIST_EXAMPLES: &str = "Example:
@@ -96,9 +99,12 @@ pub enum DomainCommand {
 pub struct AddArgs {
     /// Its name
     pub name: DomainName,
-    /// The hypervisor: qemu or sim
+    /// The hypervisor: qemu, virtualbox or sim
     #[arg(long)]
     pub driver: DriverKind,
+    /// Which machine it is at VirtualBox: its name or UUID
+    #[arg(long, value_name = "NAME|UUID")]
+    pub vm: Option<String>,
     /// A disk and its image, as vda=FILE; may be given several times
     #[arg(long, value_name = "NAME=FILE", value_parser = disk)]
     pub disk: Vec<DiskArg>,

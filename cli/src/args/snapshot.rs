@@ -13,6 +13,7 @@ pub const CREATE_EXAMPLES: &str = "Examples:
   snaptree create web                          named by the seconds since the epoch
   snaptree create web nightly --description 'before the batch run' --label made-by=cron
   snaptree create web before-upgrade --memory  with the memory: a revert goes on where the machine was
+  snaptree create web before-upgrade --internal    inside the images, with the memory if it runs
   snaptree create web nightly --detach         do not wait: `snaptree op show` tells how it went
   snaptree create web nightly --quiesce        the guest's file systems are frozen meanwhile (domain add --agent)
   snaptree create web --key 2026-11-23         the same key and command again is answered with the first result
@@ -21,6 +22,7 @@ pub const CREATE_EXAMPLES: &str = "Examples:
 pub const REVERT_EXAMPLES: &str = "Examples:
   snaptree revert web before-upgrade
   snaptree revert web --current                throw away what was written since the last snapshot
+  snaptree revert web before-upgrade --keep    what is there now is a snapshot first: a revert can be undone by a revert
   snaptree revert web before-upgrade --dry-run";
 /// See `snaptree delete --help`.
 pub const DELETE_EXAMPLES: &str = "Examples:
@@ -132,6 +134,9 @@ pub struct RevertArgs {
     /// Let the machine stand paused afterwards
     #[arg(long)]
     pub paused: bool,
+    /// Keep what would be lost as a snapshot of its own first, before-revert-<seconds>; without it nothing is reverted
+    #[arg(long)]
+    pub keep: bool,
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,

@@ -120,7 +120,10 @@ pub async fn call_off(
 }
 
 /// Prints what came of an operation.
-async fn report(
+///
+/// # Errors
+/// The state cannot be read.
+pub async fn report(
     context: &Context,
     writer: &Writer,
     domain: DomainId,
@@ -131,10 +134,10 @@ async fn report(
         Ok(driven) => (driven.clone(), None),
         Err(error) => (Driven { carried: Vec::new(), state: writer.engine.load(domain).await? }, Some(error)),
     };
-    note_recovered(&driven.carried, operation);
     let Some((mut view, story)) = account(writer, domain, operation, &driven).await? else {
         return Ok(Exit::Failed);
     };
+    note_others(&driven.carried, &story);
     let mut told_problem = problem.map(told);
     if story.outcome.is_some() {
         // The request has its outcome; what failed came after it.
@@ -203,6 +206,9 @@ fn failed(view: &OperationView, story: &Story) -> String {
     let end = match story.outcome {
         Some(Outcome::Cancelled) => "it was called off, and the domain is as it was",
         Some(Outcome::Expired) => "it came too late, and nothing was changed",
+        Some(_) if !story.deleted.is_empty() => {
+            "what is deleted stays so, and its data is merged later: `snaptree tree --all` shows it"
+        }
         Some(_) if touched => "what was done is taken back, and the domain is as it was",
         Some(_) => "nothing was changed",
         None if story.needs_attention => "it can go neither on nor back by itself",
@@ -226,10 +232,26 @@ fn failed(view: &OperationView, story: &Story) -> String {
     text
 }
 
-/// Tells of operations that had been cut short and were carried through first.
-fn note_recovered(carried: &[Carried], ours: OperationId) {
+/// Tells of operations that had been cut short and were carried through first, and of what is kept.
+fn note_others(carried: &[Carried], story: &Story) {
+    let kept = match &story.request {
+        Request::Revert(revert) => revert.keep,
+        _ => None,
+    };
     for other in carried {
-        if other.operation.id == ours || matches!(other.operation.request, Request::Merge(_)) {
+        if other.operation.id == story.id || matches!(other.operation.request, Request::Merge(_)) {
+            continue;
+        }
+        if let Request::Create(create) = &other.operation.request
+            && kept == Some(create.snapshot)
+        {
+            let name = safe(create.name.as_str());
+            let outcome = match (&other.outcome, &other.failure) {
+                (Some(Outcome::Succeeded), _) => format!("what was there is kept as '{name}'"),
+                (_, Some(failure)) => format!("'{name}' was not taken: {}", safe(&failure.message)),
+                (_, None) => format!("'{name}' was not taken"),
+            };
+            render::note(&format!("note: {outcome}\n"));
             continue;
         }
         let outcome = other.outcome.map_or("still open", Outcome::as_str);

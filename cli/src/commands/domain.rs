@@ -89,6 +89,7 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
         },
         agent: args.agent.map(absolute).transpose()?,
         profile: args.profile,
+        vm: args.vm,
     };
     let Registered { domain, notes } = office.register(registering).await?;
     let state = engine.load(domain.id).await?;
@@ -110,19 +111,30 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
 
 /// Options that the driver does not have.
 fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
-    let wrong = |option: &str| Err(Trouble::usage(format!("{option} is not for --driver {}", args.driver)));
-    match args.driver {
-        DriverKind::Qemu if args.profile.is_some() => wrong("--profile"),
+    let driver = args.driver;
+    let given = [
+        ("--layers", args.layers.is_some(), &[DriverKind::Qemu][..]),
+        ("--keep-path", args.keep_path, &[DriverKind::Qemu]),
+        ("--convert", args.convert, &[DriverKind::Qemu]),
+        ("--qmp", args.qmp.is_some(), &[DriverKind::Qemu]),
+        ("--start", args.start.is_some(), &[DriverKind::Qemu]),
+        ("--launch", args.launch.is_some(), &[DriverKind::Qemu]),
+        ("--agent", args.agent.is_some(), &[DriverKind::Qemu]),
+        ("--profile", args.profile.is_some(), &[DriverKind::Sim]),
+        ("--vm", args.vm.is_some(), &[DriverKind::Virtualbox]),
+        ("--disk", !args.disk.is_empty(), &[DriverKind::Qemu, DriverKind::Sim]),
+    ];
+    if let Some((option, ..)) = given.iter().find(|(_, given, of)| *given && !of.contains(&driver)) {
+        return Err(Trouble::usage(format!("{option} is not for --driver {driver}")));
+    }
+    match driver {
         DriverKind::Qemu if args.disk.is_empty() => {
             Err(Trouble::usage("a qemu domain needs a disk").hint("--disk vda=/path/to/image.qcow2"))
         }
-        DriverKind::Sim if args.layers.is_some() => wrong("--layers"),
-        DriverKind::Sim if args.keep_path => wrong("--keep-path"),
-        DriverKind::Sim if args.convert => wrong("--convert"),
-        DriverKind::Sim if args.qmp.is_some() => wrong("--qmp"),
-        DriverKind::Sim if args.start.is_some() => wrong("--start"),
-        DriverKind::Sim if args.launch.is_some() => wrong("--launch"),
-        DriverKind::Sim if args.agent.is_some() => wrong("--agent"),
+        DriverKind::Virtualbox if args.vm.is_none() => {
+            Err(Trouble::usage("a virtualbox domain is one of its machines")
+                .hint("--vm NAME|UUID; `VBoxManage list vms` shows them"))
+        }
         _ => Ok(()),
     }
 }

@@ -39,7 +39,7 @@ async fn cut(context: &Context, args: DemoCutArgs) -> Result<Exit> {
             request::Command::Create(Create { name: Some(args.name), ..Create::default() })
         }
         DemoRequest::Revert => {
-            request::Command::Revert { snapshot: SnapshotRef::Name(args.name), run_state: None }
+            request::Command::Revert { snapshot: SnapshotRef::Name(args.name), run_state: None, keep: false }
         }
     };
     let wait = Wait::ToTheEnd;

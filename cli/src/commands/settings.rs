@@ -57,6 +57,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                 },
                 "space": { "margin": settings.space_margin_bytes },
                 "serve": { "socket": config.socket },
+                "virtualbox": { "manage": config.manage },
             },
         }))?;
         return Ok(Exit::Done);
@@ -95,6 +96,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     if let Some(socket) = &config.socket {
         text.push_str(&format!("\n[serve]\nsocket = {:?}\n", socket.display().to_string()));
     }
+    text.push_str(&format!("\n[virtualbox]\nmanage = {:?}\n", config.manage.display().to_string()));
     render::print(&text)?;
     Ok(Exit::Done)
 }

@@ -5,10 +5,11 @@ use std::io::Read as _;
 use anyhow::{Context as _, Result};
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
-use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish, Place};
-use snaptree_engine::xml;
+use snaptree_engine::engine::{Engine, Submitted};
+use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish, Place};
+use snaptree_engine::{OperationId, xml};
 
-use super::carry::{Asked, carry, dry_run, open};
+use super::carry::{Asked, carry, dry_run, open, report};
 use super::query::{one, show_view};
 use crate::args::snapshot::{CreateArgs, DeleteArgs, EditArgs, HoldArgs, ReleaseArgs, RevertArgs};
 use crate::args::value::labels;
@@ -109,14 +110,15 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
     );
     let asked = Asked {
         domain: &args.domain,
-        command: Command::Revert { snapshot, run_state },
+        command: Command::Revert { snapshot, run_state, keep: args.keep },
         key: None,
         wait: args.wait.wait(),
     };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
-    confirm(&question, args.yes)?;
+    // What is kept is not discarded.
+    confirm(&question, args.yes || args.keep)?;
     carry(context, &open(context, &args.writer).await?, &asked).await
 }
 
@@ -193,7 +195,7 @@ pub async fn release(context: &Context, args: ReleaseArgs) -> Result<Exit> {
     recorded(context, &writer, &args.domain, &args.name, command, "Released").await
 }
 
-/// A command that is carried out by being written; the snapshot as it is afterwards is the answer.
+/// A command that is carried out by being written, or by one step at the hypervisor; the snapshot as it is afterwards is the answer.
 async fn recorded(
     context: &Context,
     writer: &Writer,
@@ -206,7 +208,12 @@ async fn recorded(
     let domain = engine.find_domain(domain).await?;
     let before = engine.load(domain).await?;
     let id = one(&before, snapshot).map(|snapshot| snapshot.id);
-    office.submit(domain, &command, None).await?;
+    if let Submitted::Operation(operation) = office.submit(domain, &command, None).await? {
+        let driven = office.finish(domain, operation).await;
+        if !succeeded(engine, operation).await? {
+            return report(context, writer, domain, operation, &driven).await;
+        }
+    }
     let state = engine.load(domain).await?;
     let snapshot = one(&state, &SnapshotRef::Id(id?))?;
     if context.json {
@@ -216,4 +223,10 @@ async fn recorded(
         render::print(&format!("{word} snapshot '{name}' of {}.\n", safe(&domain_name(&state))))?;
     }
     Ok(Exit::Done)
+}
+
+/// Whether the log says that an operation succeeded.
+async fn succeeded(engine: &Engine, operation: OperationId) -> Result<bool> {
+    let events = engine.operation_events(operation).await?;
+    Ok(events.iter().any(|envelope| matches!(envelope.event, Event::OperationSucceeded(_))))
 }

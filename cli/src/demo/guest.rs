@@ -77,7 +77,7 @@ impl Guest {
     pub fn registration(&self) -> Vec<&'static str> {
         match self.driver {
             DriverKind::Qemu => vec!["--driver", "qemu", "--disk", "vda=web.qcow2"],
-            DriverKind::Sim => vec!["--driver", "sim"],
+            _ => vec!["--driver", "sim"],
         }
     }
 
@@ -91,8 +91,8 @@ impl Guest {
         match (self.driver, turn) {
             (DriverKind::Qemu, Turn::Before) => "qemu.switch.locked",
             (DriverKind::Qemu, Turn::After) => "qemu.switch.renamed",
-            (DriverKind::Sim, Turn::Before) => "sim.revert.before",
-            (DriverKind::Sim, Turn::After) => "sim.revert.after",
+            (_, Turn::Before) => "sim.revert.before",
+            (_, Turn::After) => "sim.revert.after",
         }
     }
 
@@ -104,7 +104,7 @@ impl Guest {
         self.writes += 1;
         let said = match self.driver {
             DriverKind::Qemu => self.write_qemu()?,
-            DriverKind::Sim => self.write_sim().await?,
+            _ => self.write_sim().await?,
         };
         self.active = Some(self.active_sha256().await?);
         Ok(said)
@@ -205,7 +205,7 @@ impl Guest {
     async fn active_sha256(&self) -> Result<String> {
         match self.driver {
             DriverKind::Qemu => self.image_sha256(&self.image()),
-            DriverKind::Sim => Ok(self.sim().content_sha256(&self.state().await?, &vda()?)?),
+            _ => Ok(self.sim().content_sha256(&self.state().await?, &vda()?)?),
         }
     }
 

@@ -112,6 +112,8 @@ fn choose(wish: Option<DriverKind>) -> Result<(DriverKind, String), Trouble> {
             Err(Trouble::not_found(message).hint("install qemu-utils, or run `snaptree demo --driver sim`"))
         }
         (Some(DriverKind::Qemu), []) => Ok((DriverKind::Qemu, "real QEMU images (as asked)".to_owned())),
+        (Some(other), _) => Err(Trouble::usage(format!("there is no demo on {other}"))
+            .hint("`snaptree demo --driver sim` needs nothing installed")),
         (None, []) => {
             Ok((DriverKind::Qemu, format!("real QEMU images ({} found in the PATH)", TOOLS.join(" and "))))
         }

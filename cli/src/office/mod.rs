@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use serde::Deserialize;
 use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
 use snaptree_drivers::sim::{Profile, SimOptions};
+use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::{PowerWish, Registration};
@@ -112,6 +113,10 @@ pub async fn register(
     let options = match registering.driver {
         DriverKind::Sim => sim_options(registering.profile.as_deref())?,
         DriverKind::Qemu => qemu_options(engine, &registering).await?,
+        DriverKind::Virtualbox => {
+            let vm = registering.vm.clone().unwrap_or_default();
+            serde_json::to_value(VirtualboxOptions { vm })?
+        }
     };
     let registration = Registration {
         id: DomainId::from_uuid(Uuid::now_v7()),
@@ -119,9 +124,20 @@ pub async fn register(
         driver: registering.driver,
         disks: registering.disks,
         options,
-        taken: files_of_all(engine, files_of).await?,
+        taken: files_of_all(engine, |state| {
+            files_of(state).into_iter().chain(virtualbox::file_of(state)).collect()
+        })
+        .await?,
     };
-    let (domain, notes) = engine.register(requester, registration, registering.labels).await?;
+    let (domain, mut notes) = engine.register(requester, registration, registering.labels).await?;
+    if domain.capabilities.merges_itself && domain.driver != DriverKind::Sim {
+        // What is there already is taken over, unless the settings say otherwise.
+        match engine.drift(requester, domain.id).await {
+            Ok(found) if found.adopted.is_empty() => {}
+            Ok(found) => notes.push(format!("took over {} snapshots that were there", found.adopted.len())),
+            Err(error) => notes.push(format!("its snapshots could not be looked at: {error}")),
+        }
+    }
     Ok(Registered { domain, notes })
 }
 

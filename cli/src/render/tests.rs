@@ -159,6 +159,7 @@ fn registered() -> DomainRegistered {
                 children_only: true,
                 metadata_only: true,
                 merges_itself: false,
+                keeps_names: false,
                 name_bytes_max: 255,
                 depth_max: 200,
             },

@@ -188,6 +188,7 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
     match &envelope.event {
         Event::DomainRegistered(_)
         | Event::DomainChanged(_)
+        | Event::DomainRepaired(_)
         | Event::DomainUnregisterRequested(_)
         | Event::DomainUnregistered(_)
         | Event::SystemOpened(_)
@@ -198,6 +199,7 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         | Event::SnapshotReverted(_)
         | Event::SnapshotDeleteRequested(_)
         | Event::SnapshotDeleted(_)
+        | Event::SnapshotEditRequested(_)
         | Event::SnapshotEdited(_)
         | Event::SnapshotHeld(_)
         | Event::SnapshotAdopted(_)
@@ -224,6 +226,7 @@ fn domain_words(event: &Event) -> String {
             (Some(name), Some(_)) => format!("named the domain '{name}' and changed its labels"),
             _ => "changed the domain's labels".to_owned(),
         },
+        Event::DomainRepaired(e) => format!("repaired the machine: {}", e.what),
         Event::DomainUnregisterRequested(e) => format!("asked to let go of the domain, {}", wish(e.wish)),
         Event::DomainUnregistered(e) => match e.left.len() {
             0 => format!("let go of the domain, {}", wish(e.wish)),
@@ -294,17 +297,10 @@ fn snapshot_words(event: &Event, known: &Known, look: &Look) -> String {
         Event::SnapshotAdopted(e) => {
             format!("took over snapshot '{}', which somebody made at the hypervisor", e.snapshot.name)
         }
-        Event::SnapshotEdited(e) => {
-            let changes: Vec<String> = [
-                e.name.as_ref().map(|name| format!("name '{name}'")),
-                e.description.as_ref().map(|_| "description".to_owned()),
-                e.labels.as_ref().map(|_| "labels".to_owned()),
-            ]
-            .into_iter()
-            .flatten()
-            .collect();
-            format!("changed snapshot {}: {}", named(e.snapshot), changes.join(", "))
+        Event::SnapshotEditRequested(e) => {
+            format!("asked to change snapshot {}: {}", named(e.edit.snapshot), changes(&e.edit))
         }
+        Event::SnapshotEdited(e) => format!("changed snapshot {}: {}", named(e.snapshot), changes(e)),
         Event::SnapshotHeld(e) => {
             let until = e.hold.until.map_or_else(String::new, |until| format!(" until {}", look.time(until)));
             format!("put a hold on {}{until}: {}", named(e.snapshot), e.hold.reason)
@@ -312,6 +308,19 @@ fn snapshot_words(event: &Event, known: &Known, look: &Look) -> String {
         Event::SnapshotReleased(e) => format!("released {}", named(e.snapshot)),
         _ => String::new(),
     }
+}
+
+/// What of a snapshot is to change.
+fn changes(edit: &SnapshotEdited) -> String {
+    let changes: Vec<String> = [
+        edit.name.as_ref().map(|name| format!("name '{name}'")),
+        edit.description.as_ref().map(|_| "description".to_owned()),
+        edit.labels.as_ref().map(|_| "labels".to_owned()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    changes.join(", ")
 }
 
 fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
@@ -385,6 +394,7 @@ pub fn way(plan: &MergePlan) -> String {
         .iter()
         .map(|action| match action {
             MergeAction::Drop { .. } => "nothing is built upon it: dropped",
+            MergeAction::Fold { .. } => "merged by the hypervisor",
             MergeAction::Pull { dependants, .. } if dependants.len() > 1 => "pulled up into each child",
             MergeAction::Pull { .. } => "pulled up into its child",
             MergeAction::Push { .. } => "its child pushed down into it",
@@ -405,6 +415,7 @@ pub fn request_words(request: &Request, known: &Known) -> String {
         Request::Create(e) => format!("create '{}'", e.name),
         Request::Revert(e) => format!("revert to {}", known.snapshot(e.snapshot)),
         Request::Delete(e) => format!("delete {}", known.list(&e.named)),
+        Request::Edit(e) => format!("change {}", known.snapshot(e.edit.snapshot)),
         Request::Merge(e) => format!("merge {}", known.list(&e.plan.snapshots)),
         Request::Unregister(e) => format!("let go of the domain, {}", wish(e.wish)),
     }

@@ -121,11 +121,12 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>) -> Capabilities {
         memory_external: false,
         disk_only: true,
         quiesce: agent.is_some(),
-        internal: false,
+        internal: true,
         disk_selection: true,
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: DEPTH_MAX,
     }

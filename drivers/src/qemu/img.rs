@@ -162,6 +162,18 @@ impl QemuImg {
         }
     }
 
+    /// Works on an internal snapshot of an image: `-c` creates it, `-a` applies it, `-d` deletes it.
+    pub(super) async fn snapshot(
+        &self,
+        lock: &OperationLock,
+        act: &'static str,
+        tag: &str,
+        file: &Path,
+    ) -> Result<(), DriverError> {
+        let args = ["snapshot", "-q", act, tag].map(OsStr::new).into_iter().chain([file.as_os_str()]);
+        self.done("snapshot", file, Run::moving(args).lock(lock)).await
+    }
+
     /// Writes all that `from` and the layers between have into `into`. `from` itself is not changed.
     pub(super) async fn commit(
         &self,

@@ -164,7 +164,7 @@ impl QemuLocks {
 /// The lock of one operation: every tool that works for it has the locked file as its stdin, so the lock is free
 /// only when none of them is left, also when Snaptree itself died in between.
 #[derive(Debug)]
-pub(super) struct OperationLock {
+pub(crate) struct OperationLock {
     path: PathBuf,
     file: File,
 }
@@ -175,7 +175,7 @@ impl OperationLock {
     }
 
     /// Takes the lock; somebody who has it is still at work.
-    pub(super) fn take(run_dir: &Path, operation: OperationId) -> Result<Self, DriverError> {
+    pub(crate) fn take(run_dir: &Path, operation: OperationId) -> Result<Self, DriverError> {
         fs::create_dir_all(run_dir).doing("make the folder", run_dir)?;
         let path = Self::path(run_dir, operation);
         match Self::try_take(&path)? {
@@ -215,19 +215,19 @@ impl OperationLock {
     }
 
     /// A handle to give to a child as its stdin.
-    pub(super) fn for_child(&self) -> Result<File, DriverError> {
+    pub(crate) fn for_child(&self) -> Result<File, DriverError> {
         self.file.try_clone().doing("duplicate", &self.path)
     }
 
     /// Lets go of it, and removes the file.
-    pub(super) fn release(self) {
+    pub(crate) fn release(self) {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "an operation's lock file stays behind");
         }
     }
 
     /// Waits until nobody is at work for the operation, and ends whoever still is after `grace`.
-    pub(super) async fn settle(
+    pub(crate) async fn settle(
         run_dir: &Path,
         operation: OperationId,
         grace: Duration,

@@ -19,7 +19,7 @@
 //! # The path of a request
 //! `observe` (headers and locks), `plan` (pure; `drift` is what it refuses), then per step `adopt`, `switch`,
 //! `merge` (pull, push, drop) or `flatten`; under a machine that runs `live` does its part of `switch` and `merge`, over
-//! `qmp`. `resolve` (pure) tells after an interruption what became of a step.
+//! `qmp`. Snapshots inside the images are `internal`'s, and need none of the above. `resolve` (pure) tells after an interruption what became of a step.
 //!
 //! Architecture Invariant: what a layer with dependants reads as never changes, except by the push of its only
 //! dependant into it; and only `DropLayers` and `Clean` unlink a file that is in the log.
@@ -32,9 +32,10 @@ mod files;
 mod flatten;
 mod generation;
 mod img;
+mod internal;
 mod kept;
 mod live;
-mod lock;
+pub(crate) mod lock;
 mod manifest;
 mod merge;
 mod observe;
@@ -161,6 +162,9 @@ impl Driver for QemuDriver {
             QemuStep::Place(place) => place.execute(work).await,
             QemuStep::Clean(clean) => clean.execute(work).await,
             QemuStep::Power(power) => power.execute(work).await,
+            QemuStep::Save(save) => save.execute(work).await,
+            QemuStep::Load(load) => load.execute(work).await,
+            QemuStep::Erase(erase) => erase.execute(work).await,
         };
         give_back(lock, &done);
         done
@@ -189,7 +193,9 @@ impl Driver for QemuDriver {
             QemuStep::Flatten(flatten) => flatten.undo().await,
             QemuStep::Place(place) => place.undo(),
             QemuStep::Power(power) => power.undo(work).await,
-            QemuStep::Drop(_) | QemuStep::Clean(_) => Err(DriverError::permanent(
+            QemuStep::Save(save) => save.undo(work).await,
+            QemuStep::Load(load) => load.undo(work).await,
+            QemuStep::Drop(_) | QemuStep::Clean(_) | QemuStep::Erase(_) => Err(DriverError::permanent(
                 Code::Invalid,
                 "a step behind the point of no return cannot be taken back",
             )),
@@ -216,7 +222,8 @@ impl Driver for QemuDriver {
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
         OperationLock::settle(&self.run_dir, operation, self.settle_grace).await?;
-        if is_under_machine(state, operation) { live::settle(state).await } else { Ok(()) }
+        let patience = internal::patience(state, operation);
+        if is_under_machine(state, operation) { live::settle(state, patience).await } else { Ok(()) }
     }
 }
 

@@ -16,9 +16,10 @@ use snaptree_engine::project::DomainState;
 use super::config::{QemuConfig, active};
 use super::files::{Doing, facts, folder_of, if_there};
 use super::generation;
+use super::internal::{listed, table};
 use super::live::Machine;
 use super::lock::writer;
-use super::qcow2::{Backing, ReadError};
+use super::qcow2::{Backing, Header, ReadError};
 
 /// Most entries that are looked at in a folder that is not Snaptree's own.
 const FOREIGN_ENTRIES_MAX: usize = 4096;
@@ -41,6 +42,12 @@ pub(super) struct Detail {
     /// Files in the layers folder that are not in the log and hold data of their own.
     #[serde(default)]
     pub(super) written: BTreeSet<PathBuf>,
+    /// The internal snapshots of what the machine writes.
+    #[serde(default)]
+    pub(super) tables: BTreeMap<PathBuf, Vec<table::Entry>>,
+    /// Images of ours that have dirty bitmaps.
+    #[serde(default)]
+    pub(super) bitmaps: BTreeSet<PathBuf>,
     /// The machine, where it can be reached while it runs.
     #[serde(default)]
     pub(super) machine: Machine,
@@ -73,6 +80,11 @@ impl Detail {
         Self::deserialize(&observation.detail).map_err(|error| {
             Failure::new(Code::Invalid, format!("the observation was not made by the qemu driver: {error}"))
         })
+    }
+
+    /// An internal snapshot of an image.
+    pub(super) fn entry(&self, file: &Path, tag: &str) -> Option<&table::Entry> {
+        self.tables.get(file)?.iter().find(|entry| entry.tag == tag)
     }
 }
 
@@ -125,6 +137,10 @@ pub(super) fn observe(
                 if !known.contains(&path) && header.has_data(&path) {
                     detail.written.insert(path.clone());
                 }
+                if let Err(error) = look_inside(&mut detail, &path, &header) {
+                    seen.unreadable.insert(path, error.to_string());
+                    continue;
+                }
                 note(&mut seen, &mut detail, path, found, metadata.uid(), header.backing)
             }
             Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -133,6 +149,7 @@ pub(super) fn observe(
             }
         }
     }
+    listed(state, &detail.tables, &mut seen);
     let ours: Vec<&Path> = known.iter().map(PathBuf::as_path).collect();
     seen.foreign_dependants = scan_folders(&config, &ours, &[])?;
     for found in seen.foreign_dependants.values_mut() {
@@ -156,6 +173,17 @@ fn room(layers: &Path) -> Option<Room> {
         folder: folder.to_owned(),
         free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
     })
+}
+
+/// What is kept in an image beside its disk.
+fn look_inside(detail: &mut Detail, path: &Path, header: &Header) -> Result<(), ReadError> {
+    if header.internal_snapshots > 0 {
+        detail.tables.insert(path.to_owned(), table::read(path)?);
+    }
+    if header.has_bitmaps {
+        detail.bitmaps.insert(path.to_owned());
+    }
+    Ok(())
 }
 
 fn note(

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{FileFacts, Observation, Plan};
 use snaptree_engine::event::{
-    MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
+    MemoryKind, Place, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
 };
 use snaptree_engine::layer::{DiskLayers, Layer};
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS_MAX, Step};
@@ -15,6 +15,7 @@ use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
 
 use super::config::{DEPTH_MAX, DiskPaths, PathWish, QemuConfig};
 use super::generation;
+use super::internal::is_internal;
 use super::live::{LiveMachine, Run};
 use super::lock::in_use;
 use super::observe::{Detail, Entry};
@@ -88,6 +89,9 @@ impl Planner<'_> {
                 Request::Revert(request) => self.revert(request)?,
                 Request::Delete(request) => self.delete(request)?,
                 Request::Merge(request) => self.merge(&request.plan)?,
+                Request::Edit(_) => {
+                    return Err(Failure::new(Code::Unsupported, "QEMU keeps no names of snapshots"));
+                }
                 Request::Unregister(_) => {}
             }
         }
@@ -222,7 +226,10 @@ impl Planner<'_> {
         if self.state.tree.contains(request.snapshot) {
             return Err(Failure::new(Code::Exists, format!("snapshot '{}' is already there", request.name)));
         }
-        if request.memory != MemoryKind::No {
+        if request.place == Place::Internal {
+            return self.save(request);
+        }
+        if request.memory != MemoryKind::No && !request.before_revert {
             return Err(Failure::new(
                 Code::Unsupported,
                 "the memory of a machine that is off cannot be kept",
@@ -409,6 +416,9 @@ impl Planner<'_> {
         let snapshot = self.state.tree.get(request.snapshot).filter(|snapshot| !snapshot.lost);
         let snapshot =
             snapshot.ok_or_else(|| Failure::new(Code::NotFound, "the snapshot is not there any more"))?;
+        if is_internal(self.state, snapshot.id) {
+            return self.load(request, snapshot);
+        }
         let state = snapshot.state;
         let after = self.run_state_after(request, state)?;
         self.end_machine()?;
@@ -488,6 +498,9 @@ impl Planner<'_> {
         let unique: BTreeSet<SnapshotId> = request.snapshots.iter().copied().collect();
         if let Some(missing) = unique.iter().find(|id| !self.state.tree.contains(**id)) {
             return Err(Failure::new(Code::NotFound, format!("snapshot {missing} is not there any more")));
+        }
+        if request.snapshots.iter().all(|id| is_internal(self.state, *id)) {
+            return self.erase(&request.snapshots, request.what);
         }
         let switch = self.empty_switch();
         let poison = Poison::AtFinish(request.snapshots.clone());

@@ -30,6 +30,9 @@ impl Planner<'_> {
                     self.check_dependants(disk, layer, &[])?;
                     drop.push(self.drop_of(disk, layer)?);
                 }
+                MergeAction::Fold { .. } => {
+                    return Err(Failure::new(Code::Unsupported, "QEMU keeps no list of snapshots"));
+                }
                 MergeAction::Pull { disk, vanish, dependants, onto } => {
                     drop.extend(self.pull(disk, vanish, dependants, onto)?);
                 }
@@ -251,7 +254,11 @@ impl Planner<'_> {
             .filter(|(_, layers)| layers.active_layer().is_some())
             .map(|(name, layers)| (name.clone(), layers.clone()))
             .collect();
-        if wish != UnregisterWish::Flatten || adopted.is_empty() {
+        if wish != UnregisterWish::Flatten {
+            return Ok(());
+        }
+        self.erase_all()?;
+        if adopted.is_empty() {
             return Ok(());
         }
         self.check_sound()?;

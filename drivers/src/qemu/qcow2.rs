@@ -22,16 +22,16 @@ const CLUSTER_BITS_MIN: u32 = 9;
 const BACKING_NAME_BYTES_MAX: u32 = 1023;
 const V2_HEADER_BYTES: usize = 72;
 const V3_HEADER_BYTES_MIN: usize = 104;
-/// QEMU's limit on the first table: 32 MiB.
-const L1_ENTRIES_MAX: u32 = 4 << 20;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSIONS_MAX: usize = 64;
 const FORMAT_NAME_BYTES_MAX: usize = 32;
 
 const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
 const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 const INCOMPATIBLE_EXTERNAL_DATA: u64 = 1 << 2;
+const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 const INCOMPATIBLE_KNOWN: u64 = (1 << 5) - 1;
 
 /// What is wrong with a header.
@@ -68,8 +68,28 @@ pub(super) struct Header {
     pub(super) internal_snapshots: u32,
     /// What it is built upon.
     pub(super) backing: Option<Backing>,
-    /// Where its first table is, and how many entries that has.
-    first_table: (u64, u32),
+    /// Where its snapshot table is, if it has any snapshots.
+    pub(super) snapshots_at: u64,
+    /// Its first table.
+    pub(super) first_table: FirstTable,
+    /// Whether dirty bitmaps are kept in the image.
+    pub(super) has_bitmaps: bool,
+    /// How many bytes of the disk one entry of the first table stands for, as a power of two.
+    entry_bits: u32,
+}
+
+/// Where a first table (L1) is, and how many entries it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FirstTable {
+    /// Its first byte.
+    pub(super) at: u64,
+    /// Its entries, of 8 bytes.
+    pub(super) entries: u32,
+}
+
+impl FirstTable {
+    /// QEMU's limit: 32 MiB.
+    pub(super) const ENTRIES_MAX: u32 = 4 << 20;
 }
 
 /// What an image says it is built upon, word for word.
@@ -162,17 +182,25 @@ impl Header {
             virtual_size_bytes: be64(bytes, 24)?,
             internal_snapshots: be32(bytes, 60)?,
             backing,
-            first_table: (be64(bytes, 40)?, be32(bytes, 36)?),
+            snapshots_at: be64(bytes, 64)?,
+            first_table: FirstTable { at: be64(bytes, 40)?, entries: be32(bytes, 36)? },
+            has_bitmaps: version == 3 && has_bitmaps(bytes, header_bytes)?,
+            entry_bits: entry_bits(bytes, version, cluster_bits)?,
         })
+    }
+
+    /// How many entries of a first table are about the disk. QEMU keeps a machine's memory behind them.
+    pub(super) fn first_table_disk_entries(&self) -> u64 {
+        self.virtual_size_bytes.div_ceil(1 << self.entry_bits)
     }
 
     /// Whether anything was ever written to the image at `path`, whose header this is. One that cannot be read may.
     pub(super) fn has_data(&self, path: &Path) -> bool {
-        let (offset, entries) = self.first_table;
+        let FirstTable { at, entries } = self.first_table;
         let read = || -> io::Result<bool> {
             let file = super::files::open_image(path)?;
             let mut table = vec![0; usize::try_from(entries).map_err(io::Error::other)? * 8];
-            file.read_exact_at(&mut table, offset)?;
+            file.read_exact_at(&mut table, at)?;
             Ok(table.iter().any(|byte| *byte != 0))
         };
         read().unwrap_or(true)
@@ -197,7 +225,7 @@ fn check_features(incompatible: u64) -> Result<(), HeaderError> {
 
 fn check_tables(bytes: &[u8], length: u64) -> Result<(), HeaderError> {
     let entries = be32(bytes, 36)?;
-    if entries > L1_ENTRIES_MAX {
+    if entries > FirstTable::ENTRIES_MAX {
         return Err(HeaderError::Damaged("its first table is out of range"));
     }
     let l1_end = be64(bytes, 40)?.checked_add(u64::from(entries) * 8);
@@ -261,6 +289,32 @@ fn backing_format(
         at = data_end.next_multiple_of(8);
     }
     Err(HeaderError::Damaged("it has too many header extensions"))
+}
+
+/// A cluster of the second table (L2) has entries of 8 bytes, or of 16 where clusters have parts.
+fn entry_bits(bytes: &[u8], version: u32, cluster_bits: u32) -> Result<u32, HeaderError> {
+    let is_extended = version == 3 && be64(bytes, 72)? & INCOMPATIBLE_EXTENDED_L2 != 0;
+    Ok(2 * cluster_bits - if is_extended { 4 } else { 3 })
+}
+
+/// Whether the header has a list of dirty bitmaps that is not empty.
+fn has_bitmaps(bytes: &[u8], header_bytes: usize) -> Result<bool, HeaderError> {
+    let mut at = header_bytes;
+    for _ in 0..EXTENSIONS_MAX {
+        // Behind the extensions stands the backing name, and then nothing.
+        let (Ok(kind), Ok(length)) = (be32(bytes, at), be32(bytes, at + 4)) else { return Ok(false) };
+        match kind {
+            EXTENSION_END => return Ok(false),
+            EXTENSION_BITMAPS => return Ok(be32(bytes, at + 8)? > 0),
+            _ => {}
+        }
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let Some(next) = at.checked_add(8).and_then(|data| data.checked_add(length)) else {
+            return Ok(false);
+        };
+        at = next.next_multiple_of(8);
+    }
+    Ok(false)
 }
 
 fn be32(bytes: &[u8], at: usize) -> Result<u32, HeaderError> {

@@ -32,6 +32,10 @@ pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observa
         // Removing what is gone already is nothing, and whether the folders were synced cannot be seen.
         QemuStep::Clean(_) => FINISH,
         QemuStep::Power(power) => power.resolve(seen),
+        QemuStep::Save(save) => save.resolve(context, seen, &detail),
+        QemuStep::Load(load) => load.resolve(context, seen, &detail),
+        // A tag that is gone already is no reason to fail.
+        QemuStep::Erase(_) => FINISH,
     }
 }
 

@@ -12,6 +12,7 @@ use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
 use super::config::{PathWish, active};
+use super::internal::{Erase, Load, Save};
 use super::live::Run;
 use super::qcow2::Backing;
 
@@ -37,6 +38,12 @@ pub(super) enum QemuStep {
     Clean(Clean),
     /// Starts or ends the machine.
     Power(Power),
+    /// Takes an internal snapshot.
+    Save(Save),
+    /// Goes back to one.
+    Load(Load),
+    /// Deletes one.
+    Erase(Erase),
 }
 
 impl QemuStep {
@@ -57,7 +64,9 @@ impl QemuStep {
             Self::Switch(switch) => switch.live.is_some(),
             Self::Pull(pull) => pull.under == Under::Guest,
             Self::Push(push) => push.under == Under::Guest,
-            Self::Power(_) => true,
+            Self::Power(_) | Self::Erase(_) => true,
+            Self::Save(save) => save.live.is_some(),
+            Self::Load(load) => load.memory.is_some(),
             Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
         }
     }
@@ -70,6 +79,9 @@ impl QemuStep {
                 return None;
             }
             Self::Switch(switch) => return Some(switch.touches()),
+            Self::Save(Save { images, .. })
+            | Self::Load(Load { images, .. })
+            | Self::Erase(Erase { images, .. }) => images.iter().map(|image| image.file.clone()).collect(),
             Self::Pull(pull) => BTreeSet::from([pull.file.clone()]),
             Self::Push(push) => push.writes().cloned().collect(),
             Self::Drop(drop) => drop.drop.iter().map(|dropped| dropped.file.clone()).collect(),

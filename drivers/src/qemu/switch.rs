@@ -150,7 +150,7 @@ impl Switch {
         let after = self.graph_after(&work.context.state.layers)?;
         let effect = match work.context.request {
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) => Effect::Request,
-            Request::Merge(_) | Request::Unregister(_) => Effect::None,
+            Request::Edit(_) | Request::Merge(_) | Request::Unregister(_) => Effect::None,
         };
         self.turn.prepare(&links(&after), &work.manifest(&after, effect)?).await?;
         self.turn.draft_link().await

@@ -9,7 +9,6 @@ use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{Observation, Plan, Resolution, StepContext, StepReport};
 use snaptree_engine::operation::{Failure, Request, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::ByHand;
@@ -112,7 +111,7 @@ pub(super) trait Host:
     }
 
     /// Knows again what the log adopted.
-    fn recognise(&mut self, _tree: &Tree) {}
+    fn recognise(&mut self, _state: &DomainState) {}
 
     fn bring_to(&mut self, run_state: RunState) {
         let power = self.power();

@@ -8,7 +8,8 @@ use sha2::{Digest, Sha256};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::event::{Hash, MemoryKind};
 use snaptree_engine::operation::{Code, Failure};
-use snaptree_engine::tree::{SnapshotState, Tree};
+use snaptree_engine::project::DomainState;
+use snaptree_engine::tree::SnapshotState;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::host::GoingOn;
@@ -88,6 +89,8 @@ pub(in crate::sim) struct Kept {
     /// Snaptree's id; none once Snaptree forgot it.
     pub mark: Option<SnapshotId>,
     pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
     pub parent: Option<u64>,
     pub disks: BTreeMap<DiskName, Content>,
     /// What a revert brings the machine to; off for one without memory.
@@ -203,7 +206,7 @@ impl Machine {
     pub(in crate::sim) fn take(
         &mut self,
         mark: SnapshotId,
-        name: &str,
+        (name, description): (&str, Option<&str>),
         disks: &BTreeSet<DiskName>,
         memory: MemoryKind,
     ) -> Result<(u64, SnapshotState), Failure> {
@@ -220,7 +223,9 @@ impl Machine {
         };
         let held = self.disks.iter().filter(|(disk, _)| disks.contains(*disk));
         let held = held.map(|(disk, content)| (disk.clone(), content.clone())).collect();
-        Ok((self.keep(Some(mark), name, held, power), state))
+        let native = self.keep(Some(mark), name, held, power);
+        self.describe(native, description);
+        Ok((native, state))
     }
 
     /// Takes a snapshot of everything, which does not carry our mark.
@@ -239,8 +244,38 @@ impl Machine {
         let native = self.next_native;
         self.next_native += 1;
         let (name, parent) = (name.to_owned(), self.current.replace(native));
-        self.snapshots.push(Kept { native, mark, name, parent, disks, power });
+        self.snapshots.push(Kept { native, mark, name, description: None, parent, disks, power });
         native
+    }
+
+    fn describe(&mut self, native: u64, description: Option<&str>) {
+        if let Some(kept) = self.snapshots.iter_mut().find(|kept| kept.native == native) {
+            kept.description = description.filter(|text| !text.is_empty()).map(str::to_owned);
+        }
+    }
+
+    /// Changes what is kept about a snapshot; what is not given stays.
+    pub(in crate::sim) fn edit(
+        &mut self,
+        mark: SnapshotId,
+        name: Option<&str>,
+        description: Option<&str>,
+    ) -> Result<(), Failure> {
+        let position = self.position(mark)?;
+        let kept = &mut self.snapshots[position];
+        if let Some(name) = name {
+            name.clone_into(&mut kept.name);
+        }
+        let native = kept.native;
+        if description.is_some() {
+            self.describe(native, description);
+        }
+        Ok(())
+    }
+
+    /// How many snapshots stand upon one.
+    pub(in crate::sim) fn children(&self, native: u64) -> usize {
+        self.snapshots.iter().filter(|kept| kept.parent == Some(native)).count()
     }
 
     /// Goes back to a snapshot. Disks that it does not hold stay as they are.
@@ -269,13 +304,13 @@ impl Machine {
     }
 
     /// Knows again the snapshots that somebody else made and the log adopted.
-    pub(in crate::sim) fn recognise(&mut self, tree: &Tree) {
-        for snapshot in tree.iter() {
-            let Some(native) = snapshot.native.as_ref().and_then(|native| native.parse::<u64>().ok()) else {
-                continue;
-            };
+    pub(in crate::sim) fn recognise(&mut self, state: &DomainState) {
+        let live = state.tree.iter().map(|snapshot| (snapshot.id, snapshot.native.as_ref()));
+        let dead = state.tombstones.iter().map(|(id, tombstone)| (*id, tombstone.native.as_ref()));
+        for (id, native) in live.chain(dead) {
+            let Some(native) = native.and_then(|native| native.parse::<u64>().ok()) else { continue };
             if let Some(kept) = self.snapshots.iter_mut().find(|kept| kept.native == native) {
-                kept.mark = Some(snapshot.id);
+                kept.mark = Some(id);
             }
         }
     }

@@ -79,6 +79,8 @@ pub enum ByHand {
     Remove(SnapshotId),
     /// Reverts to a snapshot of ours.
     Revert(SnapshotId),
+    /// Gives a snapshot of ours another name.
+    Rename(SnapshotId, String),
 }
 
 /// The simulated hypervisor.
@@ -271,7 +273,7 @@ impl SimDriver {
     ) -> Result<Option<(H, Freshness)>, DriverError> {
         match kept {
             Some(mut machine) if domain.disks.iter().all(|disk| machine.has_disk(&disk.name)) => {
-                machine.recognise(&state.tree);
+                machine.recognise(state);
                 Ok(Some((machine, Freshness::Used)))
             }
             Some(_) => Err(DriverError::permanent(

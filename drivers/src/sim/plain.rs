@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{Observation, Plan, Resolution, SeenSnapshot, StepContext, StepReport};
-use snaptree_engine::operation::{Failure, Request, Step};
+use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::tree::Tree;
 use snaptree_engine::{DiskName, OperationId, SnapshotId};
 
 use super::host::{At, Effects, Freshness, GoingOn, Host};
@@ -49,6 +48,7 @@ impl Host for Machine {
             }
             ByHand::Remove(snapshot) => self.remove(*snapshot),
             ByHand::Revert(snapshot) => self.revert(*snapshot, None),
+            ByHand::Rename(snapshot, name) => self.edit(*snapshot, Some(name), None),
         }
     }
 
@@ -64,11 +64,12 @@ impl Host for Machine {
         self.marked(snapshot).map(|kept| (kept.disks.clone(), kept.power))
     }
 
-    fn recognise(&mut self, tree: &Tree) {
-        self.recognise(tree);
+    fn recognise(&mut self, state: &DomainState) {
+        self.recognise(state);
     }
 
-    fn observe(found: Option<(Self, Freshness)>, _domain: &Domain) -> Result<Observation, Failure> {
+    fn observe(found: Option<(Self, Freshness)>, domain: &Domain) -> Result<Observation, Failure> {
+        let deleting = plan::deleting(domain)?;
         let (machine, detail) = match found {
             Some((mut machine, Freshness::Used)) => {
                 let last_operation = machine.last_operation.take();
@@ -77,15 +78,17 @@ impl Host for Machine {
             Some((machine, Freshness::New)) => (machine, Detail::New),
             None => (Self::new(std::iter::empty()), Detail::Missing),
         };
-        let snapshots = machine.snapshots.into_iter().map(|kept| SeenSnapshot {
+        let snapshots = machine.snapshots.iter().map(|kept| SeenSnapshot {
             id: kept.mark,
             native: kept.native.to_string(),
             parent: kept.parent.map(|parent| parent.to_string()),
-            name: kept.name,
-            description: None,
+            name: kept.name.clone(),
+            description: kept.description.clone(),
             taken: None,
             state: Some(kept.power.run_state().into()),
+            stays: deleting.forbids(machine.children(kept.native)),
         });
+        let snapshots = snapshots.collect();
         Ok(Observation {
             at: Timestamp::now(),
             run_state: machine.power.run_state(),
@@ -95,7 +98,7 @@ impl Host for Machine {
             foreign_dependants: BTreeMap::default(),
             generation: None,
             room: None,
-            snapshots: snapshots.collect(),
+            snapshots,
             current: machine.current.map(|current| current.to_string()),
             detail: json(&detail)?,
         })
@@ -122,8 +125,16 @@ impl Host for Machine {
         Ok(())
     }
 
-    fn perform(&mut self, _domain: &Domain, at: At, step: &Step) -> Result<StepReport, Failure> {
-        let learnt = Action::of(step)?.apply(self, at.operation, at.index, at.now)?;
+    fn perform(&mut self, domain: &Domain, at: At, step: &Step) -> Result<StepReport, Failure> {
+        let action = Action::of(step)?;
+        let applied = self.last_operation.as_ref().is_some_and(|last| last.is(at.operation, at.index));
+        if let (Action::Delete { snapshot }, false) = (&action, applied) {
+            let children = self.children(self.marked(*snapshot)?.native);
+            if let Some(reason) = plan::deleting(domain)?.forbids(children) {
+                return Err(Failure::new(Code::Invalid, reason));
+            }
+        }
+        let learnt = action.apply(self, at.operation, at.index, at.now)?;
         // This hypervisor has no layers that could change.
         Ok(StepReport { changes: Vec::new(), learnt })
     }

@@ -1,17 +1,21 @@
 //! From a request to steps, and from an observation to what became of a step. Pure.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::driver::{Observation, Plan, Remedy, Resolution, SeenSnapshot, StepReport};
 use snaptree_engine::event::{
-    DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotRevertRequested,
-    UnregisterWish,
+    DeleteWhat, MemoryKind, MergeWish, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEdited,
+    SnapshotRevertRequested, UnregisterWish,
 };
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
 use snaptree_engine::{OperationId, SnapshotId};
 
 use super::machine::Applied;
+use super::profile::{Deleting, SimOptions};
 use super::step::Action;
 
 /// What this driver adds to an [`Observation`].
@@ -48,6 +52,11 @@ pub(super) fn domain(state: &DomainState) -> Result<&Domain, Failure> {
     state.domain.as_ref().ok_or_else(|| Failure::new(Code::NotFound, "the domain is not registered"))
 }
 
+/// How the domain's hypervisor deletes.
+pub(super) fn deleting(domain: &Domain) -> Result<Deleting, Failure> {
+    Ok(SimOptions::read(&domain.config)?.profile.deleting())
+}
+
 /// Judges again what may have changed since the request was decided; capabilities and disks cannot have.
 pub(super) fn plan(
     request: &Request,
@@ -69,7 +78,8 @@ pub(super) fn plan(
         Request::Revert(request) => planner.revert(request),
         Request::Delete(request) => planner.delete(request),
         Request::Unregister(_) => planner.flatten(),
-        Request::Merge(_) => unsupported("the simulated hypervisor merges when it deletes"),
+        Request::Merge(request) => planner.merge(&request.plan),
+        Request::Edit(request) => planner.edit(&request.edit),
     }
 }
 
@@ -110,6 +120,7 @@ impl Planner<'_> {
         let action = Action::Create {
             snapshot: request.snapshot,
             name: request.name.clone(),
+            description: request.description.clone(),
             disks: request.disks.clone(),
             memory: request.memory,
         };
@@ -126,8 +137,42 @@ impl Planner<'_> {
         Ok(Plan { steps: vec![step], lost, ..Plan::default() })
     }
 
+    fn edit(&self, edit: &SnapshotEdited) -> Result<Plan, Failure> {
+        let name = self.name_of(edit.snapshot)?;
+        self.must_be_seen(edit.snapshot)?;
+        let action = Action::Edit {
+            snapshot: edit.snapshot,
+            name: edit.name.clone(),
+            description: edit.description.clone(),
+        };
+        let step = action.step(format!("edit {name}"), Reversal::PointOfNoReturn, Poison::Nothing)?;
+        Ok(Plan { steps: vec![step], ..Plan::default() })
+    }
+
+    /// Merges what was deleted before. What somebody else removed meanwhile is merged already.
+    fn merge(&self, merge: &MergePlan) -> Result<Plan, Failure> {
+        if merge.actions.iter().any(|action| !matches!(action, MergeAction::Fold { .. })) {
+            return unsupported("this hypervisor has no layers");
+        }
+        let mut plan = Plan::default();
+        for snapshot in merge.snapshots.iter().copied().filter(|snapshot| self.seen(*snapshot).is_some()) {
+            let name = self.state.tombstones.get(&snapshot).map_or("", |tombstone| tombstone.name.as_str());
+            let action = Action::Delete { snapshot };
+            let step = action.step(format!("merge '{name}'"), Reversal::PointOfNoReturn, Poison::Nothing)?;
+            plan.steps.push(step);
+        }
+        Ok(plan)
+    }
+
     fn delete(&self, request: &SnapshotDeleteRequested) -> Result<Plan, Failure> {
         let mut plan = Plan::default();
+        let deleting = deleting(self.domain)?;
+        let mut left: BTreeMap<&str, Option<&str>> = self
+            .observation
+            .snapshots
+            .iter()
+            .map(|seen| (seen.native.as_str(), seen.parent.as_deref()))
+            .collect();
         for (index, &snapshot) in request.snapshots.iter().enumerate() {
             let name = self.name_of(snapshot)?;
             let (action, title) = match request.what {
@@ -135,19 +180,47 @@ impl Planner<'_> {
                 DeleteWhat::Snapshot => {
                     self.must_be_seen(snapshot)?;
                     plan.lost.push(format!("snapshot {name}"));
-                    (Action::Delete { snapshot }, format!("delete {name}"))
+                    match self.may_merge(snapshot, request.merge, deleting, &mut left) {
+                        true => (Action::Delete { snapshot }, format!("delete {name}")),
+                        false => (Action::Hide { snapshot }, format!("hide {name}")),
+                    }
                 }
             };
             let reversal = if index == 0 { Reversal::PointOfNoReturn } else { Reversal::ForwardOnly };
-            plan.steps.push(action.step(title, reversal, Poison::AtFinish(vec![snapshot]))?);
+            let poison = match (&action, deleting) {
+                (Action::Hide { .. }, _) => Poison::Hidden(vec![snapshot]),
+                (Action::Delete { .. }, Deleting::Merging { .. }) => Poison::AtStart(vec![snapshot]),
+                _ => Poison::AtFinish(vec![snapshot]),
+            };
+            plan.steps.push(action.step(title, reversal, poison)?);
         }
         Ok(plan)
+    }
+
+    /// Whether a snapshot can be merged in its turn, with those before it gone from `left` (native ids, with their
+    /// parents').
+    fn may_merge<'s>(
+        &'s self,
+        snapshot: SnapshotId,
+        wish: MergeWish,
+        deleting: Deleting,
+        left: &mut BTreeMap<&'s str, Option<&'s str>>,
+    ) -> bool {
+        let Some(native) = self.seen(snapshot).map(|seen| seen.native.as_str()) else { return true };
+        let children = left.values().filter(|parent| **parent == Some(native)).count();
+        let later = wish == MergeWish::Defer && deleting != Deleting::AtOnce;
+        if later || deleting.forbids(children).is_some() {
+            return false;
+        }
+        let parent = left.remove(native).flatten();
+        left.values_mut().filter(|above| **above == Some(native)).for_each(|above| *above = parent);
+        true
     }
 
     /// Ends our snapshots and keeps the disks as they are. What others made there is not ours to remove.
     fn flatten(&self) -> Result<Plan, Failure> {
         let tree = &self.state.tree;
-        if tree.is_empty() {
+        if tree.is_empty() && self.state.tombstones.is_empty() {
             return Ok(Plan::default());
         }
         let mut ended: Vec<SnapshotId> = Vec::with_capacity(tree.len());
@@ -155,7 +228,9 @@ impl Planner<'_> {
             ended.extend(tree.descendants(root.id));
             ended.push(root.id);
         }
-        let held = ended.iter().copied().filter(|snapshot| self.seen(*snapshot).is_some()).collect();
+        let dead = self.state.tombstones.keys();
+        let held =
+            ended.iter().chain(dead).copied().filter(|snapshot| self.seen(*snapshot).is_some()).collect();
         let action = Action::Flatten { snapshots: held };
         let lost = tree.iter().map(|snapshot| format!("snapshot '{}'", snapshot.name)).collect();
         let poison = Poison::AtFinish(ended);

@@ -11,7 +11,7 @@ const DEPTH_MAX: usize = 1000;
 
 /// Whose limits the simulated hypervisor has.
 ///
-/// Architecture Invariant: a profile only sets [`Capabilities`]. Where deleting does not merge, the machine keeps
+/// Architecture Invariant: a profile only sets [`Capabilities`], and [how a snapshot is deleted](Deleting). Where deleting does not merge, the machine keeps
 /// layers, as QEMU does; else each snapshot holds a copy. What is within the capabilities works alike in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -42,12 +42,19 @@ impl Profile {
             children_only: true,
             metadata_only: true,
             merges_itself: true,
+            keeps_names: true,
             name_bytes_max: NAME_BYTES_MAX,
             depth_max: DEPTH_MAX,
         };
         match self {
             Self::Default | Self::LibvirtTest => all,
-            Self::Qemu => Capabilities { metadata_only: false, merges_itself: false, depth_max: 200, ..all },
+            Self::Qemu => Capabilities {
+                metadata_only: false,
+                merges_itself: false,
+                keeps_names: false,
+                depth_max: 200,
+                ..all
+            },
             Self::Virtualbox => Capabilities {
                 disk_only: false,
                 quiesce: false,
@@ -65,6 +72,40 @@ impl Profile {
                 depth_max: 32,
                 ..all
             },
+        }
+    }
+}
+
+/// How a hypervisor that keeps a list deletes a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deleting {
+    /// As a whole, in one call.
+    AtOnce,
+    /// One call merges its data, which is no snapshot's any more once that has begun.
+    Merging {
+        /// Most children that it may have; none for any number.
+        children_max: Option<usize>,
+    },
+}
+
+impl Deleting {
+    /// Why a snapshot with so many children cannot be merged now.
+    pub(super) fn forbids(self, children: usize) -> Option<String> {
+        match self {
+            Self::Merging { children_max: Some(most) } if children > most => {
+                Some(format!("it has {children} children; it is merged once {most} is left"))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Profile {
+    pub(super) const fn deleting(self) -> Deleting {
+        match self {
+            Self::Virtualbox => Deleting::Merging { children_max: Some(1) },
+            Self::Esx => Deleting::Merging { children_max: None },
+            Self::Default | Self::Qemu | Self::LibvirtTest => Deleting::AtOnce,
         }
     }
 }

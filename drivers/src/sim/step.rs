@@ -18,19 +18,35 @@ use super::machine::{Applied, Machine};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "action", rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) enum Action {
-    Create { snapshot: SnapshotId, name: SnapshotName, disks: BTreeSet<DiskName>, memory: MemoryKind },
-    Revert { snapshot: SnapshotId, run_state: Option<RunState> },
-    Delete { snapshot: SnapshotId },
-    Forget { snapshot: SnapshotId },
-    Flatten { snapshots: Vec<SnapshotId> },
-}
-
-/// What a create reports: the engine reads [`Learnt`], and the native id is kept for whoever reads the log.
-#[derive(Serialize)]
-struct Created {
-    #[serde(flatten)]
-    learnt: Learnt,
-    native: String,
+    Create {
+        snapshot: SnapshotId,
+        name: SnapshotName,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        description: Option<String>,
+        disks: BTreeSet<DiskName>,
+        memory: MemoryKind,
+    },
+    Revert {
+        snapshot: SnapshotId,
+        run_state: Option<RunState>,
+    },
+    Delete {
+        snapshot: SnapshotId,
+    },
+    Edit {
+        snapshot: SnapshotId,
+        name: Option<SnapshotName>,
+        description: Option<String>,
+    },
+    Forget {
+        snapshot: SnapshotId,
+    },
+    Hide {
+        snapshot: SnapshotId,
+    },
+    Flatten {
+        snapshots: Vec<SnapshotId>,
+    },
 }
 
 impl Action {
@@ -50,7 +66,9 @@ impl Action {
             Self::Create { .. } => "create",
             Self::Revert { .. } => "revert",
             Self::Delete { .. } => "delete",
+            Self::Edit { .. } => "edit",
             Self::Forget { .. } => "forget",
+            Self::Hide { .. } => "hide",
             Self::Flatten { .. } => "flatten",
         }
     }
@@ -73,15 +91,19 @@ impl Action {
 
     fn effect(&self, machine: &mut Machine, now: Timestamp) -> Result<Value, Failure> {
         match self {
-            Self::Create { snapshot, name, disks, memory } => {
-                let (native, state) = machine.take(*snapshot, name.as_str(), disks, *memory)?;
-                let learnt = Learnt { taken: Some(now), state: Some(state), left: BTreeSet::new() };
-                return json(&Created { learnt, native: native.to_string() });
+            Self::Create { snapshot, name, description, disks, memory } => {
+                let about = (name.as_str(), description.as_deref());
+                let (native, state) = machine.take(*snapshot, about, disks, *memory)?;
+                let (taken, native) = (Some(now), Some(native.to_string()));
+                return json(&Learnt { taken, state: Some(state), native, ..Learnt::default() });
             }
             Self::Revert { snapshot, run_state } => machine.revert(*snapshot, *run_state)?,
             Self::Delete { snapshot } => machine.remove(*snapshot)?,
-            // What carries our mark and is in no log of ours is left alone.
-            Self::Forget { .. } => {}
+            Self::Edit { snapshot, name, description } => {
+                machine.edit(*snapshot, name.as_ref().map(SnapshotName::as_str), description.as_deref())?;
+            }
+            // What carries our mark and is in no log of ours is left alone, and what is merged later stays.
+            Self::Forget { .. } | Self::Hide { .. } => {}
             Self::Flatten { snapshots } => {
                 snapshots.iter().try_for_each(|snapshot| machine.remove(*snapshot))?;
             }

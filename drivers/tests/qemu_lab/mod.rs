@@ -242,6 +242,7 @@ impl Lab {
             memory: MemoryKind::No,
             place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -255,6 +256,7 @@ impl Lab {
         SnapshotRevertRequested {
             snapshot: self.names[name],
             run_state: None,
+            keep: None,
             request: RequestTerms::default(),
         }
         .into()
@@ -508,7 +510,7 @@ impl Lab {
         if let Poison::AtFinish(snapshots) = &step.poison {
             for id in snapshots {
                 let name = self.state.tree.get(*id).unwrap().name.clone();
-                self.apply(Some(operation), SnapshotDeleted { snapshot: *id, name }.into());
+                self.apply(Some(operation), SnapshotDeleted { snapshot: *id, name, stays: false }.into());
                 self.contents.remove(id);
             }
         }

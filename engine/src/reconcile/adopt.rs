@@ -1,4 +1,4 @@
-//! Taking over what somebody else did at the hypervisor: snapshots made there, and a revert. Pure.
+//! Taking over what somebody else did at the hypervisor: snapshots made or renamed there, and a revert. Pure.
 //!
 //! Only where the hypervisor keeps the list of its snapshots by itself. What is gone there is marked lost by
 //! [`drift`](crate::reconcile::drift), and never taken out of the tree: someone may ask where it went.
@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
+use crate::decide::TEXT_BYTES_MAX;
 use crate::domain::Domain;
 use crate::driver::{Observation, SeenSnapshot};
-use crate::event::{Actor, Event, MemoryKind, SnapshotAdopted, SnapshotReverted};
+use crate::event::{Actor, Event, MemoryKind, SnapshotAdopted, SnapshotEdited, SnapshotReverted};
 use crate::ids::{NAME_BYTES_MAX, SnapshotId, SnapshotName};
 use crate::project::DomainState;
 use crate::tree::{Labels, Snapshot, SnapshotState};
@@ -44,13 +45,50 @@ pub(crate) fn adoption(
     for listed in &foreign {
         adopter.ids.insert(&listed.native, listed.id.unwrap_or_else(fresh));
     }
-    let mut events: Vec<Event> =
-        foreign.iter().filter_map(|listed| adopter.adopted(listed, seen, now)).collect();
+    let mut events: Vec<Event> = edits(state, seen).into_iter().map(Event::from).collect();
+    // A name that somebody gave up there is free for what was made since.
+    for event in &events {
+        if let Event::SnapshotEdited(SnapshotEdited { snapshot, name: Some(name), .. }) = event {
+            let old = state.tree.get(*snapshot).map(|known| &known.name);
+            old.map(|old| adopter.names.remove(old));
+            adopter.names.insert(name.clone());
+        }
+    }
+    events.extend(foreign.iter().filter_map(|listed| adopter.adopted(listed, seen, now)));
     let stands = seen.current.as_deref().and_then(|native| adopter.nearest(Some(native)));
     if let Some(stands) = stands.filter(|id| state.tree.current().map(|current| current.id) != Some(*id)) {
         events.push(SnapshotReverted { snapshot: stands }.into());
     }
     events
+}
+
+/// What was changed there of names and descriptions, where the hypervisor keeps them.
+pub(crate) fn edits(state: &DomainState, seen: &Observation) -> Vec<SnapshotEdited> {
+    if !state.domain.as_ref().is_some_and(|domain| domain.capabilities.keeps_names) {
+        return Vec::new();
+    }
+    let mut names: BTreeSet<SnapshotName> =
+        state.tree_after_open().iter().map(|snapshot| snapshot.name.clone()).collect();
+    let ours = seen.snapshots.iter().filter_map(|listed| Some((state.tree.get(listed.id?)?, listed)));
+    let mut edits = Vec::new();
+    for (known, listed) in ours {
+        let described = listed.description.clone().filter(|text| text.len() <= TEXT_BYTES_MAX);
+        let description = described.unwrap_or_default();
+        let mut edit = SnapshotEdited { snapshot: known.id, name: None, description: None, labels: None };
+        if description != known.description.as_deref().unwrap_or_default() {
+            edit.description = Some(description);
+        }
+        if listed.name != known.name.as_str() {
+            names.remove(&known.name);
+            let name = free_name(&listed.name, &names);
+            names.extend(name.clone());
+            edit.name = name.filter(|name| *name != known.name);
+        }
+        if edit.name.is_some() || edit.description.is_some() {
+            edits.push(edit);
+        }
+    }
+    edits
 }
 
 struct Adopter<'a> {
@@ -109,7 +147,10 @@ impl<'a> Adopter<'a> {
         let snapshot = Snapshot {
             id,
             name: self.name(listed)?,
-            description: listed.description.clone().filter(|text| !text.is_empty()),
+            description: listed
+                .description
+                .clone()
+                .filter(|text| !text.is_empty() && text.len() <= TEXT_BYTES_MAX),
             parent,
             created: listed.taken.unwrap_or(now),
             state,
@@ -125,19 +166,23 @@ impl<'a> Adopter<'a> {
         Some(SnapshotAdopted { snapshot, listed_as: listed.name.clone(), children }.into())
     }
 
-    /// Its name there, where it can have it here and nobody else has it; else one like it.
     fn name(&mut self, listed: &SeenSnapshot) -> Option<SnapshotName> {
-        let plain: String = listed.name.chars().filter(|c| !c.is_control() && *c != '/').collect();
-        let plain = plain.trim_start_matches(['.', '-', ' ']).trim_end();
-        let base = SnapshotName::new(shortened(plain))
-            .or_else(|_| SnapshotName::new(format!("adopted {}", shortened(plain))))
-            .or_else(|_| SnapshotName::new("adopted"))
-            .ok()?;
-        let numbered = (2..).map_while(|number| SnapshotName::new(format!("{base} ({number})")).ok());
-        let name = std::iter::once(base.clone()).chain(numbered).find(|name| !self.names.contains(name))?;
+        let name = free_name(&listed.name, &self.names)?;
         self.names.insert(name.clone());
         Some(name)
     }
+}
+
+/// The name that a snapshot has there, where it can have it here and nobody else has it; else one like it.
+fn free_name(listed: &str, taken: &BTreeSet<SnapshotName>) -> Option<SnapshotName> {
+    let plain: String = listed.chars().filter(|c| !c.is_control() && *c != '/').collect();
+    let plain = plain.trim_start_matches(['.', '-', ' ']).trim_end();
+    let base = SnapshotName::new(shortened(plain))
+        .or_else(|_| SnapshotName::new(format!("adopted {}", shortened(plain))))
+        .or_else(|_| SnapshotName::new("adopted"))
+        .ok()?;
+    let numbered = (2..).map_while(|number| SnapshotName::new(format!("{base} ({number})")).ok());
+    std::iter::once(base.clone()).chain(numbered).find(|name| !taken.contains(name))
 }
 
 /// As much of a name as leaves room for a number.

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::Disk;
 use crate::driver::{Observation, SeenSnapshot};
+use crate::event::Place;
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
 use crate::project::DomainState;
+use crate::reconcile::adopt;
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -32,6 +34,15 @@ pub enum Finding {
         native: String,
         /// Its name there.
         name: String,
+    },
+    /// The hypervisor has a snapshot of ours under another name or description.
+    SnapshotChanged {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Its name in the log.
+        name: SnapshotName,
+        /// Its name there.
+        found: String,
     },
     /// The machine stands on another snapshot than the log says.
     CurrentMoved {
@@ -90,9 +101,24 @@ pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
     // A hypervisor that merges by itself keeps the list of its snapshots by itself; elsewhere there are only layers.
     if state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
         compare_snapshots(state, seen, &mut found);
+    } else if state.place() == Some(Place::Internal) {
+        compare_inside(state, seen, &mut found);
     }
     compare_layers(state, seen, &mut found);
     found
+}
+
+/// Snapshots inside the images: the driver lists those of ours that are whole, and none of others.
+fn compare_inside(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
+    let is_there = |id| seen.snapshots.iter().any(|listed| listed.id == Some(id));
+    for snapshot in state.tree.iter().filter(|snapshot| !is_there(snapshot.id)) {
+        found.insert(Finding::SnapshotLost { snapshot: snapshot.id, name: snapshot.name.clone() });
+    }
+    for listed in seen.snapshots.iter().filter(|listed| !state.forgot(listed)) {
+        if listed.id.is_some_and(|id| !state.tree.contains(id)) {
+            found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
+        }
+    }
 }
 
 fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
@@ -104,6 +130,12 @@ fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeS
         let ours = listed.id.is_some_and(|id| state.tree.contains(id) || state.tombstones.contains_key(&id));
         if !ours && !state.forgot(listed) {
             found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
+        }
+    }
+    for edit in adopt::edits(state, seen) {
+        if let (Some(known), Some(listed)) = (state.tree.get(edit.snapshot), marked(edit.snapshot)) {
+            let (snapshot, name) = (known.id, known.name.clone());
+            found.insert(Finding::SnapshotChanged { snapshot, name, found: listed.name.clone() });
         }
     }
     let expected = state.tree.current().map(|current| current.id);
@@ -163,6 +195,12 @@ impl std::fmt::Display for Finding {
             Self::SnapshotLost { name, .. } => write!(f, "snapshot '{name}' is lost: its data is not there"),
             Self::SnapshotFound { native, name } => {
                 write!(f, "the hypervisor has a snapshot '{name}' ({native}) that was not made by Snaptree")
+            }
+            Self::SnapshotChanged { name, found, .. } if name.as_str() == found => {
+                write!(f, "the description of snapshot '{name}' was changed at the hypervisor")
+            }
+            Self::SnapshotChanged { name, found, .. } => {
+                write!(f, "snapshot '{name}' is called '{found}' at the hypervisor")
             }
             Self::CurrentMoved { expected, found } => write!(
                 f,

@@ -24,11 +24,13 @@ use crate::driver::{FileFacts, Observation};
 use crate::event::MergeWish;
 use crate::ids::{DiskName, LayerId, SnapshotId};
 use crate::layer::{DiskLayers, Layer, Role};
-use crate::project::DomainState;
+use crate::project::{DomainState, Tombstone};
 use crate::reconcile::space;
 
 /// How much may be copied when a tombstone has several dependants; the setting `merge.copy-max`.
 pub const COPY_BYTES_MAX_DEFAULT: u64 = 4 << 30;
+
+const PUT_OFF: &str = "left to later, as asked with --defer";
 
 /// One thing to do on one disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +64,11 @@ pub enum MergeAction {
         into: LayerId,
         /// The tombstones between the two, lowest first.
         between: Vec<LayerId>,
+    },
+    /// The hypervisor merges what it lists, in one call.
+    Fold {
+        /// The snapshot that it had been.
+        snapshot: SnapshotId,
     },
 }
 
@@ -140,6 +147,9 @@ pub(super) fn verdicts_given_room(
     observation: &Observation,
     policy: MergePolicy,
 ) -> Vec<Verdict> {
+    if state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
+        return listed_verdicts(state, observation, policy);
+    }
     let planner = Planner { state, observation, policy };
     let mut found = Vec::new();
     let mut done = BTreeSet::new();
@@ -154,6 +164,25 @@ pub(super) fn verdicts_given_room(
     }
     found.extend(planner.leftovers());
     found
+}
+
+/// The verdicts where the hypervisor keeps a list, and merges in one call what it can.
+fn listed_verdicts(state: &DomainState, seen: &Observation, policy: MergePolicy) -> Vec<Verdict> {
+    let verdict = |(&snapshot, tombstone): (&SnapshotId, &Tombstone)| {
+        if tombstone.wish == MergeWish::Defer && policy.put_off == PutOff::Leave {
+            return Verdict::Defer { snapshot, reason: PUT_OFF.to_owned() };
+        }
+        let listed = seen.snapshots.iter().find(|listed| listed.id == Some(snapshot));
+        match listed.and_then(|listed| listed.stays.clone()) {
+            Some(reason) => Verdict::Defer { snapshot, reason },
+            None => Verdict::Merge(MergePlan {
+                snapshots: vec![snapshot],
+                actions: vec![MergeAction::Fold { snapshot }],
+                ..MergePlan::default()
+            }),
+        }
+    };
+    state.tombstones.iter().map(verdict).collect()
 }
 
 /// Whether there may be anything to fold away: a tombstone, or a layer that nobody holds.
@@ -202,7 +231,7 @@ impl Planner<'_> {
         let wish = tombstone.map_or(MergeWish::Auto, |tombstone| tombstone.wish);
         let defer = |reason: String| Verdict::Defer { snapshot, reason };
         if wish == MergeWish::Defer && self.policy.put_off == PutOff::Leave {
-            return defer("left to later, as asked with --defer".to_owned());
+            return defer(PUT_OFF.to_owned());
         }
         let copy_bytes_max = if wish == MergeWish::Now { u64::MAX } else { self.policy.copy_bytes_max };
         let mut ways = Vec::new();
@@ -255,7 +284,7 @@ impl Planner<'_> {
     /// Bytes that an action copies, at most.
     fn moved(&self, action: &MergeAction) -> u64 {
         let (disk, copied, times): (_, Vec<&LayerId>, _) = match action {
-            MergeAction::Drop { .. } => return 0,
+            MergeAction::Drop { .. } | MergeAction::Fold { .. } => return 0,
             MergeAction::Pull { disk, vanish, dependants, .. } => {
                 (disk, vanish.iter().collect(), dependants.len() as u64)
             }
@@ -274,6 +303,7 @@ impl Planner<'_> {
         let mut plan = MergePlan { bytes_moved_otherwise, ..MergePlan::default() };
         for action in &actions {
             let (disk, gone, unlinked) = match action {
+                MergeAction::Fold { .. } => continue,
                 MergeAction::Drop { disk, layer } => (disk, vec![layer], vec![layer]),
                 MergeAction::Pull { disk, vanish, .. } => {
                     (disk, vanish.iter().collect(), vanish.iter().collect())

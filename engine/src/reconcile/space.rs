@@ -146,7 +146,7 @@ pub fn full_bytes(virtual_size_bytes: u64) -> u64 {
 pub fn growth_bytes(actions: &[MergeAction], graph: &LayerGraph, seen: &Observation) -> u64 {
     let growth = |action: &MergeAction| -> u64 {
         let (disk, taken, takers): (_, Vec<&LayerId>, &[LayerId]) = match action {
-            MergeAction::Drop { .. } => return 0,
+            MergeAction::Drop { .. } | MergeAction::Fold { .. } => return 0,
             MergeAction::Pull { disk, vanish, dependants, .. } => (disk, vanish.iter().collect(), dependants),
             MergeAction::Push { disk, from, into, between } => {
                 (disk, between.iter().chain([from]).collect(), std::slice::from_ref(into))

@@ -24,11 +24,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::command::reject;
-use crate::driver::{CallOff, Driver, DriverError, Head, Observation, Plan, StepContext, StepReport, Watch};
+use crate::driver::{
+    CallOff, Driver, DriverError, Head, Learnt, Observation, Plan, StepContext, StepReport, Watch,
+};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{
-    Actor, Envelope, Event, HowFinished, MergeWish, OperationExpired, OperationFailed, OperationPlanned,
-    OperationStepFinished, OperationStepStarted, OperationUndoStarted,
+    Actor, DomainRepaired, Envelope, Event, HowFinished, MergeWish, OperationExpired, OperationFailed,
+    OperationPlanned, OperationStepFinished, OperationStepStarted, OperationUndoStarted,
 };
 use crate::ids::{OperationId, StreamId};
 use crate::log::{LogError, NewEvent};
@@ -41,7 +43,7 @@ use crate::reconcile::connection::was_not_asked;
 use crate::reconcile::merge::{MergePolicy, PutOff};
 use crate::reconcile::space;
 
-use outcome::deferrals;
+use outcome::{Stays, deferrals};
 
 /// How often a busy hypervisor is asked again within one run.
 const BUSY_ATTEMPTS_MAX: u32 = 20;
@@ -259,6 +261,9 @@ impl<'a> Worker<'a> {
         if let Some(hook) = operation.hook_before() {
             return self.before(operation, hook).await;
         }
+        if let Some(failure) = self.not_kept(operation) {
+            return self.end(operation, vec![OperationFailed { failure }.into()]).await;
+        }
         let seen = self.observe_and_adopt().await?;
         // The hypervisor may have been busy with others for long.
         if let Some(failure) = self.expired(operation) {
@@ -295,6 +300,18 @@ impl<'a> Worker<'a> {
         let mut events = vec![OperationFailed { failure: failure.clone().refused() }.into()];
         events.extend(deferrals(operation, &failure));
         self.end(operation, events).await
+    }
+
+    /// Why a revert must not begin, if what it gives up was to be kept and is not.
+    fn not_kept(&self, operation: &Operation) -> Option<Failure> {
+        let Request::Revert(revert) = &operation.request else { return None };
+        revert.keep.filter(|keep| !self.state.tree.contains(*keep))?;
+        let message = "what the revert would give up could not be kept";
+        Some(
+            Failure::new(Code::Invalid, message)
+                .hint("`snaptree op list` shows the create before it, and `op show` why it failed")
+                .refused(),
+        )
     }
 
     /// The plan, if there is room for it, and for the merges that are to follow at once.
@@ -344,7 +361,8 @@ impl<'a> Worker<'a> {
         };
         before.push(OperationStepStarted { step: index }.into());
         if let Poison::AtStart(snapshots) = &step.poison {
-            before.extend(self.deleted(snapshots));
+            let lists = self.state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself);
+            before.extend(self.deleted(snapshots, if lists { Stays::AtTheHypervisor } else { Stays::No }));
         }
         self.commit(operation, before).await?;
         self.engine.hooks.reached(&format!("step.started.{}", step.name));
@@ -393,12 +411,17 @@ impl<'a> Worker<'a> {
         self.resolutions = 0;
         self.busy = 0;
         self.engine.hooks.reached(&format!("step.done.{}", step.name));
-        let mut events: Vec<Event> = vec![
+        let learnt: Learnt = serde_json::from_value(report.learnt.clone()).unwrap_or_default();
+        let mut events: Vec<Event> =
+            learnt.repairs.into_iter().map(|what| DomainRepaired { what }.into()).collect();
+        events.push(
             OperationStepFinished { step: index, how, changes: report.changes, learnt: report.learnt }.into(),
-        ];
-        if let Poison::AtFinish(snapshots) = &step.poison {
-            events.extend(self.deleted(snapshots));
-        }
+        );
+        events.extend(match &step.poison {
+            Poison::AtFinish(snapshots) => self.deleted(snapshots, Stays::No),
+            Poison::Hidden(snapshots) => self.deleted(snapshots, Stays::AtTheHypervisor),
+            Poison::AtStart(_) | Poison::Nothing => Vec::new(),
+        });
         let ends = self.engine.stop.asked() && index + 1 < operation.steps.len();
         if ends || self.engine.stop.called_off(operation.id).is_some() {
             self.commit(operation, events).await?;

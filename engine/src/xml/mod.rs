@@ -260,18 +260,33 @@ impl SnapshotXml {
     ///
     /// # Errors
     /// A disk that the domain does not have or that is listed twice, more entries than disks, no disk left, a file
-    /// for a disk that gets none; and [`XmlError::Unsupported`] for what libvirt can and Snaptree cannot: internal
-    /// and manual disk snapshots, and file names, formats and devices other than Snaptree's choice.
+    /// for a disk that gets none; and [`XmlError::Unsupported`] for what libvirt can and Snaptree cannot: manual disk
+    /// snapshots, and file names, formats and devices other than Snaptree's choice.
     pub fn to_create(&self, disks_of_domain: &[Disk]) -> Result<Create, XmlError> {
         Ok(Create {
             name: self.name.clone(),
             description: self.description.clone(),
             labels: Labels::new(),
             content: self.content()?,
-            place: Place::Usual,
+            place: self.place()?,
             disks: self.selection(disks_of_domain)?,
             quiesce: false,
         })
+    }
+
+    /// Inside the images, if the document says so of any disk.
+    fn place(&self) -> Result<Place, XmlError> {
+        let asked = |mode| self.disks.iter().any(|disk| disk.snapshot == Some(mode));
+        match (asked(DiskMode::Internal), asked(DiskMode::External)) {
+            (true, true) => Err(XmlError::Unsupported(
+                "mixing internal and external targets for a snapshot is not yet supported".to_owned(),
+            )),
+            (true, false) if matches!(self.memory, Some(MemoryXml::External { .. })) => Err(
+                XmlError::Unsupported("mixing internal and external snapshots is not supported".to_owned()),
+            ),
+            (true, false) => Ok(Place::Internal),
+            (false, _) => Ok(Place::Usual),
+        }
     }
 
     fn content(&self) -> Result<Content, XmlError> {
@@ -336,11 +351,7 @@ impl DiskXml {
         }
         match self.snapshot {
             Some(DiskMode::No) => return Ok(Selected::Excluded),
-            Some(DiskMode::Internal) => {
-                return unsupported(format!(
-                    "internal snapshot for disk '{disk}': this driver does not offer internal snapshots yet"
-                ));
-            }
+            Some(DiskMode::Internal) => return Ok(Selected::Included),
             Some(DiskMode::Manual) => {
                 return unsupported(format!("snapshot mode 'manual' for disk '{disk}' is not offered"));
             }

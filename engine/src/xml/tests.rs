@@ -44,6 +44,7 @@ fn domain(disks: &[&str]) -> Domain {
             children_only: true,
             metadata_only: true,
             merges_itself: false,
+            keeps_names: false,
             name_bytes_max: 255,
             depth_max: 64,
         },
@@ -326,6 +327,17 @@ fn values_are_refused_in_libvirts_words() {
 }
 
 #[test]
+fn a_document_with_internal_disks_asks_for_a_snapshot_inside_the_images() {
+    let asked = |inner: &str| read(&in_root(inner)).unwrap().to_create(&domain_disks(&["vda", "vdb"]));
+    let inside = "<memory snapshot='internal'/><disks><disk name='vda' snapshot='internal'/></disks>";
+    let create = asked(inside).unwrap();
+    assert_eq!((create.place, create.content, create.disks), (Place::Internal, Content::WithMemory, None));
+    assert_eq!(asked("<memory snapshot='internal'/>").unwrap().place, Place::Usual);
+    let mixed = "<memory snapshot='external'/><disks><disk name='vda' snapshot='internal'/></disks>";
+    assert!(asked(mixed).is_err());
+}
+
+#[test]
 fn a_create_is_made() {
     let create = |inner: &str, disks: &[&str]| read(&in_root(inner)).unwrap().to_create(&domain_disks(disks));
     let only = |names: &[&str]| Some(names.iter().map(|name| disk_name(name)).collect::<BTreeSet<_>>());
@@ -364,7 +376,7 @@ fn a_create_is_refused() {
         "<disk name='vda'/><disk name='/images/vda.qcow2'/>",
         "<disk name='vda' snapshot='no'/><disk name='vdb' snapshot='no'/>",
         "<disk name='vda' snapshot='no'><source file='/x'/></disk>",
-        "<disk name='vda' snapshot='internal'/>",
+        "<disk name='vda' snapshot='internal'/><disk name='vdb' snapshot='external'/>",
         "<disk name='vda' snapshot='manual'/>",
         "<disk name='vda'><source file='/x'/></disk>",
         "<disk name='vda' snapshot='external' type='block'/>",
@@ -388,8 +400,8 @@ fn a_create_is_refused() {
         nothing selected for snapshot
     <disk name='vda' snapshot='no'><source file='/x'/></disk>
         file '/x' for disk 'vda' requires use of external snapshot mode
-    <disk name='vda' snapshot='internal'/>
-        unsupported configuration: internal snapshot for disk 'vda': this driver does not offer internal snapshots yet
+    <disk name='vda' snapshot='internal'/><disk name='vdb' snapshot='external'/>
+        unsupported configuration: mixing internal and external targets for a snapshot is not yet supported
     <disk name='vda' snapshot='manual'/>
         unsupported configuration: snapshot mode 'manual' for disk 'vda' is not offered
     <disk name='vda'><source file='/x'/></disk>

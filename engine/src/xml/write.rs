@@ -68,14 +68,20 @@ fn disks(out: &mut String, snapshot: &Snapshot, domain: &Domain, files: &BTreeMa
     for name in names {
         if !snapshot.disks.contains(name) {
             out.push_str(&format!("    <disk name='{name}' snapshot='no'/>\n"));
-        } else if snapshot.memory == MemoryKind::Internal {
-            // Memory inside an image means the disks are too: libvirt knows no mixture.
+        } else if is_inside(snapshot, domain, files) {
             out.push_str(&format!("    <disk name='{name}' snapshot='internal'/>\n"));
         } else {
             external(out, name, files.get(name).map(PathBuf::as_path));
         }
     }
     out.push_str("  </disks>\n");
+}
+
+/// Memory inside an image means the disks are too, as libvirt knows no mixture; and where a driver has both kinds, a
+/// snapshot that no file stands for is inside the images.
+fn is_inside(snapshot: &Snapshot, domain: &Domain, files: &BTreeMap<DiskName, PathBuf>) -> bool {
+    let can = &domain.capabilities;
+    snapshot.memory == MemoryKind::Internal || (can.internal && !can.merges_itself && files.is_empty())
 }
 
 fn external(out: &mut String, name: &DiskName, file: Option<&Path>) {

@@ -49,6 +49,7 @@ pub fn capabilities() -> Capabilities {
         children_only: true,
         metadata_only: true,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 200,
     }
@@ -139,6 +140,7 @@ impl History {
             memory: MemoryKind::No,
             place: Place::Usual,
             quiesce: false,
+            before_revert: false,
             request: RequestTerms::default(),
         }
     }
@@ -175,7 +177,12 @@ impl History {
 
     pub fn revert(&mut self, n: u128, changes: Vec<LayerChange>) {
         let snapshot = snapshot_id(n);
-        let request = SnapshotRevertRequested { snapshot, run_state: None, request: RequestTerms::default() };
+        let request = SnapshotRevertRequested {
+            snapshot,
+            run_state: None,
+            keep: None,
+            request: RequestTerms::default(),
+        };
         self.operation(request, changes, vec![SnapshotReverted { snapshot }.into()]);
     }
 
@@ -185,7 +192,7 @@ impl History {
             .iter()
             .map(|id| {
                 let name = self.state.tree.get(*id).unwrap().name.clone();
-                SnapshotDeleted { snapshot: *id, name }.into()
+                SnapshotDeleted { snapshot: *id, name, stays: false }.into()
             })
             .collect();
         let request = SnapshotDeleteRequested {

@@ -124,7 +124,7 @@ impl Cast {
             42..60 => {
                 let states =
                     [None, None, None, Some(RunState::Running), Some(RunState::Paused), Some(RunState::Off)];
-                Command::Revert { snapshot, run_state: *self.random.pick(&states) }
+                Command::Revert { snapshot, run_state: *self.random.pick(&states), keep: false }
             }
             60..85 => self.delete(number, snapshot),
             85..90 => Command::Edit {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use snaptree_drivers::sim::{INJECTED, SimDriver};
-use snaptree_engine::driver::Observation;
+use snaptree_engine::driver::{Observation, SeenSnapshot};
 use snaptree_engine::event::{Envelope, Hash};
 use snaptree_engine::layer::Role;
 use snaptree_engine::log::{EventFilter, EventLog};
@@ -194,17 +194,20 @@ impl Watched {
 /// one that does not carry our mark, or was forgotten, stands for its parent.
 fn check_snapshots(listed: &Listed, served: &DomainState, seen: &Observation) -> Result<(), Violation> {
     let by_native: BTreeMap<&str, _> = seen.snapshots.iter().map(|s| (s.native.as_str(), s)).collect();
+    let hidden = |listed: &SeenSnapshot| {
+        served.forgot(listed) || listed.id.is_some_and(|id| served.tombstones.contains_key(&id))
+    };
     let ours = |native: Option<&String>| -> Option<SnapshotId> {
         let mut next = native.and_then(|native| by_native.get(native.as_str()));
         while let Some(found) = next {
-            if let Some(id) = found.id.filter(|_| !served.forgot(found)) {
+            if let Some(id) = found.id.filter(|_| !hidden(found)) {
                 return Some(id);
             }
             next = found.parent.as_ref().and_then(|parent| by_native.get(parent.as_str()));
         }
         None
     };
-    let known = || seen.snapshots.iter().filter(|listed| !served.forgot(listed));
+    let known = || seen.snapshots.iter().filter(|listed| !hidden(listed));
     let found = Listed {
         parents: known().filter_map(|s| Some((s.id?, ours(s.parent.as_ref())))).collect(),
         current: ours(seen.current.as_ref()),
@@ -212,6 +215,11 @@ fn check_snapshots(listed: &Listed, served: &DomainState, seen: &Observation) ->
     };
     if found != *listed {
         return broken("3: the hypervisor has what the log says", format!("{found:?}\nnot\n{listed:?}"));
+    }
+    for (id, stone) in &served.tombstones {
+        if stone.deferred.as_deref().is_none_or(str::is_empty) {
+            return broken("a tombstone is merged, or says why not", format!("{id}: {stone:?}"));
+        }
     }
     Ok(())
 }

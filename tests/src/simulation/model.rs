@@ -142,7 +142,7 @@ fn deadline(request: &Request) -> Option<Timestamp> {
     match request {
         Request::Create(request) => request.request.deadline,
         Request::Revert(request) => request.request.deadline,
-        Request::Delete(_) | Request::Merge(_) | Request::Unregister(_) => None,
+        Request::Delete(_) | Request::Edit(_) | Request::Merge(_) | Request::Unregister(_) => None,
     }
 }
 
@@ -182,6 +182,7 @@ impl Model {
     pub fn by_hand(&mut self, act: &ByHand) {
         match act {
             ByHand::Take(_) => self.listed.unmarked += 1,
+            ByHand::Rename(..) => {}
             ByHand::Remove(id) => {
                 self.listed.remove(*id);
                 self.lost.insert(*id);

@@ -87,8 +87,10 @@ impl Cast {
         let Some(snapshot) = snapshot.filter(|_| enough) else { return self.plain_create() };
         let named = SnapshotRef::Id(snapshot);
         match kind {
-            "revert" | "switch-revert" => Command::Revert { snapshot: named, run_state: None },
-            "drop" if self.random.chance(50) => Command::Revert { snapshot: named, run_state: None },
+            "revert" | "switch-revert" => Command::Revert { snapshot: named, run_state: None, keep: false },
+            "drop" if self.random.chance(50) => {
+                Command::Revert { snapshot: named, run_state: None, keep: false }
+            }
             "flatten" if self.registered().len() > DOMAINS_MIN => match self.held(number) {
                 Some(held) => Command::Release { snapshot: SnapshotRef::Id(held) },
                 None => Command::Unregister(UnregisterWish::Flatten),

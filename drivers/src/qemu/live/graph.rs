@@ -23,6 +23,8 @@ pub(in crate::qemu) struct Node {
     pub(in crate::qemu) file_node: Option<String>,
     /// Whether it is open for reading alone.
     pub(in crate::qemu) read_only: bool,
+    /// Whether it has dirty bitmaps.
+    pub(in crate::qemu) has_bitmaps: bool,
 }
 
 /// All that is open.
@@ -41,6 +43,8 @@ struct Named {
     drv: String,
     file: String,
     ro: bool,
+    #[serde(default)]
+    dirty_bitmaps: Vec<serde::de::IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -138,6 +142,7 @@ impl<'a> Tree<'a> {
             named: PathBuf::from(&below.unwrap_or(found).file),
             file_node: is_format.then(|| below.map(|below| below.node_name.clone()).unwrap_or_default()),
             read_only: found.ro,
+            has_bitmaps: !found.dirty_bitmaps.is_empty(),
         })
     }
 

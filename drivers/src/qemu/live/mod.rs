@@ -62,6 +62,15 @@ pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
 /// # Errors
 /// It runs, and cannot be asked.
 pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, DriverError> {
+    machine_within(state, Duration::ZERO).await
+}
+
+/// The same of a machine whose QEMU may hear nothing for so long.
+pub(super) async fn machine_within(
+    state: &DomainState,
+    patience: Duration,
+) -> Result<Option<Monitor>, DriverError> {
+    let begun = Instant::now();
     let (_, config) = QemuConfig::of(state)?;
     let until = Instant::now() + DYING;
     loop {
@@ -73,6 +82,7 @@ pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, Driv
             Err(QmpError::Absent { .. } | QmpError::Closed { .. }) if Instant::now() < until => {
                 tokio::time::sleep(POLL).await;
             }
+            Err(QmpError::Silent { .. } | QmpError::TimedOut { .. }) if begun.elapsed() < patience => {}
             Err(QmpError::Absent { .. }) => {
                 return Err(DriverError::from(
                     in_use(&holder)
@@ -88,8 +98,8 @@ pub(super) async fn machine(state: &DomainState) -> Result<Option<Monitor>, Driv
 ///
 /// # Errors
 /// It runs and does not answer: it may have exchanged its disks, and only QEMU knows.
-pub(super) async fn settle(state: &DomainState) -> Result<(), DriverError> {
-    match machine(state).await {
+pub(super) async fn settle(state: &DomainState, patience: Duration) -> Result<(), DriverError> {
+    match machine_within(state, patience).await {
         Ok(_) => Ok(()),
         Err(error) => Err(DriverError { class: ErrorClass::Busy, ..error }.hint(
             "what became of the operation can only be told by the machine itself: free its QMP socket, or end it",
@@ -106,8 +116,8 @@ pub(super) fn no_agent(domain: &DomainName) -> Failure {
     .hint("register it with --agent SOCKET, or leave out --quiesce")
 }
 
-/// A node that Snaptree adds: QEMU allows 31 bytes.
-fn node_name(operation: snaptree_engine::OperationId, index: usize, disk: usize) -> String {
+/// A node that Snaptree adds, or a job: QEMU allows 31 bytes.
+pub(super) fn node_name(operation: snaptree_engine::OperationId, index: usize, disk: usize) -> String {
     let id = operation.to_string();
     let random: String = id.chars().rev().filter(char::is_ascii_hexdigit).take(12).collect();
     format!("st-{random}-{index}-{disk}")

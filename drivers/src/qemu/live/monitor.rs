@@ -14,6 +14,10 @@ use crate::qemu::qmp::{Limits, Qmp, QmpError};
 
 /// Longest that QEMU's main loop may be busy with one of our commands: it flushes and reopens images in some of them.
 const LONG_REPLY_MS: u64 = 60_000;
+/// How often a job is looked at while nothing is heard of it.
+const JOB_LOOK_MS: u64 = 20;
+/// For what it answers at once.
+const REPLY_MS: u64 = 10_000;
 
 /// A connection to the machine's QEMU.
 pub(in crate::qemu) struct Monitor {
@@ -78,13 +82,22 @@ impl Monitor {
         let graph = self.graph().await?;
         let chains = graph.chains.iter().map(|names| Chain {
             nodes: names.iter().filter_map(|name| graph.node(name)).map(LiveNode::of).collect(),
+            root: names.first().cloned().unwrap_or_default(),
         });
         Ok(LiveMachine {
             qmp: self.socket.clone(),
             run,
             chains: chains.collect(),
             jobs: self.jobs().await?.into_iter().map(|(id, _)| id).collect(),
+            ram_bytes: self.ram_bytes().await?,
         })
+    }
+
+    /// The size of the machine's memory.
+    async fn ram_bytes(&mut self) -> Result<u64, DriverError> {
+        let answer = self.ask("query-memory-size-summary", Value::Null).await?;
+        let bytes = |key: &str| answer.get(key).and_then(Value::as_u64).unwrap_or(0);
+        Ok(bytes("base-memory").saturating_add(bytes("plugged-memory")))
     }
 
     /// Stops the guest; one that is stopped stays so.
@@ -232,9 +245,63 @@ impl Monitor {
         self.act("block-commit", arguments).await.map(|_| ())
     }
 
-    /// Every block job.
+    /// Begins a job on an internal snapshot: `snapshot-save`, `snapshot-load` (both with the node that has the memory) or
+    /// `snapshot-delete`. Whether it can be done is said by the job alone, once it is concluded.
+    pub(in crate::qemu) async fn snapshot_job(
+        &mut self,
+        command: &'static str,
+        job: &str,
+        tag: &str,
+        memory: Option<&str>,
+        nodes: &[&str],
+    ) -> Result<(), DriverError> {
+        let mut arguments = json!({ "job-id": job, "tag": tag, "devices": nodes });
+        if let Some(memory) = memory {
+            arguments["vmstate"] = json!(memory);
+        }
+        self.act(command, arguments).await.map(|_| ())
+    }
+
+    /// Waits for the end of such a job; why it failed, if it did. It is not dismissed.
+    pub(in crate::qemu) async fn snapshot_job_ended(
+        &mut self,
+        id: &str,
+        busy: Duration,
+    ) -> Result<Result<(), String>, DriverError> {
+        loop {
+            let wait_ms = REPLY_MS.max(u64::try_from(busy.as_millis()).unwrap_or(u64::MAX));
+            let jobs = self.jobs_within(wait_ms).await?;
+            let Some((_, job)) = jobs.into_iter().find(|(found, _)| found == id) else {
+                return Err(DriverError::unknown(Code::Io, format!("QEMU does not know job {id} any more")));
+            };
+            if job.status == "concluded" {
+                return Ok(job.error.map_or(Ok(()), Err));
+            }
+            self.pause(JOB_LOOK_MS).await?;
+        }
+    }
+
+    /// Lets QEMU forget the jobs on snapshots that came to their end.
+    pub(in crate::qemu) async fn dismiss_concluded(&mut self) -> Result<(), DriverError> {
+        for (id, job) in self.jobs().await? {
+            if job.status == "concluded" && id.starts_with("st-") {
+                self.tell_job("job-dismiss", &id).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every job.
     pub(in crate::qemu) async fn jobs(&mut self) -> Result<Vec<(String, Job)>, DriverError> {
-        let answer = self.ask("query-jobs", Value::Null).await?;
+        self.jobs_within(REPLY_MS).await
+    }
+
+    /// The same of a QEMU that may be busy for that long: it hears nothing while it writes or reads memory.
+    pub(in crate::qemu) async fn jobs_within(
+        &mut self,
+        wait_ms: u64,
+    ) -> Result<Vec<(String, Job)>, DriverError> {
+        let answer = self.qmp.execute_within("query-jobs", Value::Null, wait_ms).await.map_err(failed)?;
         let text = |job: &Value, key: &str| job.get(key).and_then(Value::as_str).map(str::to_owned);
         let number = |job: &Value, key: &str| job.get(key).and_then(Value::as_u64).unwrap_or(0);
         let jobs = answer.as_array().into_iter().flatten().filter_map(|job| {
@@ -285,7 +352,13 @@ impl Monitor {
 impl LiveNode {
     fn of(node: &Node) -> Self {
         let file = fs::canonicalize(&node.named).unwrap_or_else(|_| node.named.clone());
-        Self { node: node.name.clone(), named: node.named.clone(), file }
+        Self {
+            node: node.name.clone(),
+            named: node.named.clone(),
+            file,
+            read_only: node.read_only,
+            has_bitmaps: node.has_bitmaps,
+        }
     }
 }
 

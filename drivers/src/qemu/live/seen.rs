@@ -36,8 +36,11 @@ pub(in crate::qemu) struct LiveMachine {
     pub(in crate::qemu) run: Run,
     /// What it has open.
     pub(in crate::qemu) chains: Vec<Chain>,
-    /// The ids of its block jobs.
+    /// The ids of its jobs.
     pub(in crate::qemu) jobs: Vec<String>,
+    /// The size of its memory; 0 where QEMU does not say.
+    #[serde(default)]
+    pub(in crate::qemu) ram_bytes: u64,
 }
 
 /// Whether the guest runs.
@@ -67,6 +70,9 @@ impl Run {
 pub(in crate::qemu) struct Chain {
     /// The nodes.
     pub(in crate::qemu) nodes: Vec<LiveNode>,
+    /// QEMU's name of the topmost one, also where it is no file.
+    #[serde(default)]
+    pub(in crate::qemu) root: String,
 }
 
 /// One open image.
@@ -78,6 +84,12 @@ pub(in crate::qemu) struct LiveNode {
     pub(in crate::qemu) named: PathBuf,
     /// Where that leads now.
     pub(in crate::qemu) file: PathBuf,
+    /// Whether it is open for reading alone.
+    #[serde(default)]
+    pub(in crate::qemu) read_only: bool,
+    /// Whether it has dirty bitmaps.
+    #[serde(default)]
+    pub(in crate::qemu) has_bitmaps: bool,
 }
 
 impl LiveMachine {

@@ -41,6 +41,9 @@ pub(super) fn plan(
         Request::Revert(request) => planner.revert(request)?,
         Request::Delete(request) => planner.delete(request)?,
         Request::Merge(request) => planner.merge(&request.plan)?,
+        Request::Edit(_) => {
+            return Err(Failure::new(Code::Unsupported, "this hypervisor keeps no names"));
+        }
         Request::Unregister(_) => planner.flatten()?,
     }
     Ok(Plan { steps: planner.steps, ..Plan::default() })
@@ -214,6 +217,9 @@ impl Planner<'_> {
         for action in &plan.actions {
             match action {
                 MergeAction::Drop { disk, layer } => files.push(self.tombstone(disk, layer)?),
+                MergeAction::Fold { .. } => {
+                    return Err(Failure::new(Code::Unsupported, "this hypervisor keeps no list"));
+                }
                 MergeAction::Pull { disk, vanish, dependants, onto } => {
                     files.extend(self.pull(disk, vanish, dependants, onto)?);
                 }

@@ -264,7 +264,7 @@ impl Switch {
                 if kept != Power::Off {
                     machine.memories.insert(*snapshot, kept);
                 }
-                json(&Learnt { taken: Some(at.now), state: Some(state), left: BTreeSet::new() })?
+                json(&Learnt { taken: Some(at.now), state: Some(state), ..Learnt::default() })?
             }
             Purpose::Revert { snapshot, run_state } => {
                 let kept = machine.memories.get(snapshot).copied().unwrap_or(Power::Off);

@@ -162,6 +162,7 @@ fn state() -> DomainState {
         children_only: false,
         metadata_only: false,
         merges_itself: false,
+        keeps_names: false,
         name_bytes_max: 255,
         depth_max: 10,
     };

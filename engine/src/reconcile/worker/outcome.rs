@@ -13,6 +13,13 @@ use crate::tree::SnapshotState;
 
 use super::{Carried, Pass, Worker};
 
+/// Whether a hypervisor that merges by itself may still hold the data of a deleted snapshot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stays {
+    No,
+    AtTheHypervisor,
+}
+
 impl Worker<'_> {
     /// The events that make the request true, and the outcome. `before` goes into the same commit.
     pub(super) fn outcome(&self, operation: &Operation, before: &[Event]) -> Vec<Event> {
@@ -24,6 +31,7 @@ impl Worker<'_> {
             {
                 learnt.taken = now.taken.or(learnt.taken);
                 learnt.state = now.state.or(learnt.state);
+                learnt.native = now.native.or(learnt.native);
                 learnt.left.extend(now.left);
             }
         }
@@ -40,6 +48,7 @@ impl Worker<'_> {
                 snapshot.parent = self.state.tree.current().map(|current| current.id);
                 snapshot.created = learnt.taken.unwrap_or_else(|| self.engine.clock.now());
                 snapshot.state = learnt.state.unwrap_or(SnapshotState::Shutoff);
+                snapshot.native = learnt.native;
                 if matches!(snapshot.state, SnapshotState::Shutoff | SnapshotState::DiskSnapshot) {
                     snapshot.memory = MemoryKind::No;
                 }
@@ -49,8 +58,9 @@ impl Worker<'_> {
             Request::Delete(request) => {
                 let left: Vec<_> =
                     request.snapshots.iter().copied().filter(|id| !gone.contains(id)).collect();
-                events.extend(self.deleted(&left));
+                events.extend(self.deleted(&left, Stays::No));
             }
+            Request::Edit(request) => events.push(request.edit.clone().into()),
             Request::Merge(request) => {
                 events.push(MergeFinished { snapshots: request.plan.snapshots.clone() }.into());
             }
@@ -67,11 +77,14 @@ impl Worker<'_> {
     }
 
     /// One `Deleted` per snapshot that still lives.
-    pub(super) fn deleted(&self, snapshots: &[SnapshotId]) -> Vec<Event> {
+    pub(super) fn deleted(&self, snapshots: &[SnapshotId], stays: Stays) -> Vec<Event> {
+        let stays = stays == Stays::AtTheHypervisor;
         snapshots
             .iter()
             .filter_map(|id| self.state.tree.get(*id))
-            .map(|snapshot| SnapshotDeleted { snapshot: snapshot.id, name: snapshot.name.clone() }.into())
+            .map(|snapshot| {
+                SnapshotDeleted { snapshot: snapshot.id, name: snapshot.name.clone(), stays }.into()
+            })
             .collect()
     }
 

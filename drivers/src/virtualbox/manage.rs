@@ -1,0 +1,292 @@
+//! `VBoxManage`: one call, with its limits, and what its failures mean.
+//!
+//! Progress and errors come on standard error, also where all goes well; exit 0 beside an error there is a failure. A
+//! call that was cut short proves nothing: `VBoxSVC`, which does the work, goes on without its client.
+
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use snaptree_engine::driver::{DriverError, ErrorClass, Progress};
+use snaptree_engine::operation::{Code, Failure};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::Command;
+
+use crate::qemu::lock::OperationLock;
+
+/// Most bytes that are kept of what a call writes to one stream; the rest is read and dropped.
+const OUTPUT_BYTES_MAX: usize = 4 << 20;
+/// How long a call may take that only reads or writes settings. Ten seconds were seen where `VBoxSVC` comes up just as
+/// another one ends, and a call waits for whatever `VBoxSVC` is at.
+pub(super) const QUICK: Duration = Duration::from_secs(60);
+/// How long a call may take that moves data, or that waits for one that does.
+pub(super) const MOVING: Duration = Duration::from_secs(24 * 3600);
+/// How often a question is asked, and how long is waited in between.
+const ASKS_MAX: u32 = 10;
+const BETWEEN_ASKS: Duration = Duration::from_millis(300);
+/// States in which a machine is for as long as something is done to it.
+const PASSING: &[&str] = &[
+    "Snapshotting",
+    "DeletingSnapshot",
+    "RestoringSnapshot",
+    "LiveSnapshotting",
+    "Saving",
+    "Restoring",
+    "Starting",
+    "Stopping",
+    "SettingUp",
+];
+
+/// The program, and how it is called.
+#[derive(Clone, Debug)]
+pub(super) struct Manage {
+    program: PathBuf,
+}
+
+/// One call.
+pub(super) struct Call<'a> {
+    args: Vec<String>,
+    limit: Duration,
+    lock: Option<&'a OperationLock>,
+    progress: Option<&'a dyn Progress>,
+}
+
+impl<'a> Call<'a> {
+    /// One that is over soon.
+    pub(super) fn quick<'s>(args: impl IntoIterator<Item = &'s str>) -> Self {
+        let args = args.into_iter().map(str::to_owned).collect();
+        Self { args, limit: QUICK, lock: None, progress: None }
+    }
+
+    /// One that may move all of a disk.
+    pub(super) fn moving(mut self) -> Self {
+        self.limit = MOVING;
+        self
+    }
+
+    /// One that works for an operation.
+    pub(super) fn working(mut self, lock: &'a OperationLock, progress: &'a dyn Progress) -> Self {
+        (self.lock, self.progress) = (Some(lock), Some(progress));
+        self
+    }
+}
+
+impl Manage {
+    pub(super) fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+
+    /// Asks what changes nothing, and again where `VBoxSVC` was just coming or going.
+    ///
+    /// # Errors
+    /// As [`Manage::run`].
+    pub(super) async fn ask(&self, args: &[&str], limit: Duration) -> Result<String, DriverError> {
+        let mut tries = 1;
+        loop {
+            let call = Call { limit, ..Call::quick(args.iter().copied()) };
+            match self.run(call).await {
+                Err(error) if error.class == ErrorClass::Transient && tries < ASKS_MAX => tries += 1,
+                answer => return answer,
+            }
+            tokio::time::sleep(BETWEEN_ASKS).await;
+        }
+    }
+
+    /// Calls it; returns what it wrote to its standard output.
+    ///
+    /// # Errors
+    /// It cannot be started, took too long, or says that it failed.
+    #[tracing::instrument(level = "debug", skip_all, fields(args = ?call.args))]
+    pub(super) async fn run(&self, call: Call<'_>) -> Result<String, DriverError> {
+        let stdin = match call.lock {
+            Some(lock) => Stdio::from(lock.for_child()?),
+            None => Stdio::null(),
+        };
+        let mut child = Command::new(&self.program)
+            .args(&call.args)
+            .env("LC_ALL", "C.UTF-8")
+            .env("LANG", "C.UTF-8")
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(call.lock.is_none())
+            .spawn()
+            .map_err(|error| {
+                DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
+                    .hint("install VirtualBox, or name its VBoxManage by VBOXMANAGE or the setting virtualbox.manage")
+            })?;
+        let (out, err) = (child.stdout.take(), child.stderr.take());
+        let work = async { tokio::join!(child.wait(), kept(out, None), kept(err, call.progress)) };
+        let what = call.args.first().map_or("", String::as_str);
+        let Ok((status, stdout, stderr)) = tokio::time::timeout(call.limit, work).await else {
+            let message = format!("VBoxManage {what} took longer than {} s", call.limit.as_secs());
+            return Err(DriverError::unknown(Code::Timeout, message));
+        };
+        let status = status
+            .map_err(|error| DriverError::unknown(Code::Io, "cannot wait for VBoxManage").source(error))?;
+        if status.success() && !stderr.contains("VBoxManage: error:") {
+            return Ok(stdout);
+        }
+        Err(failure(what, status, &stderr))
+    }
+}
+
+/// Reads a stream to its end.
+async fn kept(stream: Option<impl AsyncRead + Unpin>, progress: Option<&dyn Progress>) -> String {
+    let Some(mut stream) = stream else { return String::new() };
+    let (mut all, mut buffer) = (Vec::new(), vec![0; 16 << 10]);
+    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+        let room = OUTPUT_BYTES_MAX.saturating_sub(all.len());
+        all.extend_from_slice(&buffer[..count.min(room)]);
+        if let Some(progress) = progress
+            && let Some(percent) = last_percent(&all)
+        {
+            progress.step_progress(percent, 100);
+        }
+    }
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+/// The last `NN%` that was written. More than a hundred was seen.
+fn last_percent(written: &[u8]) -> Option<u64> {
+    let tail = &written[written.len().saturating_sub(64)..];
+    let end = tail.iter().rposition(|byte| *byte == b'%')?;
+    let digits: Vec<u8> =
+        tail[..end].iter().rev().take_while(|byte| byte.is_ascii_digit()).copied().collect();
+    let text: String = digits.into_iter().rev().map(char::from).collect();
+    text.parse::<u64>().ok().map(|percent| percent.min(100))
+}
+
+/// What a failed call means.
+fn failure(what: &str, status: ExitStatus, stderr: &str) -> DriverError {
+    let said: Vec<&str> =
+        stderr.lines().filter_map(|line| line.strip_prefix("VBoxManage: error: ")).collect();
+    let of = |mark: &str| said.iter().any(|line| line.contains(mark));
+    let first =
+        said.iter().find(|line| !line.starts_with("Details: ")).copied().unwrap_or(match status.code() {
+            None => "it was ended by a signal",
+            Some(_) => "it gave no reason",
+        });
+    let first: String = first.chars().filter(|c| !c.is_control()).take(400).collect();
+    let passing =
+        || PASSING.iter().any(|state| of(&format!("machine state: {state}"))) || of("while it is changing");
+    let (class, code) = match status.code() {
+        // VBoxSVC went away under it, or it was killed.
+        None | Some(133 | 137 | 143) => (ErrorClass::Unknown, Code::Io),
+        _ if of("NS_ERROR_FACTORY_NOT_REGISTERED") => (ErrorClass::Transient, Code::Io),
+        _ if of("already locked for a session") || of("is not ready") || of("VBOX_E_VM_ERROR") => {
+            (ErrorClass::Busy, Code::InUse)
+        }
+        _ if of("0x80bb0002") && (passing() || of("while it is changing the state")) => {
+            (ErrorClass::Busy, Code::InUse)
+        }
+        _ if of("0x80bb0002") => (ErrorClass::Permanent, Code::InUse),
+        _ if of("0x80bb0007") => (ErrorClass::Permanent, Code::Unsupported),
+        _ if of("has more than one child hard disk") => (ErrorClass::Permanent, Code::Unsupported),
+        // Whether it is there is told by the settings, never by a code; and what had begun may have gone on.
+        _ if of("Could not find") || of("VERR_FILE_NOT_FOUND") || of("functionality is limited") => {
+            (ErrorClass::Unknown, Code::Drift)
+        }
+        _ if stderr.contains("0%...") => (ErrorClass::Unknown, Code::Io),
+        _ if of("VERR_DISK_FULL") => (ErrorClass::Permanent, Code::NoSpace),
+        _ => (ErrorClass::Permanent, Code::Io),
+    };
+    let failure = Failure::new(code, format!("VBoxManage {what} failed: {first}"));
+    DriverError { class, failure, source: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt as _;
+
+    fn class(code: i32, stderr: &str) -> ErrorClass {
+        failure("snapshot", ExitStatus::from_raw(code << 8), stderr).class
+    }
+
+    #[test]
+    fn a_failure_is_of_the_class_that_was_seen_of_the_real_thing() {
+        let said = |text: &str, code: &str| {
+            format!("VBoxManage: error: {text}\nVBoxManage: error: Details: code {code}, component X\n")
+        };
+        for (code, stderr, expected) in [
+            (133, String::new(), ErrorClass::Unknown),
+            (
+                1,
+                said(
+                    "Failed to create the VirtualBox object!",
+                    "NS_ERROR_FACTORY_NOT_REGISTERED (0x80040154)",
+                ),
+                ErrorClass::Transient,
+            ),
+            (
+                1,
+                said(
+                    "The machine 'a' is already locked for a session (or being unlocked)",
+                    "VBOX_E_INVALID_OBJECT_STATE (0x80bb0007)",
+                ),
+                ErrorClass::Busy,
+            ),
+            (
+                1,
+                said(
+                    "Cannot take a snapshot of the virtual machine while it is changing state (machine state: DeletingSnapshot)",
+                    "VBOX_E_INVALID_VM_STATE (0x80bb0002)",
+                ),
+                ErrorClass::Busy,
+            ),
+            (
+                1,
+                said(
+                    "Cannot take a live snapshot of a virtual machine unless it is running.",
+                    "VBOX_E_INVALID_VM_STATE (0x80bb0002)",
+                ),
+                ErrorClass::Permanent,
+            ),
+            (
+                1,
+                said(
+                    "Cannot take another snapshot for machine 'g', because it exceeds the maximum snapshot depth limit.",
+                    "VBOX_E_INVALID_OBJECT_STATE (0x80bb0007)",
+                ),
+                ErrorClass::Permanent,
+            ),
+            (
+                1,
+                said("Could not find a snapshot with UUID {..}", "NS_ERROR_FAILURE (0x80004005)"),
+                ErrorClass::Unknown,
+            ),
+            (
+                1,
+                "0%...NS_ERROR_FAILURE\n".to_owned()
+                    + &said(
+                        "Hard disk 'd.vdi' has more than one child hard disk (2)",
+                        "NS_ERROR_FAILURE (0x80004005)",
+                    ),
+                ErrorClass::Permanent,
+            ),
+            (
+                1,
+                "0%...NS_ERROR_FAILURE\n".to_owned()
+                    + &said("Could not open the medium 'x.vdi'.", "VERR_FILE_NOT_FOUND"),
+                ErrorClass::Unknown,
+            ),
+            (0, said("something", "NS_ERROR_FAILURE (0x80004005)"), ErrorClass::Permanent),
+        ] {
+            assert_eq!(class(code, &stderr), expected, "{stderr}");
+        }
+    }
+
+    #[test]
+    fn progress_is_the_last_percentage_and_never_more_than_all() {
+        for (written, percent) in [
+            ("", None),
+            ("0%...10%...", Some(10)),
+            ("0%...133%", Some(100)),
+            ("%", None),
+            ("90%...NS_ERROR", Some(90)),
+        ] {
+            assert_eq!(last_percent(written.as_bytes()), percent, "{written}");
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The steps: what their data says, what each does, and what became of one.
+//!
+//! Every one looks first whether it is done, so that it can be repeated once it was resolved. A delete that was cut short
+//! may have left the machine in a state that VirtualBox itself cannot open; it is [repaired](super::repair) first.
+
+use serde::{Deserialize, Serialize};
+use snaptree_engine::SnapshotId;
+use snaptree_engine::driver::{
+    DriverError, ErrorClass, Learnt, Observation, Remedy, Resolution, StepContext, StepReport,
+};
+use snaptree_engine::operation::{Code, Failure, Step};
+use snaptree_engine::tree::SnapshotState;
+use uuid::Uuid;
+
+use super::manage::Call;
+use super::mark::Marked;
+use super::observe::{self, Detail, Found};
+use super::plan::HIDDEN;
+use super::settings::{Settings, Snap};
+use super::{Machine, VirtualboxDriver, repair};
+use crate::qemu::lock::OperationLock;
+
+/// What is written about a snapshot at VirtualBox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Words {
+    pub name: String,
+    /// With our mark.
+    pub description: String,
+}
+
+impl Words {
+    fn are_of(&self, snap: &Snap) -> bool {
+        self.name == snap.name && self.description == snap.description
+    }
+}
+
+/// A step's data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) enum Action {
+    /// Puts the settings file in its place.
+    Repair,
+    Take {
+        snapshot: SnapshotId,
+        name: String,
+        description: String,
+        live: bool,
+    },
+    /// `images` are those of the current state before, which a restore gives up for new ones.
+    Restore {
+        native: Uuid,
+        images: Vec<Uuid>,
+    },
+    Delete {
+        native: Uuid,
+    },
+    Hide {
+        native: Uuid,
+        name: String,
+    },
+    Edit {
+        native: Uuid,
+        before: Words,
+        after: Words,
+    },
+    Start,
+}
+
+impl Action {
+    pub(super) fn of(step: &Step) -> Result<Self, Failure> {
+        Self::deserialize(&step.data).map_err(|error| {
+            Failure::new(Code::Invalid, format!("step '{}' is none of this driver's: {error}", step.name))
+        })
+    }
+
+    /// The word in the names of hooks.
+    pub(super) const fn word(&self) -> &'static str {
+        match self {
+            Self::Repair => "repair",
+            Self::Take { .. } => "take",
+            Self::Restore { .. } => "restore",
+            Self::Delete { .. } => "delete",
+            Self::Hide { .. } => "hide",
+            Self::Edit { .. } => "edit",
+            Self::Start => "start",
+        }
+    }
+
+    /// Whether the settings say that it is done.
+    fn is_done(&self, settings: &Settings) -> bool {
+        match self {
+            Self::Repair => true,
+            Self::Take { snapshot, .. } => taken(settings, *snapshot).is_some(),
+            Self::Restore { native, images } => {
+                let renewed = settings.images.values().all(|image| !images.contains(image));
+                settings.current == Some(*native) && renewed && !images.is_empty()
+            }
+            Self::Delete { native } => settings.snapshot(*native).is_none(),
+            Self::Hide { native, .. } => {
+                settings.snapshot(*native).is_none_or(|snap| snap.name.starts_with(HIDDEN))
+            }
+            Self::Edit { native, after, .. } => {
+                settings.snapshot(*native).is_some_and(|snap| after.are_of(snap))
+            }
+            Self::Start => false,
+        }
+    }
+
+    /// What a done step brought.
+    fn report(&self, settings: &Settings, repairs: Vec<String>) -> Result<StepReport, Failure> {
+        let mut learnt = Learnt { repairs, ..Learnt::default() };
+        if let Self::Take { snapshot, .. } = self
+            && let Some(snap) = taken(settings, *snapshot)
+        {
+            learnt.taken = snap.taken;
+            learnt.native = Some(snap.uuid.to_string());
+            learnt.state = Some(if snap.online { SnapshotState::Running } else { SnapshotState::Shutoff });
+        }
+        let learnt = serde_json::to_value(learnt).map_err(|e| Failure::new(Code::Invalid, e.to_string()))?;
+        Ok(StepReport { changes: Vec::new(), learnt })
+    }
+
+    /// The arguments of `VBoxManage` that do it.
+    fn args(&self, machine: &str) -> Vec<String> {
+        let snapshot = |rest: &[&str]| {
+            let all = ["snapshot", machine].into_iter().chain(rest.iter().copied());
+            all.map(str::to_owned).collect::<Vec<_>>()
+        };
+        match self {
+            Self::Repair => Vec::new(),
+            Self::Take { name, description, live, .. } => {
+                let mut args = snapshot(&["take", name, "--description", description]);
+                if *live {
+                    args.push("--live".to_owned());
+                }
+                args
+            }
+            Self::Restore { native, .. } => snapshot(&["restore", &native.to_string()]),
+            Self::Delete { native } => snapshot(&["delete", &native.to_string()]),
+            Self::Hide { native, name } => snapshot(&["edit", &native.to_string(), "--name", name]),
+            Self::Edit { native, after, .. } => edit(machine, *native, after),
+            Self::Start => ["startvm", machine, "--type", "headless"].map(str::to_owned).to_vec(),
+        }
+    }
+}
+
+fn edit(machine: &str, native: Uuid, words: &Words) -> Vec<String> {
+    let native = native.to_string();
+    let args =
+        ["snapshot", machine, "edit", &native, "--name", &words.name, "--description", &words.description];
+    args.map(str::to_owned).to_vec()
+}
+
+/// The snapshot that carries the mark.
+fn taken(settings: &Settings, wanted: SnapshotId) -> Option<&Snap> {
+    settings
+        .snapshots
+        .iter()
+        .find(|snap| Marked::parse(&snap.description).mark.is_some_and(|(snapshot, _)| snapshot == wanted))
+}
+
+/// Tells from an observation what became of a step.
+pub(super) fn resolve(step: &Step, seen: &Observation) -> Resolution {
+    let found = Action::of(step).and_then(|action| Ok((action, Detail::of(seen)?)));
+    let (action, detail) = match found {
+        Ok(found) => found,
+        Err(failure) => return Resolution::HalfDone(Remedy::AskSomeone(failure)),
+    };
+    if detail.found == Found::BeforeRename || !detail.missing.is_empty() {
+        return Resolution::HalfDone(Remedy::Finish);
+    }
+    if let Action::Start = action
+        && seen.run_state != snaptree_engine::domain::RunState::Off
+    {
+        return Resolution::Done(StepReport::default());
+    }
+    if action.is_done(&detail.settings) {
+        return match action.report(&detail.settings, Vec::new()) {
+            Ok(report) => Resolution::Done(report),
+            Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
+        };
+    }
+    match action {
+        // Its data may be half merged: it only goes forward.
+        Action::Delete { .. } => Resolution::HalfDone(Remedy::Finish),
+        _ => Resolution::NotDone,
+    }
+}
+
+impl VirtualboxDriver {
+    pub(super) async fn perform(
+        &self,
+        context: &StepContext<'_>,
+        step: &Step,
+    ) -> Result<StepReport, DriverError> {
+        let action = Action::of(step)?;
+        let machine = Machine::of(context.state)?;
+        let lock = OperationLock::take(&self.run_dir, context.operation)?;
+        let done = self.perform_locked(context, &action, &machine, &lock).await;
+        // What became of it is not known: whoever settles it waits for the lock.
+        if !matches!(&done, Err(error) if error.class == ErrorClass::Unknown) {
+            lock.release();
+        }
+        done
+    }
+
+    async fn perform_locked(
+        &self,
+        context: &StepContext<'_>,
+        action: &Action,
+        machine: &Machine,
+        lock: &OperationLock,
+    ) -> Result<StepReport, DriverError> {
+        context.hooks.reached(&format!("virtualbox.{}.before", action.word()));
+        let mut detail = self.settings(machine).await?;
+        let mut repairs = Vec::new();
+        if detail.found == Found::BeforeRename {
+            repairs.push(repair::settings(&detail).await?);
+            detail = self.settings(machine).await?;
+        }
+        if let (Action::Delete { native }, false) = (action, detail.missing.is_empty()) {
+            repairs.extend(repair::media(&detail, *native).await?);
+            detail = self.settings(machine).await?;
+        }
+        if !action.is_done(&detail.settings) {
+            let args = action.args(&machine.uuid.to_string());
+            let call = Call::quick(args.iter().map(String::as_str)).moving();
+            self.manage.run(call.working(lock, context.progress)).await?;
+            context.hooks.reached(&format!("virtualbox.{}.after", action.word()));
+            detail = self.settings(machine).await?;
+        }
+        // A restore to where a machine without disks stands already leaves nothing that would show it.
+        let tells = !matches!(action, Action::Start | Action::Restore { .. });
+        if tells && !action.is_done(&detail.settings) {
+            let message =
+                format!("VBoxManage says that the {} is done, and the settings do not", action.word());
+            return Err(DriverError::new(ErrorClass::Unknown, Code::Drift, message));
+        }
+        Ok(action.report(&detail.settings, repairs)?)
+    }
+
+    pub(super) async fn take_back(
+        &self,
+        context: &StepContext<'_>,
+        step: &Step,
+    ) -> Result<StepReport, DriverError> {
+        let action = Action::of(step)?;
+        let machine = Machine::of(context.state)?;
+        let detail = self.settings(&machine).await?;
+        if detail.found == Found::BeforeRename {
+            repair::settings(&detail).await?;
+        }
+        let uuid = machine.uuid.to_string();
+        let args = match &action {
+            Action::Take { snapshot, .. } => taken(&detail.settings, *snapshot).map(|snap| {
+                ["snapshot", &uuid, "delete", &snap.uuid.to_string()].map(str::to_owned).to_vec()
+            }),
+            Action::Edit { native, before, .. } => {
+                let changed = detail.settings.snapshot(*native).is_some_and(|snap| !before.are_of(snap));
+                changed.then(|| edit(&uuid, *native, before))
+            }
+            // What is deleted stays so: the engine merges it as soon as it can be.
+            Action::Delete { .. } | Action::Repair | Action::Start => None,
+            Action::Hide { .. } | Action::Restore { .. } if !action.is_done(&detail.settings) => None,
+            Action::Hide { .. } | Action::Restore { .. } => {
+                let message = format!("a {} cannot be taken back", action.word());
+                return Err(DriverError::permanent(Code::Invalid, message));
+            }
+        };
+        if let Some(args) = args {
+            let lock = OperationLock::take(&self.run_dir, context.operation)?;
+            let call = Call::quick(args.iter().map(String::as_str)).moving();
+            self.manage.run(call.working(&lock, context.progress)).await?;
+            lock.release();
+        }
+        Ok(StepReport::default())
+    }
+
+    /// The settings as they are now.
+    pub(super) async fn settings(&self, machine: &Machine) -> Result<Detail, DriverError> {
+        match observe::read(&machine.file).await {
+            Err(error) if error.failure.code == Code::Drift => {
+                // A machine that was renamed has its settings elsewhere.
+                let call = Call::quick(["showvminfo", &machine.uuid.to_string(), "--machinereadable"]);
+                let moved = self.manage.run(call).await.ok();
+                let moved = moved.and_then(|info| observe::value(&info, "CfgFile"));
+                match moved.filter(|file| machine.file.as_os_str() != file.as_str()) {
+                    Some(file) => observe::read(file.as_ref()).await,
+                    None => Err(error),
+                }
+            }
+            found => found,
+        }
+    }
+}
