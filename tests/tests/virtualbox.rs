@@ -123,7 +123,7 @@ impl Bench {
         let operations = self.program.json(0, &["op", "list"]);
         let reverts = operations["operations"].as_array().expect("operations").iter();
         let mut reverts = reverts.filter(|o| o["kind"] == "revert" && o["outcome"] == "succeeded");
-        let last = reverts.next_back().map_or(Value::Null, |revert| revert["operation"].clone());
+        let newest = reverts.next().map(|revert| revert["operation"].clone());
         let list = self.program.json(0, &["list", "web"])["snapshots"].to_string();
         let is_there = list.contains(&format!("\"{name}\""));
         match verb {
@@ -131,9 +131,11 @@ impl Bench {
             // Once it has begun it only goes forward.
             "delete" if !is_there => self.deleted(name),
             // One that was killed before its request was written is none.
-            "revert" if last != self.reverted_by => {
-                self.reverted_by = last;
-                self.reverted(name);
+            "revert" => {
+                if let Some(revert) = newest.filter(|revert| *revert != self.reverted_by) {
+                    self.reverted_by = revert;
+                    self.reverted(name);
+                }
             }
             _ => {}
         }
