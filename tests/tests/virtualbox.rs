@@ -123,7 +123,7 @@ impl Bench {
         let operations = self.program.json(0, &["op", "list"]);
         let reverts = operations["operations"].as_array().expect("operations").iter();
         let mut reverts = reverts.filter(|o| o["kind"] == "revert" && o["outcome"] == "succeeded");
-        let newest = reverts.next().map(|revert| revert["operation"].clone());
+        let newest = reverts.next_back().map(|revert| revert["operation"].clone());
         let list = self.program.json(0, &["list", "web"])["snapshots"].to_string();
         let is_there = list.contains(&format!("\"{name}\""));
         match verb {
