@@ -121,9 +121,9 @@ impl Bench {
         let open = self.program.json(0, &["op", "list", "--open"]);
         assert_eq!(open["operations"], json!([]), "{what}");
         let operations = self.program.json(0, &["op", "list"]);
-        let reverts = operations["operations"].as_array().expect("operations").iter();
-        let mut reverts = reverts.filter(|o| o["kind"] == "revert" && o["outcome"] == "succeeded");
-        let newest = reverts.next_back().map(|revert| revert["operation"].clone());
+        let mut reverts = operations["operations"].as_array().expect("operations").iter();
+        let newest = reverts.rfind(|o| o["kind"] == "revert" && o["outcome"] == "succeeded");
+        let newest = newest.map(|revert| revert["operation"].clone());
         let list = self.program.json(0, &["list", "web"])["snapshots"].to_string();
         let is_there = list.contains(&format!("\"{name}\""));
         match verb {

@@ -43,9 +43,7 @@ impl Save {
             return FINISH;
         }
         match (&self.live, &detail.machine, seen.in_use.first()) {
-            (Some(_), Machine::Live(machine), Some(_)) if machine.jobs.iter().any(|known| *known == job) => {
-                FINISH
-            }
+            (Some(_), Machine::Live(machine), Some(_)) if machine.jobs.contains(&job) => FINISH,
             (None, _, Some(holder)) => take_back(in_use(holder)),
             (None, _, None) if tagged == 0 => {
                 match self.images.iter().find(|image| !image.is_as_expected(seen)) {
