@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use snaptree_drivers::esx::CallTimes;
 use snaptree_drivers::qemu::ToolTimes;
 use snaptree_drivers::virtualbox::PROGRAM;
 use snaptree_engine::engine::{Foreign, Settings};
@@ -25,6 +26,8 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("concurrency", "per-connection", "a number from 1"),
     ("drift", "every", "a duration, such as \"15m\"; \"0s\" for never"),
     ("drift", "foreign", "\"adopt\" or \"report\""),
+    ("esx", "connect-timeout", "a duration above 0, such as \"10s\""),
+    ("esx", "call-timeout", "a duration above 0, such as \"60s\""),
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
     ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
@@ -45,6 +48,8 @@ pub struct Config {
     pub settings: Settings,
     /// How long qemu-img may take.
     pub qemu: ToolTimes,
+    /// How long calls to hosts may take.
+    pub esx: CallTimes,
     /// How many bytes a second a merge may move; 0 for no limit.
     pub job_speed_bytes: u64,
     /// The VBoxManage that is called.
@@ -62,6 +67,7 @@ impl Default for Config {
         Self {
             settings: Settings::default(),
             qemu: ToolTimes::default(),
+            esx: CallTimes::default(),
             job_speed_bytes: 0,
             manage: PathBuf::from(std::env::var_os("VBOXMANAGE").unwrap_or_else(|| PROGRAM.into())),
             socket: None,
@@ -160,6 +166,8 @@ impl Config {
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
+            ("esx", "connect-timeout") => self.esx.connect = wait_of(value)?,
+            ("esx", "call-timeout") => self.esx.call = wait_of(value)?,
             ("space", "margin") => settings.space_margin_bytes = size_of(value)?,
             ("virtualbox", "manage") => {
                 let program = value.as_str().filter(|program| !program.is_empty())?;

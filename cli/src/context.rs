@@ -1,11 +1,12 @@
 //! Where the state is, and how it is opened.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use jiff::Timestamp;
+use snaptree_drivers::esx::EsxDriver;
 use snaptree_drivers::qemu::QemuDriver;
 use snaptree_drivers::sim::SimDriver;
 use snaptree_drivers::virtualbox::VirtualboxDriver;
@@ -22,7 +23,7 @@ use crate::config::Config;
 use crate::exit::{Exit, NO_STATE_HINT, Trouble};
 use crate::hooks;
 use crate::office::there::{self, There};
-use crate::office::{Here, Office, ReadOut};
+use crate::office::{Here, LogHosts, Office, ReadOut};
 use crate::programs::HookPrograms;
 use crate::render::note;
 use crate::render::text::safe;
@@ -32,6 +33,9 @@ use crate::when::{Moment, local_now, moment};
 
 /// Where drivers keep what lives as long as an operation, in the state directory.
 const RUN_FOLDER: &str = "run";
+
+/// How long logging out of hosts may take.
+const LOGOUT_MAX: Duration = Duration::from_secs(2);
 
 /// How long a wait for the lock stays unmentioned.
 const QUIET: Duration = Duration::from_secs(1);
@@ -45,6 +49,8 @@ pub struct Context {
     pub json: bool,
     /// The socket at which the daemon that has it may be found.
     pub socket: PathBuf,
+    /// What speaks to hosts; it keeps their sessions until the program ends.
+    hosts: Arc<OnceLock<EsxDriver>>,
 }
 
 /// The state, opened for reading.
@@ -100,15 +106,20 @@ impl Context {
         let named = global.state.clone().or_else(|| from_environment("SNAPTREE_STATE"));
         if let Some(dir) = named {
             let dir = std::path::absolute(dir)?;
-            return Ok(Self { socket: dir.join(SOCKET_FILE), dir, json });
+            return Ok(Self { socket: dir.join(SOCKET_FILE), dir, json, hosts: Arc::default() });
         }
         let system = Path::new(SYSTEM_FOLDER).join(SOCKET_FILE);
         // One that is not for this user is none: the user has a state of their own.
         if let Ok(Some(daemon)) = there::find(&system).await {
-            return Ok(Self { dir: daemon.status().await?.state, json, socket: system });
+            return Ok(Self {
+                dir: daemon.status().await?.state,
+                json,
+                socket: system,
+                hosts: Arc::default(),
+            });
         }
         let dir = std::path::absolute(default_dir()?)?;
-        Ok(Self { socket: dir.join(SOCKET_FILE), dir, json })
+        Ok(Self { socket: dir.join(SOCKET_FILE), dir, json, hosts: Arc::default() })
     }
 
     fn exists(&self) -> bool {
@@ -224,13 +235,24 @@ impl Context {
         hooks::slowed(SimDriver::new(self.dir.clone()))
     }
 
+    /// Ends the sessions on hosts. One that does not answer in time ends it by itself.
+    pub async fn close(&self) {
+        if let Some(hosts) = self.hosts.get() {
+            // Whoever told the program to end does not wait for a host.
+            let _ = tokio::time::timeout(LOGOUT_MAX, hosts.close()).await;
+        }
+    }
+
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
             .tool_times(config.qemu)
             .job_speed(config.job_speed_bytes);
+        let book = || EsxDriver::new(Arc::new(LogHosts(Arc::clone(engine.log()))), config.esx);
+        let hosts = self.hosts.get_or_init(book).clone();
         let virtualbox = VirtualboxDriver::new(config.manage, self.dir.join(RUN_FOLDER));
         engine
             .with_settings(config.settings)
+            .with_driver(DriverKind::Esx, Arc::new(hosts))
             .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))

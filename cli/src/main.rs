@@ -53,7 +53,9 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     let runtime = builder.enable_all().build()?;
     let exit = runtime.block_on(async {
         let context = Context::new(&cli.global).await?;
-        commands::run(&context, cli.command).await
+        let exit = commands::run(&context, cli.command).await;
+        context.close().await;
+        exit
     });
     // A step that takes too long, or a look at a file system that hangs, must not keep a program that was told to end.
     runtime.shutdown_background();

@@ -12,6 +12,7 @@
 //! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
 //! | `POST /v1/recover` | [`Accounts`] |
 //! | `POST /v1/log` with [`Question`] | what the log says, as the question has it |
+//! | `POST /v1/hosts` with [`HostAsk`] | [`HostAnswer`] |
 //! | `POST /v1/policies` with [`PolicyAsk`] | [`PolicyAnswer`] |
 //!
 //! Lines are [`Line`]s, one a line. A domain is named by its id or its name, an operation by its id. What fails is
@@ -22,17 +23,19 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snaptree_drivers::esx::{Found, HostConfig, Introduced};
 use snaptree_drivers::qemu::RunsWish;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::{Head, PowerWish};
 use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin, PolicyRun};
+use snaptree_engine::hosts::Known;
 use snaptree_engine::log::{EventFilter, OperationFilter};
 use snaptree_engine::reconcile::connection::ConnectionState;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
-use snaptree_engine::{DiskName, DomainId, DomainName, EventId, OperationId, StreamId};
+use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, StreamId};
 
 use crate::exit::{ErrorView, Told, whole};
 
@@ -91,9 +94,68 @@ pub struct Registering {
     /// `sim`: whose limits it has.
     #[serde(default)]
     pub profile: Option<String>,
-    /// `virtualbox`: which machine it is there.
+    /// `esx`: the host that it is on.
+    #[serde(default)]
+    pub host: Option<HostName>,
+    /// `esx` and `virtualbox`: which machine it is there.
     #[serde(default)]
     pub vm: Option<String>,
+}
+
+impl Registering {
+    /// A machine of which only that is said.
+    pub fn new(name: DomainName, driver: DriverKind) -> Self {
+        Self {
+            name,
+            driver,
+            disks: Vec::new(),
+            labels: Labels::new(),
+            layers: None,
+            keep_path: false,
+            convert: false,
+            runs: RunsWish::default(),
+            agent: None,
+            profile: None,
+            host: None,
+            vm: None,
+        }
+    }
+}
+
+/// A request about a host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum HostAsk {
+    /// Log in to it once, and keep what is said of it.
+    Add {
+        /// Its name.
+        host: HostName,
+        /// What is said of it, with absolute paths. The password is none of it.
+        config: HostConfig,
+        /// Whether it may be registered already.
+        known: Known,
+    },
+    /// Forget it.
+    Remove {
+        /// Its name.
+        host: HostName,
+    },
+    /// List its machines.
+    Discover {
+        /// Its name.
+        host: HostName,
+    },
+}
+
+/// What a request about a host came to.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct HostAnswer {
+    /// What it is, for `Add`.
+    #[serde(default)]
+    pub introduced: Option<Introduced>,
+    /// Its machines, for `Discover`.
+    #[serde(default)]
+    pub machines: Vec<Found>,
 }
 
 /// A machine that was registered.

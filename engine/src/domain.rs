@@ -29,6 +29,8 @@ pub enum DriverKind {
     Qemu,
     /// VirtualBox on this host.
     Virtualbox,
+    /// A machine of an ESXi or a vCenter.
+    Esx,
     /// The built-in simulated hypervisor.
     Sim,
 }
@@ -39,6 +41,7 @@ impl DriverKind {
         match self {
             Self::Qemu => "qemu",
             Self::Virtualbox => "virtualbox",
+            Self::Esx => "esx",
             Self::Sim => "sim",
         }
     }
@@ -52,7 +55,7 @@ impl fmt::Display for DriverKind {
 
 /// A driver's name that is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown driver '{0}': expected qemu, virtualbox or sim")]
+#[error("unknown driver '{0}': expected qemu, virtualbox, esx or sim")]
 pub struct DriverKindError(String);
 
 impl FromStr for DriverKind {
@@ -61,6 +64,7 @@ impl FromStr for DriverKind {
         match text {
             "qemu" => Ok(Self::Qemu),
             "virtualbox" => Ok(Self::Virtualbox),
+            "esx" => Ok(Self::Esx),
             "sim" => Ok(Self::Sim),
             other => Err(DriverKindError(other.chars().take(40).collect())),
         }

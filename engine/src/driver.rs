@@ -165,6 +165,10 @@ pub struct SeenSnapshot {
     /// The state of the machine that it was taken of, where the hypervisor says so.
     #[serde(default)]
     pub state: Option<SnapshotState>,
+    /// Whose it is, in words, where it is there only for a while and its maker removes it: a backup's. It is left alone,
+    /// and not adopted.
+    #[serde(default)]
+    pub helper: Option<String>,
     /// Why the hypervisor cannot merge its data now, if it is to be deleted; none if it can.
     #[serde(default)]
     pub stays: Option<String>,
@@ -442,6 +446,22 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// The hypervisor or the file system cannot be asked. A missing file is no error but an observation.
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError>;
+
+    /// Reads what is there of several domains of one connection, in as few questions as the hypervisor allows. The
+    /// answers are in the order of `states`.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be asked at all. What is wrong with one domain is that one's answer.
+    async fn observe_all(
+        &self,
+        states: &[&DomainState],
+    ) -> Result<Vec<Result<Observation, DriverError>>, DriverError> {
+        let mut seen = Vec::with_capacity(states.len());
+        for state in states {
+            seen.push(self.observe(state).await);
+        }
+        Ok(seen)
+    }
 
     /// Plans a request. Pure.
     ///

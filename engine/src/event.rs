@@ -12,9 +12,10 @@ use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
 
 use crate::around::{Around, HookPhase};
-use crate::domain::{Domain, RunState};
+use crate::domain::{Domain, DriverKind, RunState};
 use crate::ids::{
-    DiskName, DomainId, DomainName, EventId, OperationId, PolicyName, SnapshotId, SnapshotName, StreamId,
+    DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, SnapshotId, SnapshotName,
+    StreamId,
 };
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Operation, Step, Verdict};
@@ -317,6 +318,10 @@ events! {
     PolicyFired = "Policy.Fired" 1,
     /// Planned instants were passed over.
     PolicySkipped = "Policy.Skipped" 1,
+    /// A host is spoken to as it says from here on.
+    HostAdded = "Host.Added" 1,
+    /// It is not any more.
+    HostRemoved = "Host.Removed" 1,
     /// A state directory was made.
     SystemOpened = "System.Opened" 1,
     /// The log was older than what is kept beside the layers, and took that over.
@@ -792,6 +797,25 @@ pub struct SystemRestored {
     /// Snapshots of this log that are gone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gone: Vec<SnapshotName>,
+}
+
+/// Payload: a host was registered, or is spoken to otherwise from here on. It is in the stream of the installation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostAdded {
+    /// Its name.
+    pub host: HostName,
+    /// Who speaks to it.
+    pub driver: DriverKind,
+    /// Where it is and who we are there; only the driver reads it. Where a password comes from is in it, and never the
+    /// password.
+    pub config: serde_json::Value,
+}
+
+/// Payload: a host is no longer known. It is in the stream of the installation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostRemoved {
+    /// Its name.
+    pub host: HostName,
 }
 
 /// Payload: a policy was defined, or defined anew.

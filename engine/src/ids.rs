@@ -261,6 +261,10 @@ name!(
     PolicyName, "policy name", check_token
 );
 name!(
+    /// A host's name: an ESXi or a vCenter.
+    HostName, "host name", check_token
+);
+name!(
     /// The key of a label.
     LabelKey, "label key", check_token
 );

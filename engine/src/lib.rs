@@ -15,6 +15,7 @@ pub mod driver;
 pub mod engine;
 pub mod error;
 pub mod event;
+pub mod hosts;
 pub mod ids;
 pub mod layer;
 mod loaded;
@@ -28,6 +29,6 @@ pub mod tree;
 pub mod xml;
 
 pub use ids::{
-    DiskName, DomainId, DomainName, EventId, LabelKey, LayerId, NameError, OperationId, PolicyName,
+    DiskName, DomainId, DomainName, EventId, HostName, LabelKey, LayerId, NameError, OperationId, PolicyName,
     SnapshotId, SnapshotName, StreamId,
 };

@@ -24,5 +24,6 @@ pub mod small;
 pub mod strace;
 pub mod victim;
 pub mod virtualbox;
+pub mod vsphere;
 pub mod wrapped;
 pub mod year;

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use snaptree_engine::DomainName;
 use snaptree_engine::domain::DriverKind;
+use snaptree_engine::{DomainName, HostName};
 
 use super::WriterArgs;
 use super::value::{DiskArg, Label, disk, label, new_label};
@@ -13,6 +13,7 @@ const ADD_EXAMPLES: &str = "Examples:
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
   snaptree domain add db --driver qemu --disk vda=db.qcow2 --disk vdb=data.qcow2 --label tier=prod
   snaptree domain add toy --driver sim
+  snaptree domain add web --host vc --vm DC0/vm/prod/web
   snaptree domain add lab --driver virtualbox --vm 'Debian 12'
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --qmp /run/web.qmp
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2 --start 'systemctl start web' \
@@ -99,11 +100,14 @@ pub enum DomainCommand {
 pub struct AddArgs {
     /// Its name
     pub name: DomainName,
-    /// The hypervisor: qemu, virtualbox or sim
-    #[arg(long)]
-    pub driver: DriverKind,
-    /// Which machine it is at VirtualBox: its name or UUID
-    #[arg(long, value_name = "NAME|UUID")]
+    /// The hypervisor: qemu, virtualbox, esx or sim
+    #[arg(long, required_unless_present = "host")]
+    pub driver: Option<DriverKind>,
+    /// The host that it is on, an ESXi or a vCenter; see `snaptree host`
+    #[arg(long, requires = "vm")]
+    pub host: Option<HostName>,
+    /// Which machine it is there: its inventory path (on a host), its UUID or its name
+    #[arg(long, value_name = "PATH|UUID|NAME")]
     pub vm: Option<String>,
     /// A disk and its image, as vda=FILE; may be given several times
     #[arg(long, value_name = "NAME=FILE", value_parser = disk)]

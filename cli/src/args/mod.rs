@@ -1,6 +1,7 @@
 //! The command line: what can be written, and its help.
 
 pub mod domain;
+pub mod host;
 pub mod inspect;
 pub mod operation;
 pub mod policy;
@@ -71,6 +72,9 @@ pub enum Command {
     /// Register machines, list them, change them, let them go
     #[command(subcommand)]
     Domain(domain::DomainCommand),
+    /// Register ESXi hosts and vCenters, see what they have
+    #[command(subcommand)]
+    Host(host::HostCommand),
     /// Take a snapshot
     #[command(after_help = snapshot::CREATE_EXAMPLES)]
     Create(snapshot::CreateArgs),

@@ -67,7 +67,8 @@ pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
 }
 
 async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
-    misplaced(&args)?;
+    let driver = args.driver.unwrap_or(DriverKind::Esx);
+    misplaced(&args, driver)?;
     let Writer { engine, office } = context.writer(&args.writer, Missing::Make).await?;
     let absolute = |path: PathBuf| {
         if path.as_os_str().is_empty() { Ok(path) } else { std::path::absolute(path) }
@@ -75,7 +76,7 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
     let disks = args.disk.into_iter().map(|disk| Ok((disk.name, absolute(disk.path)?)));
     let registering = Registering {
         name: args.name,
-        driver: args.driver,
+        driver,
         disks: disks.collect::<Result<_>>()?,
         labels: labels(&args.label),
         layers: args.layers.map(absolute).transpose()?,
@@ -89,6 +90,7 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
         },
         agent: args.agent.map(absolute).transpose()?,
         profile: args.profile,
+        host: args.host,
         vm: args.vm,
     };
     let Registered { domain, notes } = office.register(registering).await?;
@@ -110,8 +112,7 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
 }
 
 /// Options that the driver does not have.
-fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
-    let driver = args.driver;
+fn misplaced(args: &AddArgs, driver: DriverKind) -> Result<(), Trouble> {
     let given = [
         ("--layers", args.layers.is_some(), &[DriverKind::Qemu][..]),
         ("--keep-path", args.keep_path, &[DriverKind::Qemu]),
@@ -121,7 +122,8 @@ fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
         ("--launch", args.launch.is_some(), &[DriverKind::Qemu]),
         ("--agent", args.agent.is_some(), &[DriverKind::Qemu]),
         ("--profile", args.profile.is_some(), &[DriverKind::Sim]),
-        ("--vm", args.vm.is_some(), &[DriverKind::Virtualbox]),
+        ("--host", args.host.is_some(), &[DriverKind::Esx]),
+        ("--vm", args.vm.is_some(), &[DriverKind::Virtualbox, DriverKind::Esx]),
         ("--disk", !args.disk.is_empty(), &[DriverKind::Qemu, DriverKind::Sim]),
     ];
     if let Some((option, ..)) = given.iter().find(|(_, given, of)| *given && !of.contains(&driver)) {
@@ -131,6 +133,8 @@ fn misplaced(args: &AddArgs) -> Result<(), Trouble> {
         DriverKind::Qemu if args.disk.is_empty() => {
             Err(Trouble::usage("a qemu domain needs a disk").hint("--disk vda=/path/to/image.qcow2"))
         }
+        DriverKind::Esx if args.host.is_none() => Err(Trouble::usage("an esx domain is on a host")
+            .hint("--host HOST --vm PATH|UUID; `snaptree host add` registers a host")),
         DriverKind::Virtualbox if args.vm.is_none() => {
             Err(Trouble::usage("a virtualbox domain is one of its machines")
                 .hint("--vm NAME|UUID; `VBoxManage list vms` shows them"))

@@ -34,13 +34,12 @@ struct Drift {
 /// The state cannot be used, or a hypervisor cannot be asked.
 pub async fn run(context: &Context, args: DriftArgs) -> Result<Exit> {
     let Writer { engine, office } = open(context, &args.writer).await?;
-    let domains = match &args.domain {
+    let domains: Vec<_> = match &args.domain {
         Some(domain) => vec![engine.find_domain(domain).await?],
         None => engine.domains().await?.into_iter().map(|row| row.id).collect(),
     };
     let mut drifts = Vec::new();
-    for domain in domains {
-        let drift::Drift { findings, adopted } = office.drift(domain).await?;
+    for (domain, drift::Drift { findings, adopted }) in office.drift_all(&domains).await? {
         drifts.push(Drift { domain: domain_name(&engine.load(domain).await?), findings, adopted });
     }
     let agree = drifts.iter().all(|drift| drift.findings.is_empty());

@@ -5,6 +5,7 @@ mod carry;
 mod domain;
 mod drift;
 mod history;
+mod host;
 mod log;
 mod op;
 mod policy;
@@ -54,6 +55,7 @@ async fn cut(context: &Context, args: DemoCutArgs) -> Result<Exit> {
 pub async fn run(context: &Context, command: Command) -> Result<Exit> {
     match command {
         Command::Domain(command) => domain::run(context, command).await,
+        Command::Host(command) => host::run(context, command).await,
         Command::Create(args) => snapshot::create(context, args).await,
         Command::Revert(args) => snapshot::revert(context, args).await,
         Command::Delete(args) => snapshot::delete(context, args).await,

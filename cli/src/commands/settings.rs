@@ -43,6 +43,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                     "per-connection": settings.concurrency_per_connection_max,
                 },
                 "drift": { "every-ms": config.drift_every.map(millis), "foreign": settings.foreign },
+                "esx": {
+                    "connect-timeout-ms": millis(config.esx.connect),
+                    "call-timeout-ms": millis(config.esx.call),
+                },
                 "merge": { "copy-max": settings.merge_copy_bytes_max },
                 "qemu": {
                     "tool-timeout-ms": millis(config.qemu.header),
@@ -69,7 +73,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\njob-speed = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n\n[space]\nmargin = {}    # {}\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[esx]\nconnect-timeout = \"{}\"\ncall-timeout = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\njob-speed = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n\n[space]\nmargin = {}    # {}\n",
         settings.concurrency_max,
         settings.concurrency_per_connection_max,
         duration_words(config.drift_every.map_or(0, millis)),
@@ -77,6 +81,8 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
             Foreign::Adopt => "adopt",
             Foreign::Report => "report",
         },
+        duration_words(millis(config.esx.connect)),
+        duration_words(millis(config.esx.call)),
         settings.merge_copy_bytes_max,
         human_bytes(settings.merge_copy_bytes_max),
         duration_words(millis(config.qemu.header)),

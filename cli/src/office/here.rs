@@ -14,11 +14,11 @@ use snaptree_engine::{DomainId, OperationId};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
-use super::{Office, policy, register};
+use super::{Office, host, policy, register};
 use crate::exit::{Exit, Trouble};
 use crate::progress::Shown;
 use crate::render;
-use crate::wire::{Account, PolicyAnswer, PolicyAsk, Registered, Registering};
+use crate::wire::{Account, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
 
 /// The process's exit code after a second Ctrl-C: 128 and the signal, as shells have it.
 pub const INTERRUPTED: i32 = 130;
@@ -65,12 +65,20 @@ impl Office for Here {
         Ok(self.engine.drift(&self.requester, domain).await?)
     }
 
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
+        Ok(self.engine.drift_all(&self.requester, domains).await?)
+    }
+
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
         Ok(self.engine.power(domain, wish).await?)
     }
 
     async fn register(&self, registering: Registering) -> Result<Registered> {
         register(&self.engine, &self.requester, registering).await
+    }
+
+    async fn host(&self, ask: HostAsk) -> Result<HostAnswer> {
+        host(&self.engine, &self.requester, ask).await
     }
 
     async fn policy(&self, ask: PolicyAsk) -> Result<PolicyAnswer> {

@@ -3,6 +3,7 @@
 //! Architecture Invariant: a command does not know which of the two it works with, and prints the same.
 
 mod here;
+mod host;
 mod log;
 mod policy;
 pub mod there;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use async_trait::async_trait;
 use serde::Deserialize;
+use snaptree_drivers::esx::EsxOptions;
 use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
 use snaptree_drivers::sim::{Profile, SimOptions};
 use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
@@ -29,11 +31,12 @@ use snaptree_engine::{DomainId, DomainName, OperationId};
 use uuid::Uuid;
 
 pub use here::{Here, PARK_AFTER};
+pub use host::{LogHosts, domains_on, host};
 pub use log::ReadOut;
 pub use policy::{domains_of, in_engine, policy, readable};
 
 use crate::exit::Trouble;
-use crate::wire::{Account, PolicyAnswer, PolicyAsk, Registered, Registering};
+use crate::wire::{Account, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
 
 /// What commands that write ask for.
 #[async_trait]
@@ -75,6 +78,18 @@ pub trait Office: Send + Sync {
     /// The hypervisor cannot be asked, or the state cannot be used.
     async fn drift(&self, domain: DomainId) -> Result<Drift>;
 
+    /// The same of many domains, in the order given.
+    ///
+    /// # Errors
+    /// As [`Office::drift`].
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
+        let mut drifts = Vec::with_capacity(domains.len());
+        for domain in domains {
+            drifts.push((*domain, self.drift(*domain).await?));
+        }
+        Ok(drifts)
+    }
+
     /// Starts or ends a machine.
     ///
     /// # Errors
@@ -86,6 +101,12 @@ pub trait Office: Send + Sync {
     /// # Errors
     /// The name is taken, the machine is unfit, or the state cannot be used.
     async fn register(&self, registering: Registering) -> Result<Registered>;
+
+    /// Carries out a request about a host.
+    ///
+    /// # Errors
+    /// It was rejected, the host does not answer, or the state cannot be used.
+    async fn host(&self, ask: HostAsk) -> Result<HostAnswer>;
 
     /// Carries out a request about a policy. What a run asked for is in the log then, and is to be waited for with
     /// [`Office::finish`].
@@ -113,6 +134,7 @@ pub async fn register(
     let options = match registering.driver {
         DriverKind::Sim => sim_options(registering.profile.as_deref())?,
         DriverKind::Qemu => qemu_options(engine, &registering).await?,
+        DriverKind::Esx => esx_options(engine, &registering).await?,
         DriverKind::Virtualbox => {
             let vm = registering.vm.clone().unwrap_or_default();
             serde_json::to_value(VirtualboxOptions { vm })?
@@ -160,6 +182,15 @@ async fn qemu_options(engine: &Engine, registering: &Registering) -> Result<serd
     let bases = files_of_all(engine, bases_of).await?;
     let (runs, agent) = (registering.runs.clone(), registering.agent.clone());
     Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases, runs, agent })?)
+}
+
+/// What only the esx driver understands, and the machines of its host that are registered already.
+async fn esx_options(engine: &Engine, registering: &Registering) -> Result<serde_json::Value> {
+    let (Some(host), Some(vm)) = (registering.host.clone(), registering.vm.clone()) else {
+        return Err(Trouble::usage("an esx domain is on a host").hint("--host HOST --vm PATH|UUID").into());
+    };
+    let taken = domains_on(engine, &host).await?;
+    Ok(serde_json::to_value(EsxOptions { host, vm, taken })?)
 }
 
 /// Files of the registered domains, with the owner's name.

@@ -28,8 +28,8 @@ use crate::exit::{Exit, FromDaemon, Trouble};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Powering, Registered,
-    Registering, SUDO_USER_HEADER, Status,
+    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
+    Powering, Registered, Registering, SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.
@@ -248,6 +248,10 @@ impl Office for There {
 
     async fn register(&self, registering: Registering) -> Result<Registered> {
         self.ask(Method::POST, "/v1/domains", &registering).await
+    }
+
+    async fn host(&self, ask: HostAsk) -> Result<HostAnswer> {
+        self.ask(Method::POST, "/v1/hosts", &ask).await
     }
 
     async fn policy(&self, ask: PolicyAsk) -> Result<PolicyAnswer> {

@@ -213,6 +213,8 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         Event::MergeDeferred(e) => {
             format!("the data of {} stays for now: {}", known.snapshot(e.snapshot), e.reason)
         }
+        Event::HostAdded(e) => format!("registered host '{}', or what is kept of it", e.host),
+        Event::HostRemoved(e) => format!("forgot host '{}'", e.host),
         event if event.kind().starts_with("Policy.") => super::policy::words(event, look),
         _ => operation_words(envelope, known, look),
     }

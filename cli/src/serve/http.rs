@@ -32,8 +32,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, Line, PolicyAnswer, PolicyAsk, Powering, QueueView,
-    Registered, Registering, Status, WireError,
+    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
+    Powering, QueueView, Registered, Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.
@@ -170,6 +170,7 @@ fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/operations/{operation}/cancel", post(cancel))
         .route("/v1/recover", post(recover))
         .route("/v1/log", post(questions::answer))
+        .route("/v1/hosts", post(host))
         .route("/v1/policies", post(policy))
         .fallback(|| async { Failure::from(Trouble::not_found("there is no such route; see the README")) })
         .method_not_allowed_fallback(|| async {
@@ -288,6 +289,15 @@ async fn command(
         Submitted::Repeated(operation) => Asked { operation: Some(operation), repeated: true },
         Submitted::Recorded => Asked { operation: None, repeated: false },
     }))
+}
+
+async fn host(
+    State(daemon): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    Read(ask): Read<HostAsk>,
+) -> Answer<HostAnswer> {
+    Ok(Json(office::host(&daemon.engine, &peer.requester(&headers), ask).await?))
 }
 
 async fn policy(

@@ -86,6 +86,7 @@ impl Host for Machine {
             description: kept.description.clone(),
             taken: None,
             state: Some(kept.power.run_state().into()),
+            helper: None,
             stays: deleting.forbids(machine.children(kept.native)),
         });
         let snapshots = snapshots.collect();

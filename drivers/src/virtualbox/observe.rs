@@ -172,6 +172,7 @@ fn seen(snap: &Snap, known: &BTreeMap<Uuid, SnapshotId>, settings: &Settings) ->
     // A mark that was copied by hand is not believed where the log knows better.
     let by_mark = marked.mark.map(|(id, _)| id).filter(|id| !known.values().any(|other| other == id));
     SeenSnapshot {
+        helper: None,
         id: known.get(&snap.uuid).copied().or(by_mark),
         native: snap.uuid.to_string(),
         parent: snap.parent.map(|uuid| uuid.to_string()),

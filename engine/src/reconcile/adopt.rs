@@ -1,5 +1,7 @@
 //! Taking over what somebody else did at the hypervisor: snapshots made or renamed there, and a revert. Pure.
 //!
+//! A backup's helper is not taken over: it goes by itself.
+//!
 //! Only where the hypervisor keeps the list of its snapshots by itself. What is gone there is marked lost by
 //! [`drift`](crate::reconcile::drift), and never taken out of the tree: someone may ask where it went.
 
@@ -111,7 +113,7 @@ impl<'a> Adopter<'a> {
         let mut foreign: Vec<(usize, &SeenSnapshot)> = seen
             .snapshots
             .iter()
-            .filter(|listed| !ours(listed) && !self.state.forgot(listed))
+            .filter(|listed| !ours(listed) && listed.helper.is_none() && !self.state.forgot(listed))
             .map(|listed| (self.above(Some(&listed.native)).count(), listed))
             .collect();
         foreign.sort_by_key(|(depth, _)| *depth);

@@ -448,6 +448,16 @@ impl Driver for Bounded {
         self.ask(state, None, self.driver.observe(state)).await
     }
 
+    async fn observe_all(
+        &self,
+        states: &[&DomainState],
+    ) -> Result<Vec<Result<Observation, DriverError>>, DriverError> {
+        match states.first() {
+            Some(first) => self.ask(first, None, self.driver.observe_all(states)).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
     fn plan(
         &self,
         operation: OperationId,

@@ -35,6 +35,15 @@ pub enum Finding {
         /// Its name there.
         name: String,
     },
+    /// The hypervisor lists a snapshot that is there only for a while: a backup's. It is left alone.
+    HelperFound {
+        /// The hypervisor's own id.
+        native: String,
+        /// Its name there.
+        name: String,
+        /// Whose it is, in words.
+        whose: String,
+    },
     /// The hypervisor has a snapshot of ours under another name or description.
     SnapshotChanged {
         /// The snapshot.
@@ -128,7 +137,13 @@ fn compare_snapshots(state: &DomainState, seen: &Observation, found: &mut BTreeS
     }
     for listed in &seen.snapshots {
         let ours = listed.id.is_some_and(|id| state.tree.contains(id) || state.tombstones.contains_key(&id));
-        if !ours && !state.forgot(listed) {
+        if ours || state.forgot(listed) {
+            continue;
+        }
+        if let Some(whose) = listed.helper.clone() {
+            let (native, name) = (listed.native.clone(), listed.name.clone());
+            found.insert(Finding::HelperFound { native, name, whose });
+        } else {
             found.insert(Finding::SnapshotFound { native: listed.native.clone(), name: listed.name.clone() });
         }
     }
@@ -195,6 +210,9 @@ impl std::fmt::Display for Finding {
             Self::SnapshotLost { name, .. } => write!(f, "snapshot '{name}' is lost: its data is not there"),
             Self::SnapshotFound { native, name } => {
                 write!(f, "the hypervisor has a snapshot '{name}' ({native}) that was not made by Snaptree")
+            }
+            Self::HelperFound { native, name, whose } => {
+                write!(f, "the hypervisor has a snapshot '{name}' ({native}), {whose}: it is left alone")
             }
             Self::SnapshotChanged { name, found, .. } if name.as_str() == found => {
                 write!(f, "the description of snapshot '{name}' was changed at the hypervisor")

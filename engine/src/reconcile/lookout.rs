@@ -1,5 +1,7 @@
 //! Looking for drift: observe, take over what somebody else did, write down what is left.
 
+use std::collections::BTreeMap;
+
 use crate::driver::Observation;
 use crate::engine::{Engine, EngineError, Foreign, Requester};
 use crate::event::{Actor, DriftCleared, DriftFound, Event};
@@ -7,6 +9,7 @@ use crate::ids::{DomainId, SnapshotId, SnapshotName, StreamId};
 use crate::log::NewEvent;
 use crate::project::DomainState;
 use crate::reconcile::adopt;
+use crate::reconcile::connection::ConnectionId;
 use crate::reconcile::drift::{self, Drift};
 
 impl Engine {
@@ -16,11 +19,57 @@ impl Engine {
     /// # Errors
     /// The hypervisor could not be asked, or the store failed.
     pub async fn drift(&self, requester: &Requester, domain: DomainId) -> Result<Drift, EngineError> {
-        let mut state = self.load_for_work(requester, domain).await?;
+        let state = self.load_for_work(requester, domain).await?;
         if !state.open.is_empty() {
             return Ok(Drift { findings: state.drift, adopted: Vec::new() });
         }
-        let mut seen = self.observe(&state).await?;
+        let seen = self.observe(&state).await?;
+        self.compared(requester, domain, state, seen).await
+    }
+
+    /// The same of many domains, those of one connection looked at together.
+    ///
+    /// # Errors
+    /// As [`Engine::drift`]; the first failure of all ends it.
+    pub async fn drift_all(
+        &self,
+        requester: &Requester,
+        domains: &[DomainId],
+    ) -> Result<Vec<(DomainId, Drift)>, EngineError> {
+        let mut drifts = BTreeMap::new();
+        let mut together: BTreeMap<ConnectionId, Vec<DomainState>> = BTreeMap::new();
+        for domain in domains {
+            let state = self.load_for_work(requester, *domain).await?;
+            match &state.domain {
+                Some(known) if state.open.is_empty() => {
+                    let connection = self.driver(known.driver)?.connection(known);
+                    together.entry(connection).or_default().push(state);
+                }
+                _ => {
+                    drifts.insert(*domain, Drift { findings: state.drift, adopted: Vec::new() });
+                }
+            }
+        }
+        for states in together.into_values() {
+            let Some(first) = states.first() else { continue };
+            let asked: Vec<&DomainState> = states.iter().collect();
+            let seen = self.driver_of(first)?.observe_all(&asked).await.map_err(EngineError::Driver)?;
+            for (state, seen) in states.into_iter().zip(seen) {
+                let Some(domain) = state.domain.as_ref().map(|domain| domain.id) else { continue };
+                let seen = seen.map_err(EngineError::Driver)?;
+                drifts.insert(domain, self.compared(requester, domain, state, seen).await?);
+            }
+        }
+        Ok(domains.iter().filter_map(|domain| Some((*domain, drifts.remove(domain)?))).collect())
+    }
+
+    async fn compared(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        mut state: DomainState,
+        mut seen: Observation,
+    ) -> Result<Drift, EngineError> {
         let taken_over = self.adoption(&state, &seen);
         let adopted = taken_over.iter().filter_map(|event| match event {
             Event::SnapshotAdopted(adopted) => Some(adopted.snapshot.name.clone()),

@@ -310,6 +310,7 @@ pub(in crate::qemu) fn listed(
             taken: entry.taken,
             state: None,
             stays: None,
+            helper: None,
         });
     }
 }
