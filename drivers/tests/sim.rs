@@ -523,7 +523,7 @@ fn a_broken_precondition_is_refused() {
     refused(&bench, revert(fresh()), Code::NotFound);
     let layer = LayerId::new(&vda(), OperationId::from_uuid(Uuid::now_v7()));
     let actions = vec![MergeAction::Drop { disk: vda(), layer }];
-    let merge = MergePlan { snapshots: vec![], actions, bytes_moved: 0, bytes_freed: 0 };
+    let merge = MergePlan { actions, ..MergePlan::default() };
     refused(&bench, Request::Merge(MergeStarted { plan: merge }), Code::Unsupported);
     bench.driver.power(&bench.state, RunState::Running).unwrap();
     let disks_only = SnapshotCreateRequested { memory: MemoryKind::No, ..create("x") };

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use snaptree_tests::images::{text, tool};
-use snaptree_tests::measure::{Times, time};
+use snaptree_tests::measure::{Times, quiet, time};
 use snaptree_tests::program::Program;
 
 const ROUNDS: usize = 30;
@@ -78,10 +78,14 @@ struct Merge {
     upper_mib: usize,
     /// What is run on the bare layers `low`, `middle` and `high` for the same end.
     bare: fn(&[PathBuf; 3]) -> Command,
+    /// Of those three, the one that took the data, and the one that is not needed any more.
+    taker: usize,
+    gone: usize,
 }
 
 impl Merge {
-    fn bare(&self, folder: &Path) -> Duration {
+    /// The command alone; and with what else leaves the same behind: the data on the disk, and the file gone.
+    fn bare(&self, folder: &Path) -> (Duration, Duration) {
         let files = ["low", "middle", "high"].map(|name| folder.join(name));
         let [low, middle, high] = &files;
         for (file, backing) in [(low, None), (middle, Some(low)), (high, Some(middle))] {
@@ -92,32 +96,42 @@ impl Merge {
         }
         fill(middle, "0", self.lower_mib);
         fill(high, "2G", self.upper_mib);
-        let took = time(&mut (self.bare)(&files));
-        files.iter().for_each(|file| std::fs::remove_file(file).expect("it is there"));
-        took
+        quiet();
+        let alone = time(&mut (self.bare)(&files));
+        let synced = time(Command::new("sync").arg(&files[self.taker]));
+        let removed = time(Command::new("rm").arg(&files[self.gone]));
+        for file in files.iter().filter(|file| **file != files[self.gone]) {
+            std::fs::remove_file(file).expect("it is there");
+        }
+        (alone, alone + synced + removed)
     }
 
     fn print(&self, what: &str, rounds: usize) {
         let folder = tempfile::tempdir().expect("a folder");
         let program = machine(folder.path());
         let path = folder.path().join("vda.qcow2");
-        let [mut bare, mut delete] = std::array::from_fn(|_| Times::default());
+        let [mut bare, mut whole, mut delete] = std::array::from_fn(|_| Times::default());
         let mut merges = serde_json::Value::Null;
         for _ in 0..rounds {
-            bare.push(self.bare(folder.path()));
+            let (alone, with_all) = self.bare(folder.path());
+            bare.push(alone);
+            whole.push(with_all);
             fill(&path, "0", self.lower_mib);
             program.json(0, &["create", "web", "middle"]);
             fill(&path, "2G", self.upper_mib);
             merges = program.json(0, &["delete", "web", "middle", "--dry-run"])["merges"].take();
+            quiet();
             delete.push(time(&mut program.command(&["delete", "web", "middle", "--now"])));
             program.json(0, &["revert", "web", "first"]);
             program.json(0, &["reconcile", "web"]);
         }
         bare.print(&format!("qemu-img {what}"), None);
+        whole.print(&format!("qemu-img {what}, then sync and rm"), Some(&bare));
         delete.print(&format!("snaptree delete, by {what}"), Some(&bare));
         println!(
-            "throughput beside bare qemu-img {:.2}; planned: {merges}",
-            bare.median_ms() / delete.median_ms()
+            "throughput beside bare qemu-img {:.2}, beside qemu-img, sync and rm {:.2}; planned: {merges}",
+            bare.median_ms() / delete.median_ms(),
+            whole.median_ms() / delete.median_ms()
         );
     }
 }
@@ -137,6 +151,8 @@ fn main() {
     let mib = wanted.map_or(MERGE_MIB_DEFAULT, |wanted| wanted.parse().expect("a number"));
     // Whichever direction moves fewer bytes is taken.
     let more = mib + mib / 4;
-    Merge { lower_mib: mib, upper_mib: more, bare: rebase }.print(&format!("rebase, {mib} MiB"), MERGES);
-    Merge { lower_mib: more, upper_mib: mib, bare: commit }.print(&format!("commit, {mib} MiB"), MERGES);
+    Merge { lower_mib: mib, upper_mib: more, bare: rebase, taker: 2, gone: 1 }
+        .print(&format!("rebase, {mib} MiB"), MERGES);
+    Merge { lower_mib: more, upper_mib: mib, bare: commit, taker: 1, gone: 2 }
+        .print(&format!("commit, {mib} MiB"), MERGES);
 }

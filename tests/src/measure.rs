@@ -16,6 +16,14 @@ pub fn time(command: &mut Command) -> Duration {
     took
 }
 
+/// Brings what earlier work left to be written to the disk, so that it does not slow down what is measured next.
+///
+/// # Panics
+/// It fails.
+pub fn quiet() {
+    time(&mut Command::new("sync"));
+}
+
 /// How long processors have worked for this process so far, by `/proc/self/stat`: what a loaded machine does not change.
 ///
 /// # Panics

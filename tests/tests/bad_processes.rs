@@ -13,7 +13,7 @@ use serde_json::Value;
 use snaptree_tests::images::tool;
 use snaptree_tests::lab::{DISKS, Lab, Model};
 use snaptree_tests::program::{Program, wait_until_stopped};
-use snaptree_tests::scenarios::{branched, expect_nothing_open, snapshot};
+use snaptree_tests::scenarios::{branched, chain, expect_nothing_open, snapshot};
 use snaptree_tests::wrapped::Wrapped;
 
 const ONE_DISK: &[&str] = &[DISKS[0]];
@@ -250,6 +250,50 @@ fn a_signal_while_a_tool_hangs_parks_the_step_and_recovery_finishes_it() {
         assert_eq!(recovered["operations"][0]["outcome"], "succeeded", "{recovered}");
         lab.model.revert("a");
         lab.check(name);
+    }
+}
+
+#[test]
+fn where_a_file_system_knows_no_direct_writes_a_layer_is_pulled_all_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
+    branched(&mut lab);
+    let script = "case \"$*\" in *directsync*) echo \"qemu-img: Could not open 'x': filesystem does not support O_DIRECT\" \
+                  >&2; echo 1 > $FOLDER/refused; exit 1;; esac\nexec qemu-img \"$@\"";
+    let wrapped = Wrapped::new(&folder.path().join("tool"), script);
+    let deleted = wrapped.on(&lab.program).json(0, &["delete", "web", "b"]);
+    assert_eq!(deleted["merges"][0]["outcome"], "succeeded", "{deleted}");
+    assert_eq!(wrapped.number("refused"), 1);
+    lab.model.delete("b");
+    lab.check("a delete");
+}
+
+/// Ctrl-C does not wait for a merge that takes hours: qemu-img is ended, and the merge is done another time.
+#[test]
+fn a_merge_by_qemu_img_is_called_off_while_it_is_at_work() {
+    // What two stand upon is pulled up into each; what one stands upon takes it into the registered image.
+    let ways: [(fn(&mut Lab), _, _); 2] = [(branched, "b", "rebase"), (chain, "a", "commit")];
+    for (lay, deleted, command) in ways {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
+        lay(&mut lab);
+        let script =
+            format!("[ $1 = {command} ] || exec qemu-img \"$@\"\necho $$ > $FOLDER/at-work; exec sleep 600");
+        let wrapped = Wrapped::new(&folder.path().join("tool"), &script);
+        let mut asked = wrapped.on(&lab.program).command(&["delete", "web", deleted]);
+        let child = asked.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let at_work = wait_for_number(&wrapped, "at-work");
+        told_to_end(child, "INT");
+        assert!(!Path::new("/proc").join(at_work.to_string()).exists(), "{command} goes on");
+        lab.model.delete(deleted);
+        lab.check(command);
+        let operations = lab.program.json(0, &["op", "list"]);
+        let operations = operations["operations"].as_array().expect("operations");
+        let merge = operations.iter().find(|operation| operation["kind"] == "merge").expect("a merge");
+        assert_eq!(merge["outcome"], "cancelled", "{merge}");
+        let merged = lab.program.json(0, &["reconcile", "web"]);
+        assert!(merged.to_string().contains("succeeded"), "{merged}");
+        lab.check("merged later");
     }
 }
 

@@ -24,6 +24,8 @@ struct Bench {
     snapshots: BTreeMap<String, (Option<String>, Vec<String>)>,
     current: Option<String>,
     now: Vec<String>,
+    /// The last revert that succeeded.
+    reverted_by: Value,
 }
 
 impl Bench {
@@ -33,7 +35,16 @@ impl Bench {
         let program = vbox.snaptree();
         program.json(0, &["domain", "add", "web", "--driver", "virtualbox", "--vm", "web"]);
         let now = vbox.contents("web").remove("").expect("the machine as it is");
-        Self { vbox, program, disks, writes: 0, snapshots: BTreeMap::new(), current: None, now }
+        Self {
+            vbox,
+            program,
+            disks,
+            writes: 0,
+            snapshots: BTreeMap::new(),
+            current: None,
+            now,
+            reverted_by: Value::Null,
+        }
     }
 
     fn write(&mut self, disk: usize, block: usize) {
@@ -53,7 +64,7 @@ impl Bench {
     }
 
     fn revert(&mut self, name: &str) {
-        self.program.json(0, &["revert", "web", name, "--yes"]);
+        self.reverted_by = self.program.json(0, &["revert", "web", name, "--yes"])["operation"].clone();
         self.reverted(name);
     }
 
@@ -92,8 +103,12 @@ impl Bench {
         assert_eq!(contents[""], self.now, "the machine as it is");
         for (name, (_, content)) in &self.snapshots {
             // The tests' own reader of the settings leaves names escaped.
-            let name =
-                name.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;");
+            let name = name
+                .replace('&', "&amp;")
+                .replace('<', "&lt;")
+                .replace('>', "&gt;")
+                .replace('"', "&quot;")
+                .replace('ä', "&#xE4;");
             assert_eq!(contents.get(&name), Some(content), "snapshot {name}");
         }
         let drift = self.program.json(0, &["drift", "web"]);
@@ -106,16 +121,22 @@ impl Bench {
         let open = self.program.json(0, &["op", "list", "--open"]);
         assert_eq!(open["operations"], json!([]), "{what}");
         let operations = self.program.json(0, &["op", "list"]);
-        let mut last = operations["operations"].as_array().expect("operations").iter();
-        let last = last.rfind(|operation| operation["kind"] == verb);
-        let succeeded = last.is_some_and(|last| last["outcome"] == "succeeded" && last["snapshot"] == name);
+        let mut reverts = operations["operations"].as_array().expect("operations").iter();
+        let newest = reverts.rfind(|o| o["kind"] == "revert" && o["outcome"] == "succeeded");
+        let newest = newest.map(|revert| revert["operation"].clone());
         let list = self.program.json(0, &["list", "web"])["snapshots"].to_string();
         let is_there = list.contains(&format!("\"{name}\""));
         match verb {
             "create" if is_there => self.created(name),
             // Once it has begun it only goes forward.
             "delete" if !is_there => self.deleted(name),
-            "revert" if succeeded => self.reverted(name),
+            // One that was killed before its request was written is none.
+            "revert" => {
+                if let Some(revert) = newest.filter(|revert| *revert != self.reverted_by) {
+                    self.reverted_by = revert;
+                    self.reverted(name);
+                }
+            }
             _ => {}
         }
         self.check();

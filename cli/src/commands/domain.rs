@@ -179,7 +179,8 @@ async fn show(context: &Context, domain: &str) -> Result<Exit> {
 }
 
 fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
-    let view = DomainView::of(state).ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
+    let view = DomainView::with_machine(state);
+    let view = view.ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
     if context.json {
         render::json(&view)?;
     } else {

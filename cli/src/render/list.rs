@@ -9,7 +9,7 @@ use snaptree_engine::tree::Labels;
 
 use super::table::{Cell, table};
 use super::text::{Look, safe};
-use super::view::{DomainView, FreesView, ListView, PhaseWord, ShowView, SnapshotView};
+use super::view::{DomainView, FreesView, ListView, MachineView, PhaseWord, ShowView, SnapshotView};
 
 /// The table of snapshots.
 pub fn list(view: &ListView, look: &Look) -> String {
@@ -169,6 +169,23 @@ pub fn domains(views: &[DomainView], look: &Look) -> String {
     table(&["NAME", "DRIVER", "SNAPSHOTS", "CURRENT", "OPEN", "LABELS"], &rows, look.paint)
 }
 
+/// Who runs a machine, how it is reached, and whether it runs.
+fn machine_words(machine: &MachineView) -> String {
+    let by = match machine.run_by {
+        "managed" => "run by Snaptree",
+        "commands" => "run by commands",
+        "attached" => "run by somebody else, reached by QMP",
+        _ => "run by somebody else, worked on only while it is off",
+    };
+    let socket = machine.qmp.as_ref().map(|socket| format!(" ({})", safe(&socket.display().to_string())));
+    let now = match machine.running {
+        Some(true) => "running",
+        Some(false) => "off",
+        None => "whether it runs cannot be seen",
+    };
+    format!("{by}{}; {now}", socket.unwrap_or_default())
+}
+
 /// One domain, line by line.
 pub fn domain(view: &DomainView, look: &Look) -> String {
     let domain = &view.domain;
@@ -183,6 +200,12 @@ pub fn domain(view: &DomainView, look: &Look) -> String {
     for disk in &domain.disks {
         let path = disk.path.as_ref().map_or_else(String::new, |path| format!(" {}", path.display()));
         line("Disk", format!("{}{} ({})", disk.name, safe(&path), human_bytes(disk.virtual_size_bytes)));
+    }
+    if let Some(machine) = &view.machine {
+        line("Machine", machine_words(machine));
+        if let Some(agent) = &machine.agent {
+            line("Guest agent", safe(&agent.display().to_string()).into_owned());
+        }
     }
     if !domain.labels.is_empty() {
         line("Labels", label_words(&domain.labels).join("  "));

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use serde::Serialize;
+use snaptree_drivers::qemu::{MachineFacts, Runs, machine_of};
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{Actor, MemoryKind};
 use snaptree_engine::layer::{DiskLayers, Layer, MemoryWay, Role};
@@ -204,6 +205,35 @@ pub struct DomainView {
     /// The files in which the memory of snapshots is kept.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub memory: Vec<MemoryView>,
+    /// Who runs its machine, where one domain is looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineView>,
+}
+
+/// Who runs a machine.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MachineView {
+    /// `apart`, `attached`, `commands`, `managed`.
+    pub run_by: &'static str,
+    /// QEMU's QMP socket.
+    pub qmp: Option<PathBuf>,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
+    /// Whether it runs; none if that cannot be seen.
+    pub running: Option<bool>,
+}
+
+impl From<MachineFacts> for MachineView {
+    fn from(facts: MachineFacts) -> Self {
+        let run_by = match facts.runs {
+            Runs::Apart => "apart",
+            Runs::Attached { .. } => "attached",
+            Runs::Commands { .. } => "commands",
+            Runs::Managed { .. } => "managed",
+        };
+        let qmp = facts.runs.qmp().map(PathBuf::from);
+        Self { run_by, qmp, agent: facts.agent, running: facts.is_running }
+    }
 }
 
 /// One file of a domain.
@@ -244,6 +274,11 @@ fn layers(state: &DomainState) -> Vec<LayerView> {
 }
 
 impl DomainView {
+    /// With who runs its machine, which is looked at. None for a domain that was never registered.
+    pub fn with_machine(state: &DomainState) -> Option<Self> {
+        Some(Self { machine: machine_of(state).map(MachineView::from), ..Self::of(state)? })
+    }
+
     /// None for a domain that was never registered.
     pub fn of(state: &DomainState) -> Option<Self> {
         Some(Self {
@@ -259,6 +294,7 @@ impl DomainView {
                 .keys()
                 .filter_map(|id| MemoryView::of(state, *id, Files::Unseen))
                 .collect(),
+            machine: None,
         })
     }
 }

@@ -403,9 +403,11 @@ pub fn way(plan: &MergePlan) -> String {
         })
         .collect();
     ways.dedup();
+    let otherwise = plan.bytes_moved_otherwise.map(human_bytes);
+    let otherwise = otherwise.map(|bytes| format!("; {bytes} the other way")).unwrap_or_default();
     match plan.bytes_moved {
         0 => ways.join(", "),
-        bytes => format!("{}, {} copied at most", ways.join(", "), human_bytes(bytes)),
+        bytes => format!("{}, {} copied at most{otherwise}", ways.join(", "), human_bytes(bytes)),
     }
 }
 

@@ -9,6 +9,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
 
+use super::observe::in_use;
 use super::runs::{Runs, RunsWish};
 
 /// Deepest chain: QEMU opens one file per layer, and slows down with their number.
@@ -135,6 +136,24 @@ pub(super) const fn capabilities(agent: Option<&PathBuf>, runs: &Runs) -> Capabi
         name_bytes_max: 255,
         depth_max: DEPTH_MAX,
     }
+}
+
+/// Who runs a domain's machine, and whether it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineFacts {
+    /// Who runs it.
+    pub runs: Runs,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
+    /// Whether somebody has its disks open for writing; none if that cannot be seen.
+    pub is_running: Option<bool>,
+}
+
+/// Looks at the locks of a domain's images, and asks nobody; none for a domain of another driver.
+pub fn machine_of(state: &DomainState) -> Option<MachineFacts> {
+    let (_, config) = QemuConfig::of(state).ok()?;
+    let is_running = in_use(state, &config).ok().map(|holders| !holders.is_empty());
+    Some(MachineFacts { runs: config.runs, agent: config.agent, is_running })
 }
 
 /// Every file of a domain, for [`Registration::taken`](snaptree_engine::driver::Registration::taken): its layers,

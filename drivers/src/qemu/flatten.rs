@@ -42,7 +42,7 @@ impl Flatten {
     }
 
     async fn copy(&self, work: Work<'_>) -> Result<(), DriverError> {
-        work.img.convert(Some(work.lock), "qcow2", &self.from, &self.into, work.context.progress).await
+        work.img.convert(Some(work.lock), "qcow2", &self.from, &self.into, work.context.into()).await
     }
 
     /// Takes only what differs from the registered image's own base. `convert -B` would not do: it looks at the
@@ -51,7 +51,7 @@ impl Flatten {
         let Some(base) = &self.own_backing else { return Ok(()) };
         let format = base.format.as_deref().unwrap_or("qcow2");
         work.img.create(work.lock, &self.into, &self.from, self.virtual_size_bytes).await?;
-        work.img.rebase(work.lock, &self.into, &base.name, format, work.context.progress).await
+        work.img.rebase(work.lock, &self.into, &base.name, format, work.context.into()).await
     }
 
     /// Removes the copy.

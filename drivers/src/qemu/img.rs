@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use snaptree_engine::driver::{DriverError, ErrorClass, Progress};
+use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepContext};
 use snaptree_engine::operation::Code;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
@@ -30,6 +30,10 @@ const PASSING: [&str; 7] = [
     "Connection refused",
     "Stale file handle",
 ];
+/// How often it is asked whether what it works for was called off.
+const LOOK: Duration = Duration::from_millis(100);
+/// What QEMU says where the page cache cannot be gone round.
+const NO_DIRECT: &str = "O_DIRECT";
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
@@ -83,6 +87,22 @@ struct Run<'a> {
     work: Work,
     lock: Option<&'a OperationLock>,
     progress: Option<&'a dyn Progress>,
+    call_off: CallOff<'a>,
+}
+
+/// Whom a child that moves data works for.
+#[derive(Clone, Copy)]
+pub(super) struct Patron<'a> {
+    /// Who watches.
+    pub(super) progress: &'a dyn Progress,
+    /// Whether somebody wants it gone meanwhile.
+    pub(super) call_off: CallOff<'a>,
+}
+
+impl<'a> From<&StepContext<'a>> for Patron<'a> {
+    fn from(context: &StepContext<'a>) -> Self {
+        Self { progress: context.progress, call_off: context.call_off }
+    }
 }
 
 impl QemuImg {
@@ -117,20 +137,29 @@ impl QemuImg {
         self.done("rebase", file, Run::quick(args).lock(lock)).await
     }
 
-    /// Puts `file` upon `onto`, and copies what differs. With writes through, the tables are on disk before the
-    /// header names the new backing file: seen, a kill at every write left the content as it was. (With the default
-    /// cache the header is written first, and a kill there changes the content.)
+    /// Puts `file` upon `onto`, and copies what differs. With each write on disk before the next, the tables are there
+    /// before the header names the new backing file: seen, a kill at every write left the content as it was. (With the
+    /// default cache, and with `none`, the header is written first, and a kill there changes the content.)
     pub(super) async fn rebase(
         &self,
         lock: &OperationLock,
         file: &Path,
         onto: &Path,
         format: &str,
-        progress: &dyn Progress,
+        patron: Patron<'_>,
     ) -> Result<(), DriverError> {
-        let args = ["rebase", "-p", "-t", "writethrough", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
-        let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
-        self.done("rebase", file, Run::moving(args).lock(lock).progress(progress)).await
+        let run = |cache| {
+            let args = ["rebase", "-p", "-t", cache, "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+            let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
+            Run::moving(args).lock(lock).patron(patron)
+        };
+        match self.done("rebase", file, run("directsync")).await {
+            // Not every file system knows it; that is said when the file is opened, before anything is written.
+            Err(error) if error.failure.message.contains(NO_DIRECT) => {
+                self.done("rebase", file, run("writethrough")).await
+            }
+            done => done,
+        }
     }
 
     /// Works on an internal snapshot of an image: `-c` creates it, `-a` applies it, `-d` deletes it.
@@ -151,13 +180,13 @@ impl QemuImg {
         lock: &OperationLock,
         from: &Path,
         into: &Path,
-        progress: &dyn Progress,
+        patron: Patron<'_>,
     ) -> Result<(), DriverError> {
         let rate = self.rate();
         let args = ["commit", "-p", "-d", "-f", "qcow2"].map(OsStr::new).into_iter();
         let args = args.chain(rate.iter().map(OsString::as_os_str));
         let args = args.chain([OsStr::new("-b"), into.as_os_str(), from.as_os_str()]);
-        self.done("commit", from, Run::moving(args).lock(lock).progress(progress)).await
+        self.done("commit", from, Run::moving(args).lock(lock).patron(patron)).await
     }
 
     /// Copies an image of `format`, with all that it is built upon, into one qcow2 file.
@@ -167,13 +196,13 @@ impl QemuImg {
         format: &str,
         from: &Path,
         into: &Path,
-        progress: &dyn Progress,
+        patron: Patron<'_>,
     ) -> Result<(), DriverError> {
         let rate = self.rate();
         let args = ["convert", "-p", "-f", format, "-O", "qcow2"].map(OsStr::new).into_iter();
         let args = args.chain(rate.iter().map(OsString::as_os_str));
         let args = args.chain([from.as_os_str(), into.as_os_str()]);
-        let mut run = Run::moving(args).progress(progress);
+        let mut run = Run::moving(args).patron(patron);
         run.lock = lock;
         self.done("convert", from, run).await
     }
@@ -286,20 +315,26 @@ impl QemuImg {
             Work::Copy => self.times.copy,
         };
         let (out, err) = (child.stdout.take(), child.stderr.take());
+        let cannot_wait = |error| DriverError::unknown(Code::Io, "cannot wait for qemu-img").source(error);
         let work =
             async { tokio::join!(child.wait(), read_limited(out, run.progress), read_limited(err, None)) };
-        match tokio::time::timeout(limit, work).await {
-            Ok((status, stdout, stderr)) => {
-                let status = status.map_err(|error| {
-                    DriverError::unknown(Code::Io, "cannot wait for qemu-img").source(error)
-                })?;
-                Ok(Output { status, stdout, stderr })
+        tokio::select! {
+            biased;
+            done = tokio::time::timeout(limit, work) => match done {
+                Ok((status, stdout, stderr)) => {
+                    Ok(Output { status: status.map_err(cannot_wait)?, stdout, stderr })
+                }
+                // What it moves may still be moving: recovery takes the operation's lock before anything else.
+                Err(_) => Err(DriverError::unknown(
+                    Code::Timeout,
+                    format!("qemu-img {command} of {} took longer than {} s", file.display(), limit.as_secs()),
+                )),
+            },
+            () = run.called_off() => {
+                // The step is taken back from wherever a killed child left it.
+                child.kill().await.map_err(cannot_wait)?;
+                Err(DriverError::permanent(Code::Cancelled, "it was called off while qemu-img was at work"))
             }
-            // What it moves may still be moving: recovery takes the operation's lock before anything else.
-            Err(_) => Err(DriverError::unknown(
-                Code::Timeout,
-                format!("qemu-img {command} of {} took longer than {} s", file.display(), limit.as_secs()),
-            )),
         }
     }
 }
@@ -316,7 +351,7 @@ pub(super) enum ForceShare {
 impl<'a> Run<'a> {
     fn quick<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
         let args = args.into_iter().map(OsStr::to_os_string).collect();
-        Self { args, work: Work::Header, lock: None, progress: None }
+        Self { args, work: Work::Header, lock: None, progress: None, call_off: CallOff::default() }
     }
 
     fn moving<'s>(args: impl IntoIterator<Item = &'s OsStr>) -> Self {
@@ -328,9 +363,17 @@ impl<'a> Run<'a> {
         self
     }
 
-    fn progress(mut self, progress: &'a dyn Progress) -> Self {
-        self.progress = Some(progress);
+    fn patron(mut self, patron: Patron<'a>) -> Self {
+        self.progress = Some(patron.progress);
+        self.call_off = patron.call_off;
         self
+    }
+
+    /// Returns once it was called off.
+    async fn called_off(&self) {
+        while !self.call_off.is_asked() {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 }
 

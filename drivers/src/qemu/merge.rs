@@ -61,7 +61,7 @@ impl Pull {
     async fn run(&self, work: Work<'_>) -> Result<(), DriverError> {
         self.to_old_parent(work).await?;
         work.reached("qemu.pull.started");
-        work.img.rebase(work.lock, &self.file, &self.onto_file, "qcow2", work.context.progress).await?;
+        work.img.rebase(work.lock, &self.file, &self.onto_file, "qcow2", work.context.into()).await?;
         if backing_name(&self.file)?.as_ref() != Some(&self.onto_file) {
             return Err(DriverError::permanent(
                 Code::BadImage,
@@ -144,8 +144,7 @@ impl Push {
         self.check(work, Under::Nobody)?;
         set_mode(&self.into_file, self.into_mode)?;
         set_mode(&self.from_file, self.from_mode)?;
-        let pushed =
-            work.img.commit(work.lock, &self.from_file, &self.into_file, work.context.progress).await;
+        let pushed = work.img.commit(work.lock, &self.from_file, &self.into_file, work.context.into()).await;
         self.close()?;
         pushed?;
         work.reached("qemu.push.pushed");

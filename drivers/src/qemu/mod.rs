@@ -67,7 +67,9 @@ use snaptree_engine::driver::{
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 
-pub use config::{DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of};
+pub use config::{
+    DiskPaths, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of, machine_of,
+};
 pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
 pub use runs::{Runs, RunsWish};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use snaptree_engine::domain::Disk;
-use snaptree_engine::driver::{DriverError, NoWatch, Probe, Registration};
+use snaptree_engine::driver::{CallOff, DriverError, NoWatch, Probe, Registration};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::{DiskName, DomainName};
 
@@ -16,7 +16,7 @@ use super::config::{
     BACKING_PATH_BYTES_MAX, DEPTH_MAX, DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, capabilities,
 };
 use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync};
-use super::img::{ForceShare, QemuImg};
+use super::img::{ForceShare, Patron, QemuImg};
 use super::lock::{in_use, writer};
 use super::qcow2::{Header, HeaderError, ReadError};
 use super::runs::{Runs, SOCKET_PATH_BYTES_MAX};
@@ -257,7 +257,8 @@ async fn convert(img: &QemuImg, path: &Path) -> Result<(), DriverError> {
 
 async fn convert_into(img: &QemuImg, path: &Path, draft: &Path) -> Result<(), DriverError> {
     let before = stamp_of(path)?;
-    img.convert(None, "raw", path, draft, &NoWatch).await?;
+    let patron = Patron { progress: &NoWatch, call_off: CallOff::default() };
+    img.convert(None, "raw", path, draft, patron).await?;
     img.compare(None, (path, "raw"), (draft, "qcow2")).await?;
     let mode = fs::metadata(path).doing("look at", path)?.mode();
     files::dress(draft, path, mode)?;

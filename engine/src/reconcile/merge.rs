@@ -7,7 +7,8 @@
 //!                      what a running machine writes is pulled into where that is possible
 //!  several             pull into each, if the copies are within the limit; else it stays, with the reason
 //! ```
-//! What the file system has no [room](crate::reconcile::space) for stays, too.
+//! Where the file system has no [room](crate::reconcile::space) for that way, the one that takes less is gone, if there
+//! is room for it; else it stays, too.
 //!
 //! Two rules are older than any wish for speed. What a layer with dependants reads as never changes, except by the
 //! push of its only dependant into it. The registered image is never unlinked, so a tombstone in it can only take
@@ -72,7 +73,7 @@ pub enum MergeAction {
 }
 
 /// A merge: what one operation folds away.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MergePlan {
     /// The snapshots that the tombstones had been.
     pub snapshots: Vec<SnapshotId>,
@@ -80,6 +81,9 @@ pub struct MergePlan {
     pub actions: Vec<MergeAction>,
     /// Bytes that have to be copied, at most.
     pub bytes_moved: u64,
+    /// Bytes that the other direction would copy, at most, where there is a choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_moved_otherwise: Option<u64>,
     /// Bytes that the files which are unlinked occupy. What was copied takes some of them again.
     pub bytes_freed: u64,
 }
@@ -137,7 +141,7 @@ pub fn verdicts(state: &DomainState, observation: &Observation, policy: MergePol
     space::within_room(found, state, observation, policy.margin_bytes)
 }
 
-/// The verdicts, as if no file system could be full.
+/// The verdicts; a merge that there is no room for is still one.
 pub(super) fn verdicts_given_room(
     state: &DomainState,
     observation: &Observation,
@@ -174,8 +178,7 @@ fn listed_verdicts(state: &DomainState, seen: &Observation, policy: MergePolicy)
             None => Verdict::Merge(MergePlan {
                 snapshots: vec![snapshot],
                 actions: vec![MergeAction::Fold { snapshot }],
-                bytes_moved: 0,
-                bytes_freed: 0,
+                ..MergePlan::default()
             }),
         }
     };
@@ -193,6 +196,12 @@ struct Planner<'a> {
     state: &'a DomainState,
     observation: &'a Observation,
     policy: MergePolicy,
+}
+
+/// What can be done about a layer: the way that is taken while there is room for it, and the other one.
+struct Ways {
+    first: MergeAction,
+    second: Option<MergeAction>,
 }
 
 /// A row of tombstones with one dependant each, lowest first, and what stands on it.
@@ -214,7 +223,7 @@ impl Planner<'_> {
                 droppable.map(|layer| MergeAction::Drop { disk: name.clone(), layer: layer.clone() }),
             );
         }
-        (!actions.is_empty()).then(|| Verdict::Merge(self.plan(actions)))
+        (!actions.is_empty()).then(|| Verdict::Merge(self.plan(actions, None)))
     }
 
     fn verdict(&self, snapshot: SnapshotId) -> Verdict {
@@ -225,27 +234,73 @@ impl Planner<'_> {
             return defer(PUT_OFF.to_owned());
         }
         let copy_bytes_max = if wish == MergeWish::Now { u64::MAX } else { self.policy.copy_bytes_max };
-        let mut actions = Vec::new();
+        let mut ways = Vec::new();
         let mut reasons = Vec::new();
         for (name, disk) in &self.state.layers.disks {
             let Some((layer, _)) = disk.layer_of(snapshot) else { continue };
-            match self.action(name, disk, layer, copy_bytes_max) {
-                Ok(action) => actions.push(action),
+            match self.ways(name, disk, layer, copy_bytes_max) {
+                Ok(found) => ways.push(found),
                 Err(reason) => reasons.push(reason),
             }
         }
-        if actions.is_empty() {
+        if ways.is_empty() {
             reasons.dedup();
             return defer(reasons.join("; "));
         }
-        Verdict::Merge(self.plan(actions))
+        Verdict::Merge(self.choose(ways))
+    }
+
+    /// The first way of every disk; where there is no room for those, and there is for the ways that take the least, the
+    /// latter.
+    fn choose(&self, ways: Vec<Ways>) -> MergePlan {
+        let growth =
+            |actions: &[MergeAction]| space::growth_bytes(actions, &self.state.layers, self.observation);
+        let fits = |ways: &[Ways]| {
+            let firsts: Vec<MergeAction> = ways.iter().map(|way| way.first.clone()).collect();
+            space::shortage(growth(&firsts), self.observation, self.policy.margin_bytes).is_none()
+        };
+        let least = |way: &Ways| match &way.second {
+            Some(second)
+                if growth(std::slice::from_ref(second)) < growth(std::slice::from_ref(&way.first)) =>
+            {
+                Ways { first: second.clone(), second: Some(way.first.clone()) }
+            }
+            second => Ways { first: way.first.clone(), second: second.clone() },
+        };
+        let ways = match fits(&ways) {
+            true => ways,
+            false => {
+                Some(ways.iter().map(least).collect::<Vec<_>>()).filter(|least| fits(least)).unwrap_or(ways)
+            }
+        };
+        let otherwise = ways
+            .iter()
+            .any(|way| way.second.is_some())
+            .then(|| ways.iter().map(|way| self.moved(way.second.as_ref().unwrap_or(&way.first))))
+            .map(|moved| moved.fold(0, u64::saturating_add));
+        self.plan(ways.into_iter().map(|way| way.first).collect(), otherwise)
+    }
+
+    /// Bytes that an action copies, at most.
+    fn moved(&self, action: &MergeAction) -> u64 {
+        let (disk, copied, times): (_, Vec<&LayerId>, _) = match action {
+            MergeAction::Drop { .. } | MergeAction::Fold { .. } => return 0,
+            MergeAction::Pull { disk, vanish, dependants, .. } => {
+                (disk, vanish.iter().collect(), dependants.len() as u64)
+            }
+            MergeAction::Push { disk, from, between, .. } => {
+                (disk, between.iter().chain([from]).collect(), 1)
+            }
+        };
+        let Some(layers) = self.state.layers.disks.get(disk) else { return 0 };
+        let bytes = copied.into_iter().fold(0_u64, |sum, id| sum.saturating_add(self.allocated(layers, id)));
+        bytes.saturating_mul(times)
     }
 
     /// Adds up what the actions cost, and which snapshots they end.
-    fn plan(&self, actions: Vec<MergeAction>) -> MergePlan {
+    fn plan(&self, actions: Vec<MergeAction>, bytes_moved_otherwise: Option<u64>) -> MergePlan {
         let mut snapshots = BTreeSet::new();
-        let mut plan =
-            MergePlan { snapshots: Vec::new(), actions: Vec::new(), bytes_moved: 0, bytes_freed: 0 };
+        let mut plan = MergePlan { bytes_moved_otherwise, ..MergePlan::default() };
         for action in &actions {
             let (disk, gone, unlinked) = match action {
                 MergeAction::Fold { .. } => continue,
@@ -264,12 +319,7 @@ impl Planner<'_> {
                 gone.iter().filter_map(|id| layers.layers.get(*id)).filter_map(|layer| layer.snapshot),
             );
             let freed: u64 = unlinked.iter().map(|id| self.allocated(layers, id)).sum();
-            let moved = match action {
-                MergeAction::Drop { .. } | MergeAction::Fold { .. } => 0,
-                MergeAction::Pull { dependants, .. } => freed.saturating_mul(dependants.len() as u64),
-                MergeAction::Push { .. } => freed,
-            };
-            plan.bytes_moved = plan.bytes_moved.saturating_add(moved);
+            plan.bytes_moved = plan.bytes_moved.saturating_add(self.moved(action));
             plan.bytes_freed = plan.bytes_freed.saturating_add(freed);
         }
         plan.snapshots = snapshots.into_iter().collect();
@@ -277,25 +327,29 @@ impl Planner<'_> {
         plan
     }
 
-    fn action(
+    fn ways(
         &self,
         name: &DiskName,
         disk: &DiskLayers,
         layer: &LayerId,
         copy_bytes_max: u64,
-    ) -> Result<MergeAction, String> {
+    ) -> Result<Ways, String> {
         let dependants: Vec<LayerId> = disk.dependants(layer).cloned().collect();
         match dependants.as_slice() {
             [] => {
                 self.may_unlink(disk, layer)?;
-                Ok(MergeAction::Drop { disk: name.clone(), layer: layer.clone() })
+                let first = MergeAction::Drop { disk: name.clone(), layer: layer.clone() };
+                Ok(Ways { first, second: None })
             }
             [_] => self.contract(name, disk, layer),
-            _ => self.pull_into_each(name, disk, layer, dependants, copy_bytes_max),
+            _ => {
+                let first = self.pull_into_each(name, disk, layer, dependants, copy_bytes_max)?;
+                Ok(Ways { first, second: None })
+            }
         }
     }
 
-    fn contract(&self, name: &DiskName, disk: &DiskLayers, layer: &LayerId) -> Result<MergeAction, String> {
+    fn contract(&self, name: &DiskName, disk: &DiskLayers, layer: &LayerId) -> Result<Ways, String> {
         let run = self.run(disk, layer)?;
         let (Some(lowest), Some(highest)) = (run.tombstones.first(), run.tombstones.last()) else {
             return Err("the layer graph has a cycle".to_owned());
@@ -310,23 +364,25 @@ impl Planner<'_> {
         // A push of what a running machine writes stops it for a moment, and has to switch what it opens.
         let is_written =
             disk.active.as_ref() == Some(&run.top) && self.observation.run_state != RunState::Off;
+        let pull = pull.map(|onto| MergeAction::Pull {
+            disk: name.clone(),
+            vanish: run.tombstones.clone(),
+            dependants: vec![run.top.clone()],
+            onto,
+        });
+        let push = push.map(|()| MergeAction::Push {
+            disk: name.clone(),
+            from: run.top.clone(),
+            into: lowest.clone(),
+            between: run.tombstones[1..].to_vec(),
+        });
         match (pull, push) {
-            (Ok(onto), push) if push.is_err() || is_written || pull_bytes <= push_bytes => {
-                Ok(MergeAction::Pull {
-                    disk: name.clone(),
-                    vanish: run.tombstones,
-                    dependants: vec![run.top],
-                    onto,
-                })
+            (Ok(pull), Ok(push)) if is_written || pull_bytes <= push_bytes => {
+                Ok(Ways { first: pull, second: Some(push) })
             }
-            (_, Ok(())) => Ok(MergeAction::Push {
-                disk: name.clone(),
-                from: run.top,
-                into: lowest.clone(),
-                between: run.tombstones[1..].to_vec(),
-            }),
+            (Ok(pull), Ok(push)) => Ok(Ways { first: push, second: Some(pull) }),
+            (Ok(only), Err(_)) | (Err(_), Ok(only)) => Ok(Ways { first: only, second: None }),
             (Err(pull), Err(push)) => Err(if pull == push { pull } else { format!("{push}; {pull}") }),
-            (Ok(_), Err(push)) => Err(push),
         }
     }
 
