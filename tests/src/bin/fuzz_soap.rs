@@ -7,6 +7,8 @@
 //! the run. Ends at whichever limit comes first (default: 10 million executions or 30 minutes); an input that made the
 //! reader panic is written to `fuzz_soap.crash`.
 
+#![allow(clippy::expect_used, reason = "a test program ends with what went wrong")]
+
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
