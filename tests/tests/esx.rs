@@ -1,6 +1,7 @@
 //! Snapshots on ESXi and vCenter, through the program, on a vSphere simulator; what is there is read back with
 //! VMware's own client.
 #![cfg(feature = "lab")]
+#![allow(clippy::expect_used, reason = "a test")]
 
 #[path = "esx/model.rs"]
 mod model;
