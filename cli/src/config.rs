@@ -319,7 +319,10 @@ mod tests {
             ("[merge]\ncopymax = 1", "there is no setting 'merge.copymax'; did you mean 'merge.copy-max'?"),
             ("[retry]\nattempt = 1", "did you mean 'retry.attempts'?"),
             ("[merg]\ncopy-max = 1", "there is no setting 'merg'; did you mean 'merge'?"),
-            ("[something-else]", "there are concurrency, drift, merge, qemu, operation, retry, space, serve"),
+            (
+                "[something-else]",
+                "there are concurrency, drift, esx, merge, qemu, operation, retry, space, virtualbox, serve",
+            ),
             ("merge = 1", "there is no setting 'merge'"),
         ] {
             let problem = read(text).unwrap_err();

@@ -1,6 +1,7 @@
 //! Reading what a host answers, or whoever stands in for it.
 
 use quick_xml::XmlVersion;
+use quick_xml::errors::IllFormedError;
 use quick_xml::escape::resolve_predefined_entity;
 use quick_xml::events::{BytesRef, BytesStart, Event};
 use quick_xml::name::{Namespace, ResolveResult};
@@ -134,6 +135,11 @@ pub fn read(text: &[u8]) -> Result<Element, SoapError> {
             Ok(read) => read,
             // Half a tag or half a comment at its very end.
             Err(quick_xml::Error::Syntax(_)) => return Err(SoapError::CutOff),
+            Err(quick_xml::Error::IllFormed(IllFormedError::UnclosedReference))
+                if ends_in_reference(text) =>
+            {
+                return Err(SoapError::CutOff);
+            }
             Err(error) => return Err(malformed(&error)),
         };
         match event {
@@ -153,6 +159,11 @@ pub fn read(text: &[u8]) -> Result<Element, SoapError> {
             Event::Empty(_) | Event::Comment(_) | Event::PI(_) | Event::Decl(_) => {}
         }
     }
+}
+
+/// Whether the last thing in it is the beginning of a reference such as `&lt;`.
+fn ends_in_reference(text: &str) -> bool {
+    text.rfind('&').is_some_and(|at| !text[at..].contains(['<', ';']))
 }
 
 /// The tree as far as it was read.
