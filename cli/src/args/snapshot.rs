@@ -134,7 +134,7 @@ pub struct RevertArgs {
     /// Let the machine stand paused afterwards
     #[arg(long)]
     pub paused: bool,
-    /// Keep what would be lost as a snapshot of its own first, before-revert-<seconds>; without it nothing is reverted
+    /// Keep what would be lost as a snapshot of its own first, before-revert-SECONDS; without it nothing is reverted
     #[arg(long)]
     pub keep: bool,
     /// Do not ask

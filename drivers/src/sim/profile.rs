@@ -11,7 +11,7 @@ const DEPTH_MAX: usize = 1000;
 
 /// Whose limits the simulated hypervisor has.
 ///
-/// Architecture Invariant: a profile only sets [`Capabilities`], and [how a snapshot is deleted](Deleting). Where deleting does not merge, the machine keeps
+/// Architecture Invariant: a profile only sets [`Capabilities`], and how a snapshot is deleted. Where deleting does not merge, the machine keeps
 /// layers, as QEMU does; else each snapshot holds a copy. What is within the capabilities works alike in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -17,7 +17,7 @@
 //!   as it was | the snapshot half merged | an image gone | the settings file gone | done
 //! ```
 //! Nothing but the last two tells what became of the snapshot's own data. So a delete poisons it when it begins, and only
-//! goes forward; the two states in between are [repaired](repair).
+//! goes forward; the two states in between are repaired (`repair`).
 //!
 //! Code Map: `manage` (the program, and its errors), `settings` (the file), `mark` (how ours are known again), `observe`,
 //! `plan`, `step` (do, resolve, take back), `repair`.

@@ -2,7 +2,7 @@
 //!
 //! A tombstone is no drift: what the hypervisor still holds of a deleted snapshot is ours. Nothing found here is ever
 //! deleted or put right by itself; it is recorded, shown, and what it makes unsafe is refused when it is planned. What of
-//! it is taken over is [`adopt`](crate::reconcile::adopt)'s.
+//! it is taken over is [`adopt`]'s.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
