@@ -173,7 +173,10 @@ fn failure(what: &str, status: ExitStatus, stderr: &str) -> DriverError {
     let (class, code) = match status.code() {
         // VBoxSVC went away under it, or it was killed.
         None | Some(133 | 137 | 143) => (ErrorClass::Unknown, Code::Io),
-        _ if of("NS_ERROR_FACTORY_NOT_REGISTERED") => (ErrorClass::Transient, Code::Io),
+        // VBoxSVC is just ending or beginning, and nothing was asked of it; the code that goes with it varies.
+        _ if of("NS_ERROR_FACTORY_NOT_REGISTERED") || of("Failed to create the VirtualBox object") => {
+            (ErrorClass::Transient, Code::Io)
+        }
         _ if of("already locked for a session") || of("is not ready") || of("VBOX_E_VM_ERROR") => {
             (ErrorClass::Busy, Code::InUse)
         }
@@ -217,6 +220,11 @@ mod tests {
                     "Failed to create the VirtualBox object!",
                     "NS_ERROR_FACTORY_NOT_REGISTERED (0x80040154)",
                 ),
+                ErrorClass::Transient,
+            ),
+            (
+                1,
+                said("Failed to create the VirtualBox object!", "NS_ERROR_FAILURE (0x80004005)"),
                 ErrorClass::Transient,
             ),
             (
