@@ -163,8 +163,12 @@ async fn a_new_name_given_by_hand_is_followed_and_one_given_here_reaches_the_hyp
 
     let edited = ["edit", "web", "two", "--name", "second", "--description", "of two"];
     assert_eq!(lab.program.json(0, &edited)["name"], "second");
-    let file = std::fs::read_dir(lab.folder.path().join("sim")).expect("machines").next().expect("one");
-    let machine = std::fs::read_to_string(file.expect("readable").path()).expect("a machine");
+    let mut files = std::fs::read_dir(lab.folder.path().join("sim")).expect("machines");
+    // Beside the machine lies the file that locks it.
+    let of_machine =
+        |path: &std::path::PathBuf| path.extension().is_some_and(|extension| extension == "json");
+    let file = files.find_map(|file| Some(file.ok()?.path()).filter(of_machine)).expect("one");
+    let machine = std::fs::read_to_string(file).expect("a machine");
     assert!(machine.contains("second") && machine.contains("of two"), "{machine}");
     assert_eq!(lab.program.json(0, &["drift", "web"])["domains"][0]["findings"], json!([]));
     assert_eq!(lab.kinds("Snapshot.EditRequested").len(), 1);
