@@ -1,6 +1,9 @@
 //! The hypervisors that Snaptree drives, one folder each, all behind the engine's `Driver` trait.
 
 pub mod esx;
+mod failing;
+mod operation_lock;
 pub mod qemu;
+mod room;
 pub mod sim;
 pub mod virtualbox;

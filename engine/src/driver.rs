@@ -290,13 +290,14 @@ pub struct Learnt {
 }
 
 impl Learnt {
-    /// Adds what a later step learnt; repairs are each step's own.
+    /// Adds what a later step learnt.
     pub fn add(&mut self, later: Self) {
         self.taken = later.taken.or(self.taken);
         self.state = later.state.or(self.state);
         self.native = later.native.or(self.native.take());
         self.left.extend(later.left);
         self.failed = self.failed.take().or(later.failed);
+        self.repairs.extend(later.repairs);
     }
 }
 

@@ -21,9 +21,10 @@ use super::config::{PathWish, active};
 use super::files::{self, Doing, beside, folder_of, if_there, remove, stamp, stamp_of, sync};
 use super::generation::Stand;
 use super::img::QemuImg;
-use super::lock::{OperationLock, QemuLocks, check_unused, writer};
+use super::lock::{QemuLocks, check_unused, writer};
 use super::manifest::{Effect, Manifest, links};
 use super::step::{Adopt, OwnBacking, Turn, Under};
+use crate::operation_lock::OperationLock;
 
 /// What a step works with.
 #[derive(Clone, Copy)]

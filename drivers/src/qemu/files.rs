@@ -5,11 +5,12 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use snaptree_engine::driver::{DriverError, ErrorClass, FileFacts};
+use snaptree_engine::driver::{DriverError, FileFacts};
 use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::Code;
 
 use super::qcow2::{Header, ReadError};
+pub(super) use crate::failing::{Doing, if_there, io_error};
 
 /// Bits that let someone write.
 pub(super) const WRITE_BITS: u32 = 0o222;
@@ -17,47 +18,6 @@ pub(super) const WRITE_BITS: u32 = 0o222;
 pub(super) const MODE_BITS: u32 = 0o7777;
 const SELINUX: &str = "security.selinux";
 const LABEL_BYTES_MAX: usize = 4096;
-
-/// Something at a path failed.
-pub(super) fn io_error(doing: &str, path: &Path, error: io::Error) -> DriverError {
-    let (class, code) = match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (ErrorClass::Permanent, Code::NoSpace),
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            (ErrorClass::Permanent, Code::Permission)
-        }
-        ErrorKind::Interrupted => (ErrorClass::Transient, Code::Io),
-        ErrorKind::NotFound => (ErrorClass::Permanent, Code::NotFound),
-        _ => (ErrorClass::Permanent, Code::Io),
-    };
-    DriverError::new(class, code, format!("cannot {doing} {}: {error}", path.display()))
-}
-
-/// Adds what was being done to an error of the operating system.
-pub(super) trait Doing<T> {
-    /// `doing` is a verb: `rename`, `open`.
-    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError>;
-}
-
-impl<T> Doing<T> for io::Result<T> {
-    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError> {
-        self.map_err(|error| io_error(doing, path, error))
-    }
-}
-
-impl<T> Doing<T> for Result<T, rustix::io::Errno> {
-    fn doing(self, doing: &str, path: &Path) -> Result<T, DriverError> {
-        self.map_err(|error| io_error(doing, path, error.into()))
-    }
-}
-
-/// Turns "not there" into `None`.
-pub(super) fn if_there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
 
 /// What tells that a file was not touched.
 pub(super) fn stamp(metadata: &Metadata) -> FileStamp {

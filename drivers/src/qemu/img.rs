@@ -14,7 +14,7 @@ use snaptree_engine::operation::Code;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
-use super::lock::OperationLock;
+use crate::operation_lock::OperationLock;
 
 /// For what reads all tables of an image.
 const CHECKING: Duration = Duration::from_secs(600);

@@ -38,7 +38,7 @@ mod internal;
 mod keep;
 mod kept;
 mod live;
-pub(crate) mod lock;
+mod lock;
 mod manifest;
 mod merge;
 mod observe;
@@ -74,9 +74,9 @@ pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
 pub use runs::{Runs, RunsWish};
 
+use crate::operation_lock::OperationLock;
 use adopt::Work;
 use img::QemuImg;
-use lock::OperationLock;
 use step::QemuStep;
 
 /// How long an orphaned tool may go on before it is ended.

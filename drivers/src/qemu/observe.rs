@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::DiskName;
 use snaptree_engine::domain::RunState;
-use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation, Room};
+use snaptree_engine::driver::{DriverError, FileFacts, InUse, Observation};
 use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -21,6 +21,7 @@ use super::internal::{listed, table};
 use super::live::Machine;
 use super::lock::writer;
 use super::qcow2::{Backing, Header, ReadError};
+use crate::room::room;
 
 /// Most entries that are looked at in a folder that is not Snaptree's own.
 const FOREIGN_ENTRIES_MAX: usize = 4096;
@@ -177,18 +178,6 @@ fn memory(state: &DomainState) -> Result<BTreeMap<PathBuf, FileStamp>, DriverErr
         }
     }
     Ok(found)
-}
-
-/// How much may be written on the file system of the layers folder, or of where that will be made.
-fn room(layers: &Path) -> Option<Room> {
-    let folder = layers.ancestors().find(|folder| folder.is_dir())?;
-    let found = rustix::fs::statvfs(folder).ok()?;
-    // Some file systems do not say how large they are. What only root may use is not for QEMU.
-    let known = found.f_blocks > 0;
-    known.then(|| Room {
-        folder: folder.to_owned(),
-        free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
-    })
 }
 
 /// What is kept in an image beside its disk.

@@ -12,7 +12,8 @@ use snaptree_engine::operation::{Code, Failure};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 
-use crate::qemu::lock::OperationLock;
+use super::repair;
+use crate::operation_lock::OperationLock;
 
 /// Most bytes that are kept of what a call writes to one stream; the rest is read and dropped.
 const OUTPUT_BYTES_MAX: usize = 4 << 20;
@@ -85,7 +86,7 @@ impl Manage {
         loop {
             let call = Call { limit, ..Call::quick(args.iter().copied()) };
             match self.run(call).await {
-                Err(error) if error.class == ErrorClass::Transient && tries < ASKS_MAX => tries += 1,
+                Err(error) if passes(&error) && tries < ASKS_MAX => tries += 1,
                 answer => return answer,
             }
             tokio::time::sleep(BETWEEN_ASKS).await;
@@ -98,6 +99,7 @@ impl Manage {
     /// It cannot be started, took too long, or says that it failed.
     #[tracing::instrument(level = "debug", skip_all, fields(args = ?call.args))]
     pub(super) async fn run(&self, call: Call<'_>) -> Result<String, DriverError> {
+        repair::machines(None).await?;
         let stdin = match call.lock {
             Some(lock) => Stdio::from(lock.for_child()?),
             None => Stdio::null(),
@@ -128,6 +130,15 @@ impl Manage {
             return Ok(stdout);
         }
         Err(failure(what, status, &stderr))
+    }
+}
+
+/// Whether a question that failed so may be answered the next time: `VBoxSVC` was coming or going, or either was killed.
+fn passes(error: &DriverError) -> bool {
+    match error.class {
+        ErrorClass::Transient => true,
+        ErrorClass::Unknown => error.failure.code == Code::Io,
+        ErrorClass::Busy | ErrorClass::Permanent => false,
     }
 }
 

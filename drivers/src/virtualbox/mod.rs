@@ -17,13 +17,14 @@
 //!   as it was | the snapshot half merged | an image gone | the settings file gone | done
 //! ```
 //! Nothing but the last two tells what became of the snapshot's own data. So a delete poisons it when it begins, and only
-//! goes forward; the two states in between are repaired (`repair`).
+//! goes forward; the two states in between are repaired (`repair`), as is what a take or a restore leaves behind.
 //!
 //! Code Map: `manage` (the program, and its errors), `settings` (the file), `mark` (how ours are known again), `observe`,
-//! `plan`, `step` (do, resolve, take back), `repair`.
+//! `plan`, `step` (do, resolve, take back), `repair`, `notes` (of repairs, until the log has them).
 
 mod manage;
 mod mark;
+mod notes;
 mod observe;
 mod plan;
 mod repair;
@@ -46,8 +47,9 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, OperationId};
 use uuid::Uuid;
 
-use crate::qemu::lock::OperationLock;
+use crate::operation_lock::OperationLock;
 use manage::{Call, MOVING, Manage, QUICK};
+use notes::Notes;
 
 /// The program that is called if neither the settings nor the environment name another.
 pub const PROGRAM: &str = "VBoxManage";
@@ -177,10 +179,15 @@ impl Driver for VirtualboxDriver {
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
         let machine = Machine::of(state)?;
         let run_state = observe::run_state(&self.manage, machine.uuid).await?;
-        let detail = self.settings(&machine).await?;
+        let mut detail = self.settings(&machine).await?;
         if detail.settings.uuid != machine.uuid {
             let message = format!("{} is another machine's by now", machine.file.display());
             return Err(DriverError::permanent(Code::Drift, message));
+        }
+        Notes::sweep(&self.run_dir, machine.uuid, state);
+        for operation in &state.open {
+            let notes = Notes::of(&self.run_dir, machine.uuid, operation.id);
+            detail.repairs.extend(notes.untold(state, operation.id)?);
         }
         Ok(observe::observation(state, run_state, &detail)?)
     }
@@ -235,7 +242,9 @@ impl Driver for VirtualboxDriver {
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
         OperationLock::settle(&self.run_dir, operation, GRACE).await?;
-        let machine = Machine::of(state)?.uuid.to_string();
+        let machine = Machine::of(state)?.uuid;
+        repair::machines(Some(&Notes::of(&self.run_dir, machine, operation))).await?;
+        let machine = machine.to_string();
         let until = Instant::now() + MOVING;
         loop {
             // It is answered when VBoxSVC is idle; a machine that it cannot open has nobody at work on it.

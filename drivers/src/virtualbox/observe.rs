@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,19 +11,24 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::SnapshotId;
 use snaptree_engine::domain::RunState;
-use snaptree_engine::driver::{DriverError, ErrorClass, Observation, SeenSnapshot};
+use snaptree_engine::driver::{DriverError, ErrorClass, Observation, Room, SeenSnapshot};
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::space::MARGIN_BYTES_DEFAULT;
 use snaptree_engine::tree::SnapshotState;
 use uuid::Uuid;
 
 use super::manage::{Manage, QUICK};
 use super::mark::Marked;
-use super::settings::{self, FILE_BYTES_MAX, Settings, Snap};
+use super::settings::{self, FILE_BYTES_MAX, Medium, Settings, Snap};
+use crate::room::room;
 
 /// How often a file is read again that is being replaced just now, and how long is waited in between.
 const READS_MAX: u32 = 40;
 const BETWEEN_READS: Duration = Duration::from_millis(25);
+
+/// Of which `st_blocks` is the number (stat(2)).
+const BYTES_OF_A_BLOCK: u64 = 512;
 
 /// Which file tells the truth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +46,14 @@ pub(super) struct Detail {
     pub file: PathBuf,
     pub found: Found,
     pub settings: Settings,
-    /// Images that the settings name and that are not there.
+    /// Images that a snapshot or the machine as it is reads from, and that are not there.
     pub missing: Vec<Uuid>,
+    /// Bytes that images occupy.
+    #[serde(default)]
+    pub sizes: BTreeMap<Uuid, u64>,
+    /// What was put right for the operation in hand, and is not in the log yet.
+    #[serde(default)]
+    pub repairs: Vec<String>,
 }
 
 impl Detail {
@@ -95,7 +107,8 @@ fn unreadable(file: &Path, error: &std::io::Error) -> DriverError {
     DriverError::permanent(code, format!("cannot read {}: {error}", file.display()))
 }
 
-fn read_text(file: &Path) -> std::io::Result<Option<String>> {
+/// A file of VirtualBox's, within limits; none if it is not there.
+pub(super) fn read_text(file: &Path) -> std::io::Result<Option<String>> {
     let opened = match fs::File::open(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         opened => opened?,
@@ -109,9 +122,17 @@ fn read_text(file: &Path) -> std::io::Result<Option<String>> {
 }
 
 fn detail(file: &Path, found: Found, settings: Settings) -> Detail {
-    let gone = settings.media.iter().filter(|(_, medium)| !medium.file.exists());
-    let missing = gone.map(|(uuid, _)| *uuid).collect();
-    Detail { file: file.to_owned(), found, settings, missing }
+    let found_file = |medium: &Medium| fs::metadata(&medium.file).ok();
+    let sizes: BTreeMap<Uuid, u64> = settings
+        .media
+        .iter()
+        .filter_map(|(uuid, medium)| Some((*uuid, found_file(medium)?.blocks() * BYTES_OF_A_BLOCK)))
+        .collect();
+    // What nothing reads from may be gone: a restore that was cut off leaves its name behind.
+    let used = settings.in_use();
+    let gone = settings.media.keys().filter(|uuid| used.contains(uuid) && !sizes.contains_key(uuid));
+    let missing = gone.copied().collect();
+    Detail { file: file.to_owned(), found, settings, missing, sizes, repairs: Vec::new() }
 }
 
 /// Whether VirtualBox runs the machine. It also waits for whatever `VBoxSVC` is at.
@@ -143,7 +164,12 @@ pub(super) fn observation(
 ) -> Result<Observation, Failure> {
     let settings = &detail.settings;
     let known = known(state);
-    let snapshots = settings.snapshots.iter().map(|snap| seen(snap, &known, settings)).collect();
+    let room = room(&settings.folder);
+    let seen = |snap: &Snap| {
+        let full = room.as_ref().and_then(|room| shortage(merge_bytes(snap, detail), room));
+        seen(snap, &known, settings, full)
+    };
+    let snapshots = settings.snapshots.iter().map(seen).collect();
     Ok(Observation {
         at: Timestamp::now(),
         run_state,
@@ -153,7 +179,7 @@ pub(super) fn observation(
         memory: BTreeMap::new(),
         foreign_dependants: BTreeMap::new(),
         generation: None,
-        room: None,
+        room: room.clone(),
         snapshots,
         current: settings.current.map(|uuid| uuid.to_string()),
         detail: serde_json::to_value(detail)
@@ -168,7 +194,12 @@ fn known(state: &DomainState) -> BTreeMap<Uuid, SnapshotId> {
     live.chain(dead).filter_map(|(id, native)| Some((native?.parse().ok()?, id))).collect()
 }
 
-fn seen(snap: &Snap, known: &BTreeMap<Uuid, SnapshotId>, settings: &Settings) -> SeenSnapshot {
+fn seen(
+    snap: &Snap,
+    known: &BTreeMap<Uuid, SnapshotId>,
+    settings: &Settings,
+    full: Option<String>,
+) -> SeenSnapshot {
     let marked = Marked::parse(&snap.description);
     // A mark that was copied by hand is not believed where the log knows better.
     let by_mark = marked.mark.map(|(id, _)| id).filter(|id| !known.values().any(|other| other == id));
@@ -181,7 +212,7 @@ fn seen(snap: &Snap, known: &BTreeMap<Uuid, SnapshotId>, settings: &Settings) ->
         description: Some(marked.text).filter(|text| !text.is_empty()),
         taken: snap.taken,
         state: Some(if snap.online { SnapshotState::Running } else { SnapshotState::Shutoff }),
-        stays: stays(settings.children(snap.uuid), settings.images_upon(snap)),
+        stays: stays(settings.children(snap.uuid), settings.images_upon(snap)).or(full),
     }
 }
 
@@ -197,4 +228,31 @@ pub(super) fn stays(children: usize, images: usize) -> Option<String> {
         )),
         _ => None,
     }
+}
+
+/// Bytes that the merge of a snapshot may need at most: of two images the smaller goes into the other, but the last one
+/// always takes the one upon it.
+pub(super) fn merge_bytes(snap: &Snap, detail: &Detail) -> u64 {
+    let media = &detail.settings.media;
+    let size = |image: &Uuid| detail.sizes.get(image).copied().unwrap_or(0);
+    let of = |image: &Uuid| {
+        let upon = media.iter().filter(|(_, medium)| medium.parent == Some(*image));
+        let upon = upon.map(|(above, _)| size(above)).max().unwrap_or(0);
+        let is_base = media.get(image).is_none_or(|medium| medium.parent.is_none());
+        if is_base { upon } else { upon.min(size(image)) }
+    };
+    snap.images.values().map(of).sum()
+}
+
+/// Why a merge that may need so many bytes has to wait, if it has.
+pub(super) fn shortage(needed: u64, room: &Room) -> Option<String> {
+    let fits = needed == 0 || needed <= room.free_bytes.saturating_sub(MARGIN_BYTES_DEFAULT);
+    (!fits).then(|| {
+        format!(
+            "its merge may need {} MiB, and {} MiB are free in {}",
+            needed >> 20,
+            room.free_bytes >> 20,
+            room.folder.display()
+        )
+    })
 }

@@ -16,12 +16,16 @@ use snaptree_engine::{OperationId, SnapshotId};
 use uuid::Uuid;
 
 use super::mark::Marked;
-use super::observe::{Detail, Found};
+use super::observe::{self, Detail, Found};
 use super::settings::Snap;
 use super::step::{Action, Words};
 
 /// VirtualBox's own limit (`SETTINGS_SNAPSHOT_DEPTH_MAX`).
 pub(super) const DEPTH_MAX: usize = 250;
+/// An empty image: its header, and the table of its blocks (VirtualBox, VDICore.h).
+const HEAD_BYTES: u64 = 2 << 20;
+const BLOCK_BYTES: u64 = 1 << 20;
+const ENTRY_BYTES: u64 = 4;
 /// What the name of a deleted snapshot begins with that VirtualBox merges later.
 pub(super) const HIDDEN: &str = "~deleted~";
 
@@ -145,20 +149,23 @@ impl<'a> Planner<'a> {
             description: marked.write(),
             live: self.seen.run_state == RunState::Running,
         };
+        let disks = self.state.domain.as_ref().map_or(&[][..], |domain| &domain.disks);
+        self.plan.peak_space_bytes =
+            disks.iter().map(|disk| HEAD_BYTES + disk.virtual_size_bytes / BLOCK_BYTES * ENTRY_BYTES).sum();
         self.push(format!("take '{}'", request.name), Reversal::Undoable, Poison::Nothing, &action)
     }
 
     fn revert(&mut self, request: &SnapshotRevertRequested) -> Result<(), Failure> {
         let snap = self.listed(request.snapshot)?;
-        if self.seen.run_state != RunState::Off {
-            return Err(Failure::new(
-                Code::InUse,
-                "the machine is not off, and VirtualBox reverts only one that is",
-            )
-            .hint("`snaptree domain stop` ends it"));
-        }
         if request.run_state == Some(RunState::Paused) {
             return Err(Failure::new(Code::Unsupported, "VirtualBox starts no machine paused"));
+        }
+        let on = self.seen.run_state != RunState::Off;
+        if on && request.run_state != Some(RunState::Running) {
+            let message = "the machine is not off, and VirtualBox reverts only one that is";
+            return Err(Failure::new(Code::InUse, message).hint(
+                "`snaptree domain stop` ends it; with --running it is powered off, reverted and started",
+            ));
         }
         let starts = match request.run_state {
             Some(wanted) => wanted == RunState::Running,
@@ -170,12 +177,18 @@ impl<'a> Planner<'a> {
         };
         let name = self.name_of(request.snapshot)?;
         let images = self.detail.settings.images.values().copied().collect();
+        let mut reversal = Reversal::PointOfNoReturn;
+        if on {
+            self.push("power off".to_owned(), reversal, Poison::Nothing, &Action::PowerOff)?;
+            self.plan.lost.push("what the machine has in its memory".to_owned());
+            reversal = Reversal::ForwardOnly;
+        }
         let action = Action::Restore { native: snap.uuid, images };
-        self.push(format!("revert to {name}"), Reversal::PointOfNoReturn, Poison::Nothing, &action)?;
+        self.push(format!("revert to {name}"), reversal, Poison::Nothing, &action)?;
         if starts {
             self.push("start".to_owned(), Reversal::ForwardOnly, Poison::Nothing, &Action::Start)?;
         }
-        self.plan.lost = vec!["what the machine did since its last snapshot".to_owned()];
+        self.plan.lost.push("what the machine did since its last snapshot".to_owned());
         Ok(())
     }
 
@@ -236,7 +249,10 @@ impl<'a> Planner<'a> {
         let own = settings.children(snap.uuid) + stands(settings.current);
         // Linked clones and the like, which no delete of ours takes away.
         let foreign = settings.images_upon(snap).saturating_sub(own);
-        left.children(snap.uuid) + stands(left.current) + foreign <= 1
+        // It is merged by the engine when there is room.
+        let room = self.seen.room.as_ref();
+        let full = room.and_then(|room| observe::shortage(observe::merge_bytes(snap, self.detail), room));
+        left.children(snap.uuid) + stands(left.current) + foreign <= 1 && full.is_none()
     }
 
     /// Merges what was deleted before. What somebody else removed meanwhile is merged already.
@@ -314,5 +330,91 @@ fn checked(text: &str) -> Result<String, Failure> {
             Err(Failure::new(Code::Invalid, message))
         }
         None => Ok(text.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use snaptree_engine::driver::Room;
+
+    use super::*;
+    use crate::virtualbox::settings::{Medium, Settings};
+
+    const ONE: u128 = 1;
+
+    /// A machine with one snapshot on a base of 100 MiB, upon which as much was written.
+    fn detail() -> Detail {
+        let (base, above) = (Uuid::from_u128(10), Uuid::from_u128(11));
+        let medium = |parent| Medium { file: "/vm/x.vdi".into(), format: "VDI".to_owned(), parent };
+        let place = |image| BTreeMap::from([("sata-0-0".to_owned(), image)]);
+        let snap = Snap {
+            uuid: Uuid::from_u128(ONE),
+            parent: None,
+            name: "one".to_owned(),
+            description: String::new(),
+            taken: None,
+            online: false,
+            images: place(base),
+        };
+        let settings = Settings {
+            current: Some(snap.uuid),
+            snapshots: vec![snap],
+            images: place(above),
+            media: BTreeMap::from([(base, medium(None)), (above, medium(Some(base)))]),
+            ..Settings::default()
+        };
+        let sizes = BTreeMap::from([(base, 100 << 20), (above, 100 << 20)]);
+        Detail {
+            file: "/vm/vm.vbox".into(),
+            found: Found::InPlace,
+            settings,
+            missing: vec![],
+            sizes,
+            repairs: vec![],
+        }
+    }
+
+    fn steps(request: &Request, run_state: RunState, free_bytes: u64) -> Result<Vec<String>, Failure> {
+        let id = SnapshotId::from_uuid(Uuid::from_u128(7));
+        let mut state = DomainState::default();
+        let snapshot = json!({
+            "id": id, "name": "one", "created": "2026-01-01T00:00:00Z", "state": "shutoff", "memory": "no",
+            "disks": [], "made_by": "user:x", "native": Uuid::from_u128(ONE),
+        });
+        let tree = json!({ "snapshots": { id.to_string(): snapshot }, "current": id });
+        state.tree = serde_json::from_value(tree).unwrap();
+        let mut seen = observe::observation(&state, run_state, &detail()).unwrap();
+        seen.room = Some(Room { folder: "/vm".into(), free_bytes });
+        let plan = plan(OperationId::from_uuid(Uuid::nil()), request, &state, &seen)?;
+        Ok(plan.steps.into_iter().map(|step| step.name).collect())
+    }
+
+    #[test]
+    fn a_machine_that_runs_is_reverted_only_where_powering_it_off_is_asked_for() {
+        let snapshot = SnapshotId::from_uuid(Uuid::from_u128(7));
+        let revert = |wish: serde_json::Value| {
+            Request::Revert(serde_json::from_value(json!({"snapshot": snapshot, "run_state": wish})).unwrap())
+        };
+        let room = 1 << 40;
+        assert_eq!(steps(&revert(json!(null)), RunState::Off, room).unwrap(), ["revert to 'one'"]);
+        assert_eq!(
+            steps(&revert(json!("running")), RunState::Off, room).unwrap(),
+            ["revert to 'one'", "start"]
+        );
+        assert_eq!(steps(&revert(json!(null)), RunState::Running, room).unwrap_err().code, Code::InUse);
+        assert_eq!(
+            steps(&revert(json!("running")), RunState::Running, room).unwrap(),
+            ["power off", "revert to 'one'", "start"]
+        );
+    }
+
+    #[test]
+    fn what_there_is_no_room_to_merge_is_hidden() {
+        let snapshot = SnapshotId::from_uuid(Uuid::from_u128(7));
+        let delete = json!({"snapshots": [snapshot], "named": [snapshot], "scope": "named", "what": "snapshot", "merge": "auto"});
+        let delete = Request::Delete(serde_json::from_value(delete).unwrap());
+        assert_eq!(steps(&delete, RunState::Off, 1 << 40).unwrap(), ["delete 'one'"]);
+        assert_eq!(steps(&delete, RunState::Off, 150 << 20).unwrap(), ["hide 'one'"]);
     }
 }

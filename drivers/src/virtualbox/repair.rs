@@ -1,5 +1,11 @@
-//! The two states in which a killed `VBoxSVC` leaves a machine that VirtualBox itself can no longer open.
+//! What a killed `VBoxSVC` leaves that VirtualBox itself does not put right.
 //!
+//! * **VirtualBox's list of machines is missing** (`VirtualBox.xml`): it was renamed away, and the new one not yet into its
+//!   place. `VBoxSVC` then begins with an empty one, and all machines of this user are forgotten. It is put there first.
+//! * **A restore left images behind**: the settings still name those that it gave up, and what these are built upon could
+//!   never be merged any more. They are closed.
+//! * **Images that nothing names**: made for a take or a restore, and not written into the settings in time. They hold
+//!   nothing, and are removed.
 //! * **The settings file is missing**: it was renamed away, and the new one (`.vbox-tmp`, complete) not yet into its
 //!   place. It is put there.
 //! * **An image is gone that the settings still name**: its data was merged and the file removed, and the settings were
@@ -14,14 +20,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::Code;
 use uuid::Uuid;
 
-use super::observe::{Detail, beside};
-use super::settings::Medium;
+use super::notes::Notes;
+use super::observe::{self, Detail, beside};
+use super::settings::{Medium, Settings};
 
 /// How long `VBoxSVC` may take to end.
 const SERVICE_END: Duration = Duration::from_secs(30);
@@ -42,10 +49,10 @@ const PARENT_MODIFIED: usize = 0x1b8;
 /// Largest header with its table that is copied: of a disk of 16 TiB.
 const HEAD_BYTES_MAX: u64 = 128 << 20;
 
-/// Waits until no `VBoxSVC` of ours holds the machine.
-async fn alone() -> Result<(), DriverError> {
+/// Waits until no `VBoxSVC` of ours is there, or there is nothing to repair any more; whether there is.
+async fn alone(broken: impl Fn() -> bool) -> Result<bool, DriverError> {
     let until = Instant::now() + SERVICE_END;
-    while let Some(pid) = service() {
+    while let (Some(pid), true) = (service(), broken()) {
         if Instant::now() >= until {
             let message = format!("the machine has to be repaired, and VBoxSVC (process {pid}) holds it");
             return Err(DriverError::new(ErrorClass::Busy, Code::InUse, message)
@@ -53,7 +60,83 @@ async fn alone() -> Result<(), DriverError> {
         }
         tokio::time::sleep(POLL).await;
     }
+    Ok(broken())
+}
+
+/// Where VirtualBox keeps what is this user's, by its own rules.
+fn home() -> Option<PathBuf> {
+    let set = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(home) = set("VBOX_USER_HOME") {
+        return Some(home);
+    }
+    // It does not believe HOME of root, which sudo may have left as it was.
+    let user = match nix::unistd::geteuid() {
+        root if root.is_root() => nix::unistd::User::from_uid(root).ok().flatten().map(|user| user.dir),
+        _ => set("HOME"),
+    }?;
+    let old = user.join(".VirtualBox");
+    if old.is_dir() {
+        return Some(old);
+    }
+    Some(set("XDG_CONFIG_HOME").unwrap_or_else(|| user.join(".config")).join("VirtualBox"))
+}
+
+/// Puts VirtualBox's list of machines in its place, if it is missing. Has to come before any call, since an empty one would
+/// take its place.
+pub(super) async fn machines(notes: Option<&Notes>) -> Result<(), DriverError> {
+    let Some(list) = home().map(|home| home.join("VirtualBox.xml")) else { return Ok(()) };
+    let draft = beside(&list, "-tmp");
+    if list.exists() || !draft.exists() || !alone(|| !list.exists()).await? {
+        return Ok(());
+    }
+    let whole = observe::read_text(&draft).map_err(|error| failed(&draft, &error))?;
+    if !whole.is_some_and(|text| text.trim_end().ends_with("</VirtualBox>")) {
+        return Ok(());
+    }
+    let what = format!("VirtualBox's list of machines was missing: put {} in its place", draft.display());
+    tracing::warn!("{what}");
+    if let Some(notes) = notes {
+        notes.add(&what)?;
+    }
+    fs::rename(&draft, &list).and_then(|()| sync_folder(&list)).map_err(|error| failed(&list, &error))
+}
+
+/// Removes images beside the machine's that nothing names and that hold nothing, if they are older than `since`: a call that
+/// began then, and has succeeded, had the machine to itself.
+pub(super) fn orphans(settings: &Settings, since: SystemTime, notes: &Notes) -> Result<(), DriverError> {
+    let listed = home().and_then(|home| observe::read_text(&home.join("VirtualBox.xml")).ok().flatten());
+    let listed = listed.unwrap_or_default();
+    for entry in fs::read_dir(&settings.folder).into_iter().flatten().flatten() {
+        let file = entry.path();
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.strip_suffix(".vdi")?.parse::<Uuid>().ok());
+        if id.is_none_or(|id| settings.media.contains_key(&id) || listed.contains(&id.to_string())) {
+            continue;
+        }
+        let old = entry.metadata().and_then(|found| found.modified()).is_ok_and(|at| at < since);
+        if old && holds_nothing(&file).unwrap_or(false) {
+            notes.add(&format!("the empty image {} was left behind: removed it", file.display()))?;
+            fs::remove_file(&file).map_err(|error| failed(&file, &error))?;
+        }
+    }
     Ok(())
+}
+
+/// Whether an image has no block: it ends where its first would begin, or it was not even given a header.
+fn holds_nothing(file: &Path) -> io::Result<bool> {
+    let opened = File::open(file)?;
+    let length = opened.metadata()?.len();
+    let mut first = Vec::new();
+    opened.take(512).read_to_end(&mut first)?;
+    first.resize(512, 0);
+    let head = Head(first);
+    let has_header = head.get(SIGNATURE.0) == SIGNATURE.1 && head.get(DATA_AT) != 0;
+    Ok(if has_header {
+        head.get(TYPE) == TYPE_DIFF && length <= u64::from(head.get(DATA_AT))
+    } else {
+        // The name of the format at most, and the length that was set.
+        head.0[SIGNATURE.0 + 8..].iter().all(|byte| *byte == 0) && length <= HEAD_BYTES_MAX
+    })
 }
 
 /// The `VBoxSVC` that our calls would reach. It notes its process in the folder of its socket.
@@ -66,27 +149,23 @@ fn service() -> Option<u32> {
     comm.starts_with("VBoxSVC").then_some(pid)
 }
 
-/// Puts the settings file in its place; says what was done.
-pub(super) async fn settings(detail: &Detail) -> Result<String, DriverError> {
-    alone().await?;
+/// Puts the settings file in its place.
+pub(super) async fn settings(detail: &Detail, notes: &Notes) -> Result<(), DriverError> {
+    if !alone(|| !detail.file.exists()).await? {
+        return Ok(());
+    }
     let draft = beside(&detail.file, "-tmp");
-    let place = || -> io::Result<()> {
-        if !detail.file.exists() {
-            fs::rename(&draft, &detail.file)?;
-        }
-        sync_folder(&detail.file)
-    };
-    place().map_err(|error| failed(&detail.file, &error))?;
-    Ok(format!("its settings file was missing: put {} in its place", draft.display()))
+    notes.add(&format!("its settings file was missing: put {} in its place", draft.display()))?;
+    let placed = fs::rename(&draft, &detail.file).and_then(|()| sync_folder(&detail.file));
+    placed.map_err(|error| failed(&detail.file, &error))
 }
 
-/// Puts an empty image where one of the snapshot's, or one right upon those, is gone; says what was done.
-pub(super) async fn media(detail: &Detail, snapshot: Uuid) -> Result<Vec<String>, DriverError> {
-    alone().await?;
+/// Puts an empty image where one of the snapshot's, or one right upon those, is gone.
+pub(super) async fn media(detail: &Detail, snapshot: Uuid, notes: &Notes) -> Result<(), DriverError> {
+    alone(|| true).await?;
     let media = &detail.settings.media;
     let own: BTreeSet<Uuid> =
         detail.settings.snapshot(snapshot).iter().flat_map(|snap| snap.images.values().copied()).collect();
-    let mut repairs = Vec::new();
     for missing in &detail.missing {
         let Some(medium) = media.get(missing) else { continue };
         let near = own.contains(missing) || medium.parent.is_some_and(|parent| own.contains(&parent));
@@ -101,16 +180,16 @@ pub(super) async fn media(detail: &Detail, snapshot: Uuid) -> Result<Vec<String>
         };
         let upon: Vec<&Medium> =
             media.values().filter(|other| other.parent == Some(*missing) && other.file.exists()).collect();
+        notes.add(&format!(
+            "the image {} was gone, and its settings name it: put an empty one in its place",
+            medium.file.display()
+        ))?;
         let modified = put(*missing, medium, parent, &upon).map_err(|error| failed(&medium.file, &error))?;
         for child in &upon {
             relink(&child.file, *missing, modified).map_err(|error| failed(&child.file, &error))?;
         }
-        repairs.push(format!(
-            "the image {} was gone, and its settings name it: put an empty one in its place",
-            medium.file.display()
-        ));
     }
-    Ok(repairs)
+    Ok(())
 }
 
 fn failed(file: &Path, error: &io::Error) -> DriverError {

@@ -2,7 +2,7 @@
 //!
 //! An element in an element for each snapshot: 250 snapshots in a row are 500 elements deep, so nothing here recurses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -25,6 +25,8 @@ pub(super) struct Settings {
     pub uuid: Uuid,
     /// Its name.
     pub name: String,
+    /// The folder of what is made for snapshots.
+    pub folder: PathBuf,
     /// The current snapshot.
     pub current: Option<Uuid>,
     /// Whether its memory is saved in a file.
@@ -237,6 +239,7 @@ impl Parser<'_> {
         self.found.name = of.get("name").cloned().unwrap_or_default();
         self.found.current = of.get("currentSnapshot").map(|text| id(text)).transpose()?;
         self.found.saved = of.contains_key("stateFile");
+        self.found.folder = self.folder.join(of.get("snapshotFolder").map_or("Snapshots", String::as_str));
         Ok(())
     }
 
@@ -315,6 +318,27 @@ impl Settings {
     pub(super) fn images_upon(&self, snap: &Snap) -> usize {
         let upon = |image: &Uuid| self.media.values().filter(|medium| medium.parent == Some(*image)).count();
         snap.images.values().map(upon).max().unwrap_or(0)
+    }
+
+    /// The images that a snapshot or the machine as it is reads from.
+    pub(super) fn in_use(&self) -> BTreeSet<Uuid> {
+        let mut used = BTreeSet::new();
+        let snapshots = self.snapshots.iter().flat_map(|snap| snap.images.values());
+        for top in snapshots.chain(self.images.values()) {
+            let mut next = Some(*top);
+            while let Some(image) = next.filter(|image| used.insert(*image)) {
+                next = self.media.get(&image).and_then(|medium| medium.parent);
+            }
+        }
+        used
+    }
+
+    /// Those of `given_up` that the registry still names and nothing reads from, the uppermost first: a restore that was
+    /// killed between its writes of the settings leaves them, and what they are built upon can then never be merged.
+    pub(super) fn left(&self, given_up: &[Uuid]) -> Vec<Uuid> {
+        let used = self.in_use();
+        let left = |image: &&Uuid| self.media.contains_key(image) && !used.contains(image);
+        given_up.iter().filter(left).copied().collect()
     }
 
     /// How many snapshots stand between the machine and nothing.

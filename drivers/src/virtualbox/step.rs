@@ -3,8 +3,11 @@
 //! Every one looks first whether it is done, so that it can be repeated once it was resolved. A delete that was cut short
 //! may have left the machine in a state that VirtualBox itself cannot open; it is [repaired](super::repair) first.
 
+use std::time::SystemTime;
+
 use serde::{Deserialize, Serialize};
 use snaptree_engine::SnapshotId;
+use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{
     DriverError, ErrorClass, Learnt, Observation, Remedy, Resolution, StepContext, StepReport,
 };
@@ -14,11 +17,12 @@ use uuid::Uuid;
 
 use super::manage::Call;
 use super::mark::Marked;
+use super::notes::Notes;
 use super::observe::{self, Detail, Found};
 use super::plan::HIDDEN;
 use super::settings::{Settings, Snap};
 use super::{Machine, VirtualboxDriver, repair};
-use crate::qemu::lock::OperationLock;
+use crate::operation_lock::OperationLock;
 
 /// What is written about a snapshot at VirtualBox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +67,8 @@ pub(super) enum Action {
         before: Words,
         after: Words,
     },
+    /// The guest's memory is lost.
+    PowerOff,
     Start,
 }
 
@@ -82,7 +88,16 @@ impl Action {
             Self::Delete { .. } => "delete",
             Self::Hide { .. } => "hide",
             Self::Edit { .. } => "edit",
+            Self::PowerOff => "poweroff",
             Self::Start => "start",
+        }
+    }
+
+    /// Images that it gave up and that were left behind, if it is done.
+    fn left(&self, settings: &Settings) -> Vec<Uuid> {
+        match self {
+            Self::Restore { images, .. } if self.is_done(settings) => settings.left(images),
+            _ => Vec::new(),
         }
     }
 
@@ -102,7 +117,17 @@ impl Action {
             Self::Edit { native, after, .. } => {
                 settings.snapshot(*native).is_some_and(|snap| after.are_of(snap))
             }
-            Self::Start => false,
+            // Told by whether it runs, which no settings say.
+            Self::PowerOff | Self::Start => false,
+        }
+    }
+
+    /// Whether it is done where the machine is in that state; for what changes nothing else.
+    fn is_done_in(&self, state: RunState) -> bool {
+        match self {
+            Self::PowerOff => state == RunState::Off,
+            Self::Start => state != RunState::Off,
+            _ => false,
         }
     }
 
@@ -139,6 +164,7 @@ impl Action {
             Self::Delete { native } => snapshot(&["delete", &native.to_string()]),
             Self::Hide { native, name } => snapshot(&["edit", &native.to_string(), "--name", name]),
             Self::Edit { native, after, .. } => edit(machine, *native, after),
+            Self::PowerOff => ["controlvm", machine, "poweroff"].map(str::to_owned).to_vec(),
             Self::Start => ["startvm", machine, "--type", "headless"].map(str::to_owned).to_vec(),
         }
     }
@@ -169,13 +195,14 @@ pub(super) fn resolve(step: &Step, seen: &Observation) -> Resolution {
     if detail.found == Found::BeforeRename || !detail.missing.is_empty() {
         return Resolution::HalfDone(Remedy::Finish);
     }
-    if let Action::Start = action
-        && seen.run_state != snaptree_engine::domain::RunState::Off
-    {
+    if action.is_done_in(seen.run_state) {
         return Resolution::Done(StepReport::default());
     }
     if action.is_done(&detail.settings) {
-        return match action.report(&detail.settings, Vec::new()) {
+        if !action.left(&detail.settings).is_empty() {
+            return Resolution::HalfDone(Remedy::Finish);
+        }
+        return match action.report(&detail.settings, detail.repairs) {
             Ok(report) => Resolution::Done(report),
             Err(failure) => Resolution::HalfDone(Remedy::AskSomeone(failure)),
         };
@@ -212,31 +239,57 @@ impl VirtualboxDriver {
         lock: &OperationLock,
     ) -> Result<StepReport, DriverError> {
         context.hooks.reached(&format!("virtualbox.{}.before", action.word()));
+        let notes = Notes::of(&self.run_dir, machine.uuid, context.operation);
         let mut detail = self.settings(machine).await?;
-        let mut repairs = Vec::new();
         if detail.found == Found::BeforeRename {
-            repairs.push(repair::settings(&detail).await?);
+            repair::settings(&detail, &notes).await?;
+            context.hooks.reached("virtualbox.repaired");
             detail = self.settings(machine).await?;
         }
         if let (Action::Delete { native }, false) = (action, detail.missing.is_empty()) {
-            repairs.extend(repair::media(&detail, *native).await?);
+            repair::media(&detail, *native, &notes).await?;
+            context.hooks.reached("virtualbox.repaired");
             detail = self.settings(machine).await?;
+        }
+        if matches!(action, Action::PowerOff | Action::Start)
+            && action.is_done_in(observe::run_state(&self.manage, machine.uuid).await?)
+        {
+            return Ok(action.report(&detail.settings, notes.untold(context.state, context.operation)?)?);
         }
         if !action.is_done(&detail.settings) {
             let args = action.args(&machine.uuid.to_string());
             let call = Call::quick(args.iter().map(String::as_str)).moving();
+            let since = SystemTime::now();
             self.manage.run(call.working(lock, context.progress)).await?;
             context.hooks.reached(&format!("virtualbox.{}.after", action.word()));
             detail = self.settings(machine).await?;
+            if matches!(action, Action::Take { .. } | Action::Restore { .. }) {
+                repair::orphans(&detail.settings, since, &notes)?;
+            }
         }
+        self.close_left(action, &detail, &notes).await?;
         // A restore to where a machine without disks stands already leaves nothing that would show it.
-        let tells = !matches!(action, Action::Start | Action::Restore { .. });
+        let tells = !matches!(action, Action::PowerOff | Action::Start | Action::Restore { .. });
         if tells && !action.is_done(&detail.settings) {
             let message =
                 format!("VBoxManage says that the {} is done, and the settings do not", action.word());
             return Err(DriverError::new(ErrorClass::Unknown, Code::Drift, message));
         }
-        Ok(action.report(&detail.settings, repairs)?)
+        Ok(action.report(&detail.settings, notes.untold(context.state, context.operation)?)?)
+    }
+
+    /// Closes what a restore that was cut off left behind.
+    async fn close_left(&self, action: &Action, detail: &Detail, notes: &Notes) -> Result<(), DriverError> {
+        for image in action.left(&detail.settings) {
+            notes.add(&format!("the restore left image {image} behind, which it gave up: closed it"))?;
+            let call = Call::quick(["closemedium", "disk", &image.to_string(), "--delete"]);
+            // The restore itself is done: this is tried until it works.
+            self.manage.run(call).await.map_err(|error| match error.class {
+                ErrorClass::Permanent => DriverError { class: ErrorClass::Transient, ..error },
+                _ => error,
+            })?;
+        }
+        Ok(())
     }
 
     pub(super) async fn take_back(
@@ -247,8 +300,9 @@ impl VirtualboxDriver {
         let action = Action::of(step)?;
         let machine = Machine::of(context.state)?;
         let detail = self.settings(&machine).await?;
+        let notes = Notes::of(&self.run_dir, machine.uuid, context.operation);
         if detail.found == Found::BeforeRename {
-            repair::settings(&detail).await?;
+            repair::settings(&detail, &notes).await?;
         }
         let uuid = machine.uuid.to_string();
         let args = match &action {
@@ -260,7 +314,7 @@ impl VirtualboxDriver {
                 changed.then(|| edit(&uuid, *native, before))
             }
             // What is deleted stays so: the engine merges it as soon as it can be.
-            Action::Delete { .. } | Action::Repair | Action::Start => None,
+            Action::Delete { .. } | Action::Repair | Action::PowerOff | Action::Start => None,
             Action::Hide { .. } | Action::Restore { .. } if !action.is_done(&detail.settings) => None,
             Action::Hide { .. } | Action::Restore { .. } => {
                 let message = format!("a {} cannot be taken back", action.word());
@@ -273,7 +327,9 @@ impl VirtualboxDriver {
             self.manage.run(call.working(&lock, context.progress)).await?;
             lock.release();
         }
-        Ok(StepReport::default())
+        let learnt = Learnt { repairs: notes.untold(context.state, context.operation)?, ..Learnt::default() };
+        let learnt = serde_json::to_value(learnt).map_err(|e| Failure::new(Code::Invalid, e.to_string()))?;
+        Ok(StepReport { changes: Vec::new(), learnt })
     }
 
     /// The settings as they are now.

@@ -411,9 +411,7 @@ impl<'a> Worker<'a> {
         self.resolutions = 0;
         self.busy = 0;
         self.engine.hooks.reached(&format!("step.done.{}", step.name));
-        let learnt: Learnt = serde_json::from_value(report.learnt.clone()).unwrap_or_default();
-        let mut events: Vec<Event> =
-            learnt.repairs.into_iter().map(|what| DomainRepaired { what }.into()).collect();
+        let mut events = repairs_in(&report);
         events.push(
             OperationStepFinished { step: index, how, changes: report.changes, learnt: report.learnt }.into(),
         );
@@ -482,4 +480,10 @@ impl<'a> Worker<'a> {
             None => Ok(self.engine.log.head().await?),
         }
     }
+}
+
+/// What a step had to put right at the hypervisor first.
+fn repairs_in(report: &StepReport) -> Vec<Event> {
+    let learnt: Learnt = serde_json::from_value(report.learnt.clone()).unwrap_or_default();
+    learnt.repairs.into_iter().map(|what| DomainRepaired { what }.into()).collect()
 }

@@ -14,7 +14,7 @@ use crate::log::NewEvent;
 use crate::operation::{Code, Failure, Operation, Phase, Reversal, Step};
 
 use super::outcome::deferrals;
-use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, Worker};
+use super::{BUSY_ATTEMPTS_MAX, Hand, Pass, Worker, repairs_in};
 
 impl Worker<'_> {
     /// Ctrl-C: what can be undone is undone, the rest is left to `recover`. A daemon that ends leaves all of it.
@@ -171,8 +171,8 @@ impl Worker<'_> {
             Ok(report) => {
                 // Each step has tries of its own.
                 self.busy = 0;
-                let mut events: Vec<Event> =
-                    vec![OperationUndoFinished { step: index, changes: report.changes }.into()];
+                let mut events = repairs_in(&report);
+                events.push(OperationUndoFinished { step: index, changes: report.changes }.into());
                 if let Some(next) = index.checked_sub(1) {
                     events.push(OperationUndoStarted { step: next, failure: failure.clone() }.into());
                     self.commit(operation, events).await?;

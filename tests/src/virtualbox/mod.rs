@@ -1,25 +1,24 @@
 //! The real VirtualBox, apart from any other on this machine: machines with disks, what their images hold, and `VBoxSVC`
 //! to be killed. Nothing here uses the driver: settings and images are read by other means.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt as _;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::program::{Program, Ran};
+use vdi::{Vdi, sha256};
 
-/// Bytes of a VDI's block.
-pub const BLOCK_BYTES: usize = 1 << 20;
-/// Nothing of a block was ever written.
-const UNUSED: u32 = 0xffff_fffe;
+pub mod kill;
+pub mod model;
+mod vdi;
 
 /// VirtualBox in a folder of its own.
+#[derive(Debug)]
 pub struct Vbox {
     folder: tempfile::TempDir,
     id: String,
@@ -90,6 +89,13 @@ impl Vbox {
         program
     }
 
+    /// The same as users have it.
+    pub fn snaptree_release(&self) -> Program {
+        let mut program = Program::release(self.path().join("state"));
+        program.environment.extend(self.environment());
+        program
+    }
+
     /// Bare VBoxManage, ready to be run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(programs().join("VBoxManage"));
@@ -97,16 +103,23 @@ impl Vbox {
         command
     }
 
-    /// Runs bare VBoxManage to its end.
+    /// Runs bare VBoxManage to its end, and again where `VBoxSVC` was just coming or going: nothing was asked of it then.
     ///
     /// # Panics
     /// It cannot be started.
     pub fn manage(&self, args: &[&str]) -> Ran {
-        let output = self.command(args).output().expect("VBoxManage starts");
-        Ran {
-            code: output.status.code(),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        let mut tries = 0;
+        loop {
+            let output = self.command(args).output().expect("VBoxManage starts");
+            let ran = Ran {
+                code: output.status.code(),
+                stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+                stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            };
+            tries += 1;
+            if tries == 10 || !ran.stderr.contains("Failed to create the VirtualBox object") {
+                return ran;
+            }
         }
     }
 
@@ -188,18 +201,49 @@ impl Vbox {
         let files = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
         let files = files.map(|file| file.expect("readable").path());
         let images = files.filter(|file| file.extension().is_some_and(|ending| ending == "vdi"));
-        images.map(|file| (Vdi::open(&file).id(0x188), file)).collect()
+        images.filter_map(|file| Some((Vdi::read(&file)?.own(), file))).collect()
     }
 
-    /// What a guest would do: writes a block of a disk of the machine as it is.
+    /// What a guest would do: writes blocks of a disk of the machine as it is.
     ///
     /// # Panics
     /// The image cannot be written.
-    pub fn write(&self, name: &str, disk: usize, block: usize, seed: u64) {
+    pub fn write(&self, name: &str, disk: usize, blocks: Range<usize>, seed: u64) {
         let states = self.states(name);
         let image = &states.last().expect("the current one").images[disk];
         let file = &self.images(name)[image];
-        Vdi::open(file).write(file, block, seed);
+        let mut vdi = Vdi::open(file);
+        blocks.for_each(|block| vdi.write(file, block, seed));
+    }
+
+    /// What the machine as it is reads as, disk by disk.
+    ///
+    /// # Panics
+    /// An image is missing or damaged.
+    pub fn now(&self, name: &str) -> Vec<String> {
+        let (images, states) = (self.images(name), self.states(name));
+        states.last().expect("the current one").images.iter().map(|image| sha256(&images, image)).collect()
+    }
+
+    /// Images that lie beside a machine's and that none of its states is built upon.
+    ///
+    /// # Panics
+    /// An image is damaged.
+    pub fn orphans(&self, name: &str) -> usize {
+        let images = self.images(name);
+        let mut used = BTreeSet::new();
+        for mut image in self.states(name).into_iter().flat_map(|state| state.images) {
+            while let Some(file) = images.get(&image) {
+                used.insert(image);
+                image = Vdi::open(file).parent();
+            }
+        }
+        images.len() - used.len()
+    }
+
+    /// Where `VBoxSVC` notes its process.
+    fn lock(&self) -> PathBuf {
+        format!("/tmp/.vbox-{}-ipc/lock", self.id).into()
     }
 
     /// The process of its `VBoxSVC`, once a call was made.
@@ -208,8 +252,7 @@ impl Vbox {
     /// None comes up.
     pub fn service(&self) -> u32 {
         self.must(&["list", "vms"]);
-        let lock = format!("/tmp/.vbox-{}-ipc/lock", self.id);
-        let text = fs::read_to_string(lock).expect("VBoxSVC notes its process");
+        let text = fs::read_to_string(self.lock()).expect("VBoxSVC notes its process");
         text.trim().trim_end_matches('\0').parse().expect("a number")
     }
 
@@ -223,30 +266,6 @@ impl Vbox {
             comm.trim() == "VBoxManage" && String::from_utf8_lossy(&environ).contains(&self.id)
         };
         pids.filter(ours).collect()
-    }
-
-    /// Has `VBoxSVC` killed when one of its threads is about to make that system call for the n-th time.
-    ///
-    /// # Panics
-    /// strace cannot be started, or does not get hold of it.
-    pub fn kill_at(&self, call: &str, nth: u32) -> Child {
-        let pid = self.service().to_string();
-        let inject = format!("inject={call}:signal=KILL:when={nth}");
-        let out = self.path().join("strace");
-        let _ = fs::remove_file(&out);
-        let mut strace = Command::new("strace");
-        strace.args(["-f", "-q", "-p", &pid, "-e", &format!("trace={call}"), "-e", &inject, "-o"]).arg(&out);
-        let child = strace.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("strace starts");
-        let traced = || {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            !status.contains("TracerPid:\t0\n")
-        };
-        let until = Instant::now() + Duration::from_secs(30);
-        while !traced() {
-            assert!(Instant::now() < until, "strace does not get hold of VBoxSVC");
-            std::thread::yield_now();
-        }
-        child
     }
 }
 
@@ -263,78 +282,4 @@ impl Drop for Vbox {
         }
         let _ = fs::remove_dir_all(socket);
     }
-}
-
-/// A VDI's header and table of blocks (VirtualBox, VDICore.h, version 1.1).
-struct Vdi {
-    head: Vec<u8>,
-    table: Vec<u32>,
-}
-
-impl Vdi {
-    fn open(file: &Path) -> Self {
-        let opened = File::open(file).expect("an image");
-        let mut head = vec![0; 512];
-        opened.read_exact_at(&mut head, 0).expect("a header");
-        let mut vdi = Self { head, table: Vec::new() };
-        assert_eq!(vdi.get(0x40), 0xbeda_107f, "{} is a VDI", file.display());
-        assert_eq!(vdi.get(0x178) as usize, BLOCK_BYTES);
-        let mut table = vec![0; 4 * vdi.get(0x180) as usize];
-        opened.read_exact_at(&mut table, u64::from(vdi.get(0x154))).expect("a table");
-        vdi.table =
-            table.chunks(4).map(|entry| u32::from_le_bytes(entry.try_into().expect("four"))).collect();
-        vdi
-    }
-
-    fn get(&self, at: usize) -> u32 {
-        u32::from_le_bytes(self.head[at..at + 4].try_into().expect("four bytes"))
-    }
-
-    fn id(&self, at: usize) -> String {
-        Uuid::from_bytes_le(self.head[at..at + 16].try_into().expect("sixteen bytes")).to_string()
-    }
-
-    fn write(mut self, file: &Path, block: usize, seed: u64) {
-        let opened = OpenOptions::new().write(true).open(file).expect("an image");
-        let mut allocated = self.get(0x184);
-        if self.table[block] >= UNUSED {
-            self.table[block] = allocated;
-            allocated += 1;
-        }
-        let at = u64::from(self.get(0x158)) + u64::from(self.table[block]) * BLOCK_BYTES as u64;
-        let data: Vec<u8> = (0..BLOCK_BYTES / 8)
-            .flat_map(|word| (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ word as u64).to_le_bytes())
-            .collect();
-        opened.write_all_at(&data, at).expect("written");
-        let table: Vec<u8> = self.table.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        opened.write_all_at(&table, u64::from(self.get(0x154))).expect("written");
-        opened.write_all_at(&allocated.to_le_bytes(), 0x184).expect("written");
-        opened.sync_all().expect("synced");
-    }
-}
-
-/// What an image reads as, down its chain. Blocks of zeros count as those that were never written.
-fn sha256(images: &BTreeMap<String, PathBuf>, image: &str) -> String {
-    let mut chain = Vec::new();
-    let mut next = image.to_owned();
-    while let Some(file) = images.get(&next) {
-        let vdi = Vdi::open(file);
-        next = vdi.id(0x1a8);
-        chain.push((File::open(file).expect("an image"), vdi));
-        assert!(chain.len() < 1_000, "a loop");
-    }
-    assert!(next == Uuid::nil().to_string(), "image {next} below {image} is missing");
-    let mut hasher = Sha256::new();
-    let mut data = vec![0; BLOCK_BYTES];
-    for block in 0..chain.first().expect("an image").1.table.len() {
-        let held = chain.iter().find(|(_, vdi)| vdi.table.get(block).is_some_and(|entry| *entry != u32::MAX));
-        let Some((file, vdi)) = held.filter(|(_, vdi)| vdi.table[block] < UNUSED) else { continue };
-        let at = u64::from(vdi.get(0x158)) + u64::from(vdi.table[block]) * BLOCK_BYTES as u64;
-        file.read_exact_at(&mut data, at).expect("a block");
-        if data.iter().any(|byte| *byte != 0) {
-            hasher.update((block as u64).to_le_bytes());
-            hasher.update(&data);
-        }
-    }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
