@@ -1,10 +1,9 @@
-# A guest with much memory in use: it writes a word into each page from 16 MiB to 816 MiB (the machine needs 1 GiB), and
+# A guest with memory in use: it writes a word into each page from 16 MiB up to LAST, which whoever assembles it says, and
 # then, about 500 times a second, adds one to a counter in memory (at 0x1000), writes the next of those pages again, and
 # prints "M=xxxxxxxx D=xxxxxxxx" on COM1. D is the first word of LBA 1 of its boot disk; every 16th round adds one to it,
 # so that 16 D - M stays the same within 16 as long as memory and disk are of one instant.
 # It is a boot sector: the image is 512 bytes of code and LBA 1.
 .set FIRST, 0x1000000
-.set LAST, 0x33000000
 # Not in the page of the code: an emulator looks at every write there.
 .set M, 0x1000
 .set NEXT, 0x1004
