@@ -2,7 +2,8 @@
 //! still, by QEMU's account and by its own, and when it speaks again after a revert.
 //!
 //! All machines have the same guest, which prints 500 lines a second; only the one that is measured runs. `TMPDIR` says on
-//! which file system, `SNAPTREE_ROUNDS` how often, `SNAPTREE_TEST_ACCEL=kvm` has the guests run on KVM.
+//! which file system, `SNAPTREE_ROUNDS` how often, `SNAPTREE_TEST_ACCEL=kvm` has the guests run on KVM. Behind `--` a part
+//! can be named: `pause`, or the reverts of a `tiny` or a `big` machine.
 
 #![allow(missing_docs, clippy::expect_used, reason = "a bench binary")]
 
@@ -442,9 +443,17 @@ fn main() {
     }
     let virsh = libvirtd.as_ref().map(|libvirtd| &libvirtd.virsh);
     let mut load = Load::default();
-    pauses(folder.path(), virsh, rounds, &mut load);
-    reverts(&folder.path().join("tiny"), TINY, virsh, rounds, &mut load);
-    reverts(&folder.path().join("big"), BIG, virsh, rounds, &mut load);
+    // Cargo's own words begin with dashes.
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let is_wanted = |part: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == part);
+    if is_wanted("pause") {
+        pauses(folder.path(), virsh, rounds, &mut load);
+    }
+    for (part, size) in [("tiny", TINY), ("big", BIG)] {
+        if is_wanted(part) {
+            reverts(&folder.path().join(part), size, virsh, rounds, &mut load);
+        }
+    }
     let (low, high) =
         load.0.iter().fold((f64::MAX, 0.0), |(low, high), load| (load.min(low), load.max(high)));
     println!("load (a minute's average) {low} to {high}");
