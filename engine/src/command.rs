@@ -136,13 +136,16 @@ pub enum Command {
         /// Which one.
         snapshot: SnapshotRef,
     },
-    /// Change the domain's name or labels.
+    /// Change the domain's name, its labels, or how its machine is reached.
     Set {
         /// Its new name.
         name: Option<DomainName>,
         /// Labels to set; an empty value removes the label.
         #[serde(default)]
         labels: Labels,
+        /// How its machine is reached from now on, in the driver's words; see [`Driver::access`](crate::driver::Driver).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        access: Option<serde_json::Value>,
     },
     /// Let go of the domain.
     #[serde(with = "as_wish")]

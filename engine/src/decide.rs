@@ -103,8 +103,13 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
             }
             SnapshotReleased { snapshot: snapshot.id }.into()
         }
-        Command::Set { name, labels } => {
-            DomainChanged { name: name.clone(), labels: merged(&domain.labels, labels)? }.into()
+        Command::Set { name, labels, access } => {
+            if access.is_some() {
+                // Steps in hand go by how the machine was reached when they were planned.
+                nothing_open(state)?;
+            }
+            let labels = merged(&domain.labels, labels)?;
+            DomainChanged { name: name.clone(), labels, access: None }.into()
         }
         Command::Unregister(wish) => unregister(state, *wish, ctx)?,
         Command::Retry(_) | Command::Resolve { .. } => {
@@ -483,11 +488,16 @@ fn held(
     Ok(SnapshotHeld { snapshot: snapshot.id, hold }.into())
 }
 
-fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Event, Rejection> {
-    if !state.open.is_empty() {
-        return Err(reject(Code::Invalid, "operations of this domain are still open")
-            .hint("`snaptree op list` shows them, `snaptree recover` finishes them"));
+fn nothing_open(state: &DomainState) -> Result<(), Rejection> {
+    if state.open.is_empty() {
+        return Ok(());
     }
+    Err(reject(Code::Invalid, "operations of this domain are still open")
+        .hint("`snaptree op list` shows them, `snaptree recover` finishes them"))
+}
+
+fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Event, Rejection> {
+    nothing_open(state)?;
     let stands = !state.tree.is_empty() || !state.tombstones.is_empty();
     let wish = match wish {
         UnregisterWish::Untouched if stands => {

@@ -9,6 +9,15 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{DiskName, DomainId, DomainName};
 use crate::tree::Labels;
 
+/// How a machine is reached, as its driver remembers it: what of a [`Domain`] may change after its registration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Access {
+    /// What the driver wants to remember, all of it.
+    pub config: serde_json::Value,
+    /// What can be done with the machine then.
+    pub capabilities: Capabilities,
+}
+
 /// Whether the machine runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

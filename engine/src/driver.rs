@@ -25,7 +25,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Capabilities, Disk, Domain, DriverKind, RunState};
+use crate::domain::{Access, Capabilities, Disk, Domain, DriverKind, RunState};
 use crate::event::{Envelope, Hash};
 use crate::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName};
 use crate::layer::{FileStamp, LayerChange, LayerGraph};
@@ -459,6 +459,16 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// What makes the domain unfit: an image that is missing, damaged, raw, or another domain's.
     async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError>;
+
+    /// How a registered machine is reached from now on; what the wish leaves out stays. It changes nothing.
+    ///
+    /// # Errors
+    /// The driver's machines are reached in one way only, or the wish contradicts itself.
+    async fn access(&self, state: &DomainState, _wish: &serde_json::Value) -> Result<Access, DriverError> {
+        let name = state.domain.as_ref().map_or("", |domain| domain.name.as_str());
+        let message = format!("there is one way only in which the machine of domain '{name}' is reached");
+        Err(DriverError::from(Failure::new(Code::Unsupported, message).refused()))
+    }
 
     /// Reads what is there.
     ///

@@ -123,6 +123,10 @@ impl DomainState {
                     if let Some(labels) = &e.labels {
                         domain.labels.clone_from(labels);
                     }
+                    if let Some(access) = &e.access {
+                        domain.config.clone_from(&access.config);
+                        domain.capabilities.clone_from(&access.capabilities);
+                    }
                 }
             }
             Event::DomainUnregistered(_) => self.registered = false,

@@ -288,7 +288,10 @@ fn texts_and_labels_have_limits() {
         Code::Invalid
     );
     let control = BTreeMap::from([(key(1), "a\u{1b}[2J".to_owned())]);
-    assert_eq!(refused(&history(), &Command::Set { name: None, labels: control }).0, Code::Invalid);
+    assert_eq!(
+        refused(&history(), &Command::Set { name: None, labels: control, access: None }).0,
+        Code::Invalid
+    );
     let hold = Command::Hold { snapshot: by_name("a"), reason: " ".to_owned(), until: None };
     assert_eq!(refused(&history(), &hold).0, Code::Invalid);
     let hold = Command::Hold { snapshot: by_name("a"), reason: "x".to_owned(), until: Some(at(500)) };

@@ -118,6 +118,11 @@ impl Agent {
         self.state().is_frozen = true;
     }
 
+    /// The guest is booted, so nothing is frozen.
+    pub fn boots(&self) {
+        self.state().is_frozen = false;
+    }
+
     /// One that hangs goes on.
     pub fn goes_on(&self) {
         self.state().hangs = false;

@@ -429,7 +429,7 @@ pub async fn a_checkpoint_must_agree_with_the_log(log: &impl EventLog) {
 /// Registered, renamed, unregistered; the past stays as it was.
 pub async fn domains_are_listed_now_and_then(log: &impl EventLog) {
     let (one, two) = (domain_id(), domain_id());
-    let rename = DomainChanged { name: Some(DomainName::new("c").unwrap()), labels: None };
+    let rename = DomainChanged { name: Some(DomainName::new("c").unwrap()), ..DomainChanged::default() };
     let gone = DomainUnregistered { wish: UnregisterWish::Untouched, left: vec![] };
     let start = log.head().await.unwrap().seq;
     for (id, event) in [

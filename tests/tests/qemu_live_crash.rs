@@ -15,10 +15,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use snaptree_tests::agent::{Agent, Freeze};
 use snaptree_tests::alive::Alive;
+use snaptree_tests::images::text;
 use snaptree_tests::lab::Model;
 use snaptree_tests::rewind::Rewind;
-use snaptree_tests::running::{Hash, Way, wait_until};
+use snaptree_tests::running::{Hash, Running, Way, wait_until};
 use snaptree_tests::victim::{Tally, Victim, numbered, points, signal, stopped, tell};
 
 /// How many places of an operation are tried by default.
@@ -61,6 +63,8 @@ const FIRST_CREATE: Scenario = Scenario {
 };
 const CREATE: Scenario =
     Scenario { name: "a create", prepare: |alive| snapshots(alive, &["a", "b"]), ..FIRST_CREATE };
+const QUIESCED: Scenario =
+    Scenario { name: "a quiesced create", command: &["create", "web", "new", "--quiesce"], ..CREATE };
 const REVERT: Scenario = Scenario {
     name: "a revert",
     prepare: branched,
@@ -125,6 +129,8 @@ struct Stage {
     scenario: Scenario,
     alive: Alive,
     model: Model<Hash>,
+    /// Whoever brings the guest's file systems to rest.
+    agent: Agent,
     /// None: all is made anew, for an image that shall be adopted must have one name, so nothing can keep its inode.
     rewind: Option<Rewind>,
     folder: tempfile::TempDir,
@@ -133,17 +139,20 @@ struct Stage {
 impl Stage {
     fn new(scenario: Scenario) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+        let agent = Agent::scripted(&folder.path().join("agent"));
+        agent.takes(Freeze::Done);
         let mut alive = Self::prepared(&scenario, folder.path());
         alive.running.kill();
         let rewind = (!alive.model.snapshots.is_empty())
             .then(|| Rewind::of(&folder.path().join("machine"), &folder.path().join("inodes")));
-        Self { scenario, model: alive.model.clone(), alive, rewind, folder }
+        Self { scenario, model: alive.model.clone(), alive, agent, rewind, folder }
     }
 
     fn prepared(scenario: &Scenario, folder: &Path) -> Alive {
         let machine = folder.join("machine");
         std::fs::create_dir(&machine).expect("a folder");
-        let mut alive = Alive::new(&machine, Way::Managed);
+        let agent = folder.join("agent");
+        let mut alive = Alive::of(Running::with_options(&machine, Way::Managed, &["--agent", text(&agent)]));
         alive.running.program = alive.running.program.with_settings(&folder.join("settings"), SETTINGS);
         alive.running.start();
         alive.running.wait_for_rounds(2);
@@ -153,7 +162,7 @@ impl Stage {
 
     /// Puts everything back, and starts the machine.
     fn begin(&mut self) {
-        self.alive.running.kill();
+        self.kill_machine();
         let Some(rewind) = &self.rewind else {
             std::fs::remove_dir_all(self.folder.path().join("machine")).expect("the folder");
             self.alive = Self::prepared(&self.scenario, self.folder.path());
@@ -163,6 +172,12 @@ impl Stage {
         self.alive.model = self.model.clone();
         self.alive.running.start();
         self.alive.running.wait_for_rounds(2);
+    }
+
+    /// A guest that boots again has nothing frozen.
+    fn kill_machine(&mut self) {
+        self.alive.running.kill();
+        self.agent.boots();
     }
 
     /// The places that the operation reaches, each with the number of the reach.
@@ -195,7 +210,7 @@ impl Stage {
         let mut child = self.stop_at(place, reach)?;
         let mut killed = self.stands();
         if victim != Victim::Snaptree {
-            self.alive.running.kill();
+            self.kill_machine();
             // What the guest printed since it was looked at counts, too.
             killed.counters = self.alive.running.counters();
         }
@@ -244,6 +259,7 @@ impl Stage {
         }
         let what = &format!("{what}, after {}", ran.stdout);
         self.expect_nothing_open(what);
+        assert!(!self.agent.is_frozen(), "{what}: the guest's file systems are thawed");
         let after = self.settle(what);
         if victim == Victim::Snaptree {
             assert!(self.alive.running.pid().is_some() || killed.ran.is_none(), "{what}: the machine runs");
@@ -422,6 +438,11 @@ fn the_first_create_under_a_guest_recovers() {
 #[test]
 fn a_create_under_a_guest_recovers() {
     kill_everywhere(CREATE);
+}
+
+#[test]
+fn a_quiesced_create_recovers() {
+    kill_everywhere(QUIESCED);
 }
 
 #[test]

@@ -63,6 +63,7 @@ impl Transcript {
             (r"operation [0-9a-f]{8}", "operation ID"),
             (r"pid [0-9]+", "pid N"),
             (r"[0-9.]+ [KM]iB", "SIZE"),
+            (r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]+[^ ]*", "TIME"),
         ] }, {
             insta::assert_snapshot!(name, self.text);
         });
@@ -118,6 +119,28 @@ fn a_managed_machine_gets_the_snapshots_state() {
     transcript.run(&["domain", "start", "web"]);
     transcript.run(&["domain", "stop", "web", "--force"]);
     transcript.expect("managed");
+}
+
+#[test]
+fn how_a_machine_is_reached_can_be_changed_after_its_registration() {
+    let mut transcript = Transcript::new(Way::Apart);
+    transcript.run(&["create", "web", "off"]);
+    transcript.start();
+    transcript.run(&["create", "web", "a"]);
+    let (qmp, agent) =
+        (text(&transcript.running.qmp).to_owned(), format!("{}.agent", text(&transcript.running.qmp)));
+    for refused in [["--start", "true"], ["--agent", &agent], ["--launch", "qemu-system-x86_64"]] {
+        transcript.run(&["domain", "set", "web", refused[0], refused[1]]);
+    }
+    transcript.run(&["domain", "set", "web", "--qmp", &qmp, "--agent", &agent]);
+    transcript.run(&["create", "web", "a"]);
+    transcript.run(&["domain", "set", "web", "--start", "false", "--stop", "false"]);
+    transcript.run(&["domain", "set", "web", "--start", "", "--stop", "", "--agent", ""]);
+    transcript.run(&["domain", "set", "web", "--qmp", ""]);
+    transcript.run(&["create", "web", "b"]);
+    transcript.run(&["log", "web", "--kind", "Domain.Changed"]);
+    transcript.running.kill();
+    transcript.expect("reached");
 }
 
 #[test]

@@ -192,6 +192,58 @@ fn memory_goes_with_its_snapshot_and_is_counted_meanwhile() {
     assert!(!file.exists());
 }
 
+#[test]
+fn where_memory_cannot_be_written_in_the_background_the_guest_stands_still_for_it_and_that_is_said() {
+    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
+    let mut alive = Alive::new(folder.path(), Way::Managed);
+    // No kernel tells of writes to memory that is a file on a disk and may be written by others, too.
+    let shared = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder on a disk");
+    let launch = format!(
+        "{} -object memory-backend-file,id=ram,size=16M,share=on,mem-path={} -machine memory-backend=ram",
+        launch_of(&alive),
+        text(shared.path())
+    );
+    alive.running.program.json(0, &["domain", "set", "web", "--launch", &launch]);
+    alive.running.start();
+    alive.running.wait_for_rounds(2);
+
+    let apart = alive.running.apart();
+    let told = alive.running.program.run(&["create", "web", "a", "--memory"]);
+    assert_eq!(told.code, Some(0), "{told:?}");
+    assert!(told.stderr.contains("the guest was stopped while its memory was written"), "{told:?}");
+    alive.created("a");
+    alive.has_memory("a", apart);
+    alive.expect_alive("memory that was taken of a guest that stood still");
+    let shown = alive.running.program.json(0, &["show", "web", "a"]);
+    assert_eq!(shown["memory_file"]["way"], "stopped");
+    alive.running.wait_for_rounds(3);
+    revert(&mut alive, "a");
+    alive.check("reverted to it");
+}
+
+#[test]
+fn a_revert_that_keeps_the_memory_is_undone_by_a_revert() {
+    let Stage { mut alive, _folder } = stage();
+    alive.create_with_memory("a");
+    alive.running.wait_for_rounds(3);
+    let (printed, apart) = (alive.running.printed(), alive.running.apart());
+    alive.running.program.json(0, &["revert", "web", "a", "--keep"]);
+    let list = alive.running.program.json(0, &["list", "web"]);
+    let snapshots = list["snapshots"].as_array().expect("snapshots");
+    let kept = snapshots.iter().find(|snapshot| snapshot["name"] != "a").expect("one more");
+    assert_eq!(kept["parent"], "a", "{list}");
+    let kept = kept["name"].as_str().expect("a name").to_owned();
+    assert_eq!(alive.running.program.json(0, &["show", "web", &kept])["memory"], "external");
+    alive.created(&kept);
+    alive.has_memory(&kept, apart);
+    alive.model.revert("a");
+    alive.expect_resumed_from("a", printed);
+    alive.check("reverted, with what was before kept");
+
+    revert(&mut alive, &kept);
+    alive.check("back where it was");
+}
+
 /// QEMU that waits for its memory holds no locks, so another one can have its disks: it must not go on then.
 #[test]
 fn a_machine_that_was_started_meanwhile_is_never_joined_by_one_with_old_memory() {
@@ -223,13 +275,17 @@ fn a_machine_that_was_started_meanwhile_is_never_joined_by_one_with_old_memory()
     alive.check("after the other one");
 }
 
+/// How Snaptree starts the machine.
+fn launch_of(alive: &Alive) -> String {
+    let shown: Value = alive.running.program.json(0, &["domain", "show", "web"]);
+    shown["config"]["runs"]["launch"].as_str().expect("a launch command").to_owned()
+}
+
 /// A QEMU that somebody starts on the registered paths, with a monitor of its own.
 fn other_qemu(alive: &Alive) -> std::process::Child {
-    let shown: Value = alive.running.program.json(0, &["domain", "show", "web"]);
-    let launch = shown["config"]["runs"]["launch"].as_str().expect("a launch command").to_owned();
     let folder = alive.running.paths[0].parent().expect("a folder");
     let beside = |name: &str| folder.join(name).to_str().expect("text").to_owned();
-    let mut words = launch;
+    let mut words = launch_of(alive);
     for (from, to) in [
         ("{vda}", beside("vda.qcow2")),
         ("{vdb}", beside("vdb.qcow2")),

@@ -82,7 +82,7 @@ fn events(index: usize, step: Step, open: &mut Vec<(u8, OperationId)>) -> Vec<Ne
         10 => plain(registered(domain(on), &format!("d{which}-{on}"))),
         11 => {
             let name = DomainName::new(format!("r{which}-{on}")).unwrap();
-            plain(DomainChanged { name: Some(name), labels: None }.into())
+            plain(DomainChanged { name: Some(name), ..DomainChanged::default() }.into())
         }
         12 => plain(DomainUnregistered { wish: UnregisterWish::Untouched, left: vec![] }.into()),
         13 => {

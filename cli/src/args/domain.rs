@@ -7,7 +7,7 @@ use snaptree_engine::domain::DriverKind;
 use snaptree_engine::{DomainName, HostName};
 
 use super::WriterArgs;
-use super::value::{DiskArg, Label, disk, label, new_label};
+use super::value::{DiskArg, Label, disk, label, new_label, path_or_none};
 
 const ADD_EXAMPLES: &str = "Examples:
   snaptree domain add web --driver qemu --disk vda=/vm/web.qcow2
@@ -37,7 +37,12 @@ const SHOW_EXAMPLES: &str = "Example:
   snaptree domain show web";
 const SET_EXAMPLES: &str = "Examples:
   snaptree domain set web --name web-1
-  snaptree domain set web --label tier=prod --label old=       (the second takes a label away)";
+  snaptree domain set web --label tier=prod --label old=       (the second takes a label away)
+  snaptree domain set web --qmp /run/web.qmp --agent /run/web.agent
+  snaptree domain set web --agent ''                           (it has no agent any more)
+
+--qmp, --start, --stop, --launch and --agent are those of `domain add`: what is not given stays, but a launch command and
+the other three exclude each other. They hold for what is done from now on; no operation may be open.";
 const START_EXAMPLES: &str = "Example:
   snaptree domain start web";
 const STOP_EXAMPLES: &str = "Examples:
@@ -64,7 +69,7 @@ pub enum DomainCommand {
         #[arg(value_name = "NAME")]
         domain: String,
     },
-    /// Change a machine's name or labels
+    /// Change a machine's name, its labels, or how it is reached
     #[command(after_help = SET_EXAMPLES)]
     Set(SetArgs),
     /// Start a machine that Snaptree may start
@@ -160,9 +165,32 @@ pub struct SetArgs {
     /// A label to set; with an empty value, to take away
     #[arg(long, value_name = "K=V", value_parser = label)]
     pub label: Vec<Label>,
+    /// How a qemu machine is reached from now on.
+    #[command(flatten)]
+    pub access: AccessArgs,
     /// Waiting for the state.
     #[command(flatten)]
     pub writer: WriterArgs,
+}
+
+/// How a qemu machine is reached from now on: the options of `domain add`, an empty value takes away.
+#[derive(Debug, Args)]
+pub struct AccessArgs {
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "SOCKET", value_parser = path_or_none())]
+    pub qmp: Option<PathBuf>,
+    /// A command that starts the machine, run by sh -c
+    #[arg(long, value_name = "CMD")]
+    pub start: Option<String>,
+    /// A command that ends the machine, run by sh -c
+    #[arg(long, value_name = "CMD")]
+    pub stop: Option<String>,
+    /// QEMU's command line, so that Snaptree starts and ends the machine
+    #[arg(long, value_name = "CMD", conflicts_with_all = ["qmp", "start", "stop"])]
+    pub launch: Option<String>,
+    /// The socket of the guest's agent
+    #[arg(long, value_name = "SOCKET", value_parser = path_or_none())]
+    pub agent: Option<PathBuf>,
 }
 
 /// `domain remove`

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use jiff::SignedDuration;
 use snaptree_engine::tree::Labels;
 use snaptree_engine::{DiskName, LabelKey};
@@ -14,6 +15,11 @@ pub struct Label {
     pub key: LabelKey,
     /// The value; empty to take the label away, where that is possible.
     pub value: String,
+}
+
+/// Reads a path, or an empty value that says that there is none.
+pub fn path_or_none() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 /// Reads `K=V`.

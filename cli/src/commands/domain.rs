@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::Serialize;
-use snaptree_drivers::qemu::RunsWish;
+use snaptree_drivers::qemu::{AccessWish, RunsWish};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::PowerWish;
@@ -13,7 +13,7 @@ use snaptree_engine::project::DomainState;
 
 use super::carry::{Asked, carry, open};
 use crate::args::WriterArgs;
-use crate::args::domain::{AddArgs, DomainCommand, RemoveArgs, SetArgs};
+use crate::args::domain::{AccessArgs, AddArgs, DomainCommand, RemoveArgs, SetArgs};
 use crate::args::snapshot::Wait;
 use crate::args::value::labels;
 use crate::confirm::confirm;
@@ -70,9 +70,6 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
     let driver = args.driver.unwrap_or(DriverKind::Esx);
     misplaced(&args, driver)?;
     let Writer { engine, office } = context.writer(&args.writer, Missing::Make).await?;
-    let absolute = |path: PathBuf| {
-        if path.as_os_str().is_empty() { Ok(path) } else { std::path::absolute(path) }
-    };
     let disks = args.disk.into_iter().map(|disk| Ok((disk.name, absolute(disk.path)?)));
     let registering = Registering {
         name: args.name,
@@ -190,14 +187,28 @@ fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
 }
 
 async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
-    if args.name.is_none() && args.label.is_empty() {
-        return Err(Trouble::usage("nothing to change").hint("give --name or --label").into());
+    let access = access(args.access)?;
+    if args.name.is_none() && args.label.is_empty() && access.is_none() {
+        return Err(Trouble::usage("nothing to change").hint("give --name, --label or --qmp").into());
     }
     let Writer { engine, office } = open(context, &args.writer).await?;
     let domain = engine.find_domain(&args.domain).await?;
-    let command = Command::Set { name: args.name, labels: labels(&args.label) };
+    let command = Command::Set { name: args.name, labels: labels(&args.label), access };
     office.submit(domain, &command, None).await?;
     tell(context, &engine.load(domain).await?)
+}
+
+/// None if nothing is said of it.
+fn access(args: AccessArgs) -> Result<Option<serde_json::Value>> {
+    let AccessArgs { qmp, start, stop, launch, agent } = args;
+    let runs = RunsWish { qmp: qmp.map(absolute).transpose()?, start, stop, launch };
+    let wish = AccessWish { runs, agent: agent.map(absolute).transpose()? };
+    Ok(if wish == AccessWish::default() { None } else { Some(serde_json::to_value(wish)?) })
+}
+
+/// An empty path says that there is none.
+fn absolute(path: PathBuf) -> std::io::Result<PathBuf> {
+    if path.as_os_str().is_empty() { Ok(path) } else { std::path::absolute(path) }
 }
 
 async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {

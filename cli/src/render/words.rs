@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{
-    Course, DeleteScope, DeleteWhat, DriftCleared, DriftFound, Envelope, Event, HowFinished, SnapshotEdited,
-    StepFound, SystemRecovered, SystemRestored, UnregisterWish,
+    Course, DeleteScope, DeleteWhat, DomainChanged, DriftCleared, DriftFound, Envelope, Event, HowFinished,
+    SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
 };
 use snaptree_engine::operation::{Request, Verdict};
 use snaptree_engine::reconcile::drift::Finding;
@@ -223,11 +223,7 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
 fn domain_words(event: &Event) -> String {
     match event {
         Event::DomainRegistered(e) => format!("registered domain '{}' {}", e.domain.name, disks(&e.domain)),
-        Event::DomainChanged(e) => match (&e.name, &e.labels) {
-            (Some(name), None) => format!("named the domain '{name}'"),
-            (Some(name), Some(_)) => format!("named the domain '{name}' and changed its labels"),
-            _ => "changed the domain's labels".to_owned(),
-        },
+        Event::DomainChanged(e) => changed_words(e),
         Event::DomainRepaired(e) => format!("repaired the machine: {}", e.what),
         Event::DomainUnregisterRequested(e) => format!("asked to let go of the domain, {}", wish(e.wish)),
         Event::DomainUnregistered(e) => match e.left.len() {
@@ -238,6 +234,14 @@ fn domain_words(event: &Event) -> String {
         Event::SystemRestored(e) => restored_words(e),
         _ => String::new(),
     }
+}
+
+fn changed_words(changed: &DomainChanged) -> String {
+    let named = changed.name.as_ref().map(|name| format!("named the domain '{name}'"));
+    let labels = changed.labels.as_ref().map(|_| "changed the domain's labels".to_owned());
+    let access = changed.access.as_ref().map(|_| "changed how the machine is reached".to_owned());
+    let words: Vec<String> = [named, labels, access].into_iter().flatten().collect();
+    words.join(", and ")
 }
 
 fn disks(domain: &Domain) -> String {

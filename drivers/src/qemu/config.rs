@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Capabilities, Domain};
+use snaptree_engine::driver::DriverError;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
 
 use super::observe::in_use;
+use super::probe::check_agent;
 use super::runs::{Runs, RunsWish};
 
 /// Deepest chain: QEMU opens one file per layer, and slows down with their number.
@@ -52,6 +54,17 @@ pub struct QemuOptions {
     /// Files that other domains are built upon and only read (see [`bases_of`]), with the domain's name. Such a file
     /// cannot be registered as a disk, but a disk may be built upon it.
     pub bases: BTreeMap<PathBuf, DomainName>,
+    /// Who runs the machine.
+    pub runs: RunsWish,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
+}
+
+/// How the machine of a registered domain is reached from now on; what is left out stays, and an empty value takes away:
+/// [`Command::Set`](snaptree_engine::command::Command::Set).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccessWish {
     /// Who runs the machine.
     pub runs: RunsWish,
     /// The guest agent's socket.
@@ -101,6 +114,28 @@ impl QemuConfig {
             )
         })?;
         Ok((domain, config))
+    }
+
+    /// With another way to the machine.
+    pub(super) fn reached(
+        self,
+        wish: AccessWish,
+        domain: &Domain,
+        run_dir: &Path,
+    ) -> Result<Self, DriverError> {
+        let names: Vec<&DiskName> = self.disks.keys().collect();
+        let runs = Runs::of(&wish.runs.over(&self.runs), &names, &run_dir.join(domain.id.to_string()))?;
+        let agent = wish.agent.or(self.agent).filter(|socket| !socket.as_os_str().is_empty());
+        let config = Self { runs, agent, ..self };
+        check_agent(&config)?;
+        Ok(config)
+    }
+
+    /// As the log keeps it.
+    pub(super) fn to_value(&self) -> Result<serde_json::Value, Failure> {
+        serde_json::to_value(self).map_err(|_| {
+            Failure::new(Code::Invalid, "a path is no UTF-8 text, which the log cannot hold").refused()
+        })
     }
 
     /// The file of a layer that Snaptree makes.

@@ -58,8 +58,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::Deserialize;
 use snaptree_engine::OperationId;
-use snaptree_engine::domain::RunState;
+use snaptree_engine::domain::{Access, RunState};
 use snaptree_engine::driver::{
     Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration, Remedy,
     Resolution, StepContext, StepReport, Touched,
@@ -68,7 +69,8 @@ use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 
 pub use config::{
-    DiskPaths, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of, machine_of,
+    AccessWish, DiskPaths, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of,
+    machine_of,
 };
 pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
@@ -126,6 +128,17 @@ impl QemuDriver {
 impl Driver for QemuDriver {
     async fn probe(&self, registration: &Registration) -> Result<Probe, DriverError> {
         probe::probe(&self.img, registration, &self.run_dir).await
+    }
+
+    async fn access(&self, state: &DomainState, wish: &serde_json::Value) -> Result<Access, DriverError> {
+        let (domain, config) = QemuConfig::of(state)?;
+        let wish = AccessWish::deserialize(wish).map_err(|error| {
+            DriverError::permanent(Code::Invalid, "how a QEMU machine is reached cannot be read")
+                .source(error)
+        })?;
+        let config = config.reached(wish, domain, &self.run_dir)?;
+        let capabilities = config::capabilities(config.agent.as_ref(), &config.runs);
+        Ok(Access { config: config.to_value()?, capabilities })
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {

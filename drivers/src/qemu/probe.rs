@@ -98,13 +98,11 @@ pub(super) async fn probe(
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
     let capabilities = capabilities(config.agent.as_ref(), &config.runs);
-    let config = serde_json::to_value(&config)
-        .map_err(|_| invalid("a path is no UTF-8 text, which the log cannot hold".to_owned()))?;
-    Ok(Probe { disks, config, capabilities, notes })
+    Ok(Probe { disks, config: config.to_value()?, capabilities, notes })
 }
 
 /// A guest is quiesced for the moment in which its machine is stopped, and that is done by QMP.
-fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
+pub(super) fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
     let Some(socket) = &config.agent else { return Ok(()) };
     if config.runs.qmp().is_none() {
         return Err(invalid(

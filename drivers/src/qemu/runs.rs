@@ -59,6 +59,48 @@ pub enum Runs {
     },
 }
 
+impl RunsWish {
+    /// Whether nothing is wished.
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What `now` becomes by this wish: what it leaves out stays, an empty value takes away, and a launch command and the
+    /// ways of somebody else's exclude each other.
+    pub(super) fn over(&self, now: &Runs) -> Self {
+        if self.is_empty() {
+            return Self::from(now);
+        }
+        let before = match (&self.launch, now) {
+            (Some(_), _) | (None, Runs::Managed { .. }) => Self::default(),
+            (None, now) => Self::from(now),
+        };
+        let word = |wish: &Option<String>, before: Option<String>| {
+            wish.clone().or(before).filter(|word| !word.is_empty())
+        };
+        Self {
+            qmp: self.qmp.clone().or(before.qmp).filter(|socket| !socket.as_os_str().is_empty()),
+            start: word(&self.start, before.start),
+            stop: word(&self.stop, before.stop),
+            launch: word(&self.launch, before.launch),
+        }
+    }
+}
+
+impl From<&Runs> for RunsWish {
+    fn from(runs: &Runs) -> Self {
+        match runs {
+            Runs::Apart => Self::default(),
+            Runs::Attached { qmp } => Self { qmp: Some(qmp.clone()), ..Self::default() },
+            Runs::Commands { start, stop, qmp } => {
+                let (start, stop) = (Some(start.clone()), Some(stop.clone()));
+                Self { qmp: qmp.clone(), start, stop, launch: None }
+            }
+            Runs::Managed { launch, .. } => Self { launch: Some(launch.clone()), ..Self::default() },
+        }
+    }
+}
+
 impl Runs {
     /// QEMU's QMP socket.
     pub fn qmp(&self) -> Option<&Path> {

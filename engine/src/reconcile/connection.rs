@@ -34,6 +34,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
+use crate::domain::{Access, Domain};
 use crate::driver::{
     Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration,
     Resolution, StepContext, StepReport, Touched,
@@ -436,7 +437,7 @@ impl Bounded {
 
 #[async_trait]
 impl Driver for Bounded {
-    fn connection(&self, domain: &crate::domain::Domain) -> ConnectionId {
+    fn connection(&self, domain: &Domain) -> ConnectionId {
         self.driver.connection(domain)
     }
 
@@ -491,6 +492,10 @@ impl Driver for Bounded {
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         self.ask(context.state, None, self.driver.undo(context, step)).await
+    }
+
+    async fn access(&self, state: &DomainState, wish: &serde_json::Value) -> Result<Access, DriverError> {
+        self.ask(state, None, self.driver.access(state, wish)).await
     }
 
     async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {

@@ -21,7 +21,7 @@ fn append(count: usize, label_bytes: usize) -> Work {
     let label = [("k".parse().unwrap(), "x".repeat(label_bytes))].into();
     let event = NewEvent {
         stream,
-        event: DomainChanged { name: None, labels: Some(label) }.into(),
+        event: DomainChanged { labels: Some(label), ..DomainChanged::default() }.into(),
         operation: None,
         cause: None,
         key: None,

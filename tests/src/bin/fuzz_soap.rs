@@ -54,20 +54,45 @@ const WORDS: [&str; 28] = [
     "<soapenv:Fault>",
 ];
 
-fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    let value = |name: &str| {
-        let at = arguments.iter().position(|argument| argument == name)?;
-        arguments.get(at + 1).cloned()
-    };
-    let number =
-        |name: &str, default: u64| value(name).map_or(default, |text| text.parse().expect("a number"));
+/// What is asked for.
+struct Wanted {
+    executions: u64,
+    time: Duration,
+    seed: u64,
+    corpus: PathBuf,
+}
+
+fn asked() -> Result<Wanted, String> {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let seed = number("--seed", clock);
-    let executions = number("--executions", 10_000_000);
-    let time = Duration::from_secs(number("--seconds", 1_800));
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/soap");
-    let corpus = read(&value("--corpus").map_or(default, PathBuf::from));
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/soap");
+    let time = Duration::from_secs(1_800);
+    let mut wanted = Wanted { executions: 10_000_000, time, seed: clock, corpus };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let text = words.next().ok_or_else(|| format!("{word} needs a value"))?;
+        let number = || text.parse::<u64>().map_err(|_| format!("{word} {text}: a number is needed"));
+        match word.as_str() {
+            "--executions" => wanted.executions = number()?,
+            "--seconds" => wanted.time = Duration::from_secs(number()?),
+            "--seed" => wanted.seed = number()?,
+            "--corpus" => wanted.corpus = PathBuf::from(text),
+            other => return Err(format!("unknown option {other}")),
+        }
+    }
+    Ok(wanted)
+}
+
+fn main() -> ExitCode {
+    let Wanted { executions, time, seed, corpus } = match asked() {
+        Ok(wanted) => wanted,
+        Err(error) => {
+            eprintln!(
+                "{error}\nusage: fuzz_soap [--executions N] [--seconds N] [--seed N] [--corpus FOLDER]"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    let corpus = read(&corpus);
     println!("seed {seed}, {} in the corpus", corpus.len());
     for text in &corpus {
         body(text).expect("what was said in a real conversation is read");

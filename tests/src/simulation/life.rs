@@ -369,7 +369,7 @@ impl Cast {
         let stream = StreamId::Domain(self.watched[0].id);
         let labels = BTreeMap::from([("tier".parse().expect("a key"), format!("t{}", self.names))]);
         self.names += 1;
-        let event = DomainChanged { name: None, labels: Some(labels) }.into();
+        let event = DomainChanged { labels: Some(labels), ..DomainChanged::default() }.into();
         let event = NewEvent { stream, event, operation: None, cause: None, key: None };
         let Requester { actor, origin } = life.requester.clone();
         let append = Append { expect: vec![], actor, origin, at: self.world.now(), events: vec![event] };

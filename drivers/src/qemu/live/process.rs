@@ -130,34 +130,15 @@ async fn tell(socket: &Path, ending: Ending) -> Result<(), DriverError> {
     }
 }
 
-/// Starts the machine, unless it runs.
+/// Starts the machine, unless it runs. One that is just ending is waited for.
 pub(in crate::qemu) async fn start(state: &DomainState, wish: RunState) -> Result<(), DriverError> {
     let (domain, config) = QemuConfig::of(state)?;
-    let mut child = if users(state, &config)?.is_empty() {
-        match &config.runs {
-            Runs::Managed { launch, qmp, pid_file } => {
-                let disks =
-                    config.disks.keys().map(|name| (name.clone(), current_file(state, &config, name)));
-                let disks = disks.collect();
-                let values = Values { disks: &disks, qmp, pid_file, incoming: Incoming::No };
-                let mut words = command_line(launch, values)?;
-                if wish == RunState::Paused {
-                    words.push("-S".to_owned());
-                }
-                Some(spawn(&words, &said_path(pid_file))?)
-            }
-            Runs::Commands { start, .. } => {
-                let words = ["sh".to_owned(), "-c".to_owned(), start.clone()];
-                let said = std::env::temp_dir().join(format!("snaptree-start-{}.log", domain.id));
-                Some(spawn(&words, &said)?)
-            }
-            Runs::Apart | Runs::Attached { .. } => return Err(not_ours(domain)),
-        }
-    } else {
-        None
-    };
     let until = Instant::now() + START;
+    let mut child = None;
     while !is_there(state, &config, wish).await? {
+        if child.is_none() && users(state, &config)?.is_empty() {
+            child = Some(launch(state, domain, &config, wish)?);
+        }
         if let Some((child, said)) = &mut child
             && let Some(status) = child.try_wait().doing("wait for", said)?
             && !status.success()
@@ -174,6 +155,33 @@ pub(in crate::qemu) async fn start(state: &DomainState, wish: RunState) -> Resul
         tokio::time::sleep(POLL).await;
     }
     Ok(())
+}
+
+/// The process that starts the machine, and the file that has what it says.
+fn launch(
+    state: &DomainState,
+    domain: &Domain,
+    config: &QemuConfig,
+    wish: RunState,
+) -> Result<(Child, PathBuf), DriverError> {
+    match &config.runs {
+        Runs::Managed { launch, qmp, pid_file } => {
+            let disks = config.disks.keys().map(|name| (name.clone(), current_file(state, config, name)));
+            let disks = disks.collect();
+            let values = Values { disks: &disks, qmp, pid_file, incoming: Incoming::No };
+            let mut words = command_line(launch, values)?;
+            if wish == RunState::Paused {
+                words.push("-S".to_owned());
+            }
+            spawn(&words, &said_path(pid_file))
+        }
+        Runs::Commands { start, .. } => {
+            let words = ["sh".to_owned(), "-c".to_owned(), start.clone()];
+            let said = std::env::temp_dir().join(format!("snaptree-start-{}.log", domain.id));
+            spawn(&words, &said)
+        }
+        Runs::Apart | Runs::Attached { .. } => Err(not_ours(domain)),
+    }
 }
 
 /// Starts a managed machine's QEMU so that it waits for its memory. One that was started before is not looked for.

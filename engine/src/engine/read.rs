@@ -1,0 +1,149 @@
+//! What the log tells, read.
+
+use jiff::Timestamp;
+use tracing::instrument;
+
+use super::{Engine, EngineError};
+use crate::command::reject;
+use crate::driver::Observation;
+use crate::event::Envelope;
+use crate::ids::{DomainId, DomainName, OperationId, StreamId};
+use crate::log::{Checkpoint, DomainRow, EventFilter, SeqAt};
+use crate::operation::Code;
+use crate::project::{DomainState, PROJECTOR};
+
+/// How many events are read from a stream at once.
+const PAGE_EVENTS: usize = 4_096;
+
+impl Engine {
+    /// The registered domains, in the order of their names.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn domains(&self) -> Result<Vec<DomainRow>, EngineError> {
+        Ok(self.log.domains(u64::MAX).await?)
+    }
+
+    /// Finds a registered domain by name or id.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store failed.
+    pub async fn find_domain(&self, wanted: &str) -> Result<DomainId, EngineError> {
+        self.find_domain_at(wanted, u64::MAX).await
+    }
+
+    /// Finds a domain that was registered when the log ended at `seq_max`.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store failed.
+    pub async fn find_domain_at(&self, wanted: &str, seq_max: u64) -> Result<DomainId, EngineError> {
+        let unknown = || {
+            let shown: String = wanted.chars().filter(|c| !c.is_control()).take(60).collect();
+            EngineError::Rejected(
+                reject(Code::NotFound, format!("there is no domain '{shown}'"))
+                    .hint("`snaptree domain list` lists them, `snaptree domain add` registers one"),
+            )
+        };
+        if let Ok(id) = wanted.parse::<DomainId>() {
+            let known = self.log.domains(seq_max).await?.iter().any(|row| row.id == id);
+            return known.then_some(id).ok_or_else(unknown);
+        }
+        let name = DomainName::new(wanted).map_err(|_| unknown())?;
+        let found = if seq_max == u64::MAX {
+            self.log.domain_by_name(&name).await?
+        } else {
+            self.log.domains(seq_max).await?.into_iter().find(|row| row.name == name)
+        };
+        found.map(|row| row.id).ok_or_else(unknown)
+    }
+
+    /// The domain as the log tells it.
+    ///
+    /// # Errors
+    /// The store failed, or the log contradicts itself.
+    pub async fn load(&self, domain: DomainId) -> Result<DomainState, EngineError> {
+        self.load_at(domain, u64::MAX).await
+    }
+
+    /// The domain as the log told it when it ended at `seq_max`.
+    ///
+    /// # Errors
+    /// The store failed, or the log contradicts itself.
+    #[instrument(skip(self))]
+    pub async fn load_at(&self, domain: DomainId, seq_max: u64) -> Result<DomainState, EngineError> {
+        let stream = StreamId::Domain(domain);
+        let mut state = match self.loaded.get(domain, seq_max) {
+            Some(state) => state,
+            None => {
+                let checkpoint = self.log.checkpoint(&stream, PROJECTOR, seq_max).await?;
+                checkpoint.and_then(|c| serde_json::from_str(&c.state).ok()).unwrap_or_default()
+            }
+        };
+        let known = state.version;
+        loop {
+            let page = self.log.read_stream(&stream, state.version, seq_max, PAGE_EVENTS).await?;
+            state.apply_all(&page);
+            if page.len() < PAGE_EVENTS {
+                break;
+            }
+        }
+        match state.illegal.clone() {
+            Some(source) => Err(EngineError::Illegal { domain, source }),
+            None => {
+                if seq_max == u64::MAX && state.version != known {
+                    self.loaded.keep(domain, &state);
+                }
+                Ok(state)
+            }
+        }
+    }
+
+    /// Keeps what a worker knows of its domain, so that it need not be read again.
+    pub(crate) fn remember(&self, state: &DomainState) {
+        if let (Some(domain), None) = (&state.domain, &state.illegal) {
+            self.loaded.keep(domain.id, state);
+        }
+    }
+
+    /// Keeps a checkpoint of `state`, whose last event is `last`.
+    pub(crate) async fn keep_checkpoint(&self, state: &DomainState, last: &Envelope) {
+        let Some(domain) = &state.domain else { return };
+        let Ok(text) = serde_json::to_string(state) else { return };
+        let checkpoint = Checkpoint {
+            stream: StreamId::Domain(domain.id),
+            version: state.version,
+            seq: state.seq,
+            hash: last.hash.to_string(),
+            projector: PROJECTOR,
+            state: text,
+        };
+        if let Err(error) = self.log.save_checkpoint(checkpoint).await {
+            tracing::debug!(%error, "the checkpoint was not kept; nothing depends on it");
+        }
+    }
+
+    /// The prefix of the log that a time stands for.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn seq_at(&self, at: Timestamp) -> Result<SeqAt, EngineError> {
+        Ok(self.log.seq_at(at).await?)
+    }
+
+    /// The events of an operation.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn operation_events(&self, operation: OperationId) -> Result<Vec<Envelope>, EngineError> {
+        let filter = EventFilter { operation: Some(operation), ..EventFilter::default() };
+        Ok(self.log.read(0, &filter, usize::MAX >> 1).await?)
+    }
+
+    /// What the hypervisor says is there.
+    ///
+    /// # Errors
+    /// The hypervisor could not be asked.
+    pub async fn observe(&self, state: &DomainState) -> Result<Observation, EngineError> {
+        self.driver_of(state)?.observe(state).await.map_err(EngineError::Driver)
+    }
+}
