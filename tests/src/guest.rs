@@ -11,10 +11,22 @@ use crate::images::{text, tool};
 /// # Panics
 /// The assembler fails, or it is no boot sector.
 pub fn boot_sector(source: &str) -> Vec<u8> {
+    boot_sector_with(source, &[])
+}
+
+/// The same with symbols that the source leaves open.
+///
+/// # Panics
+/// The assembler fails, or it is no boot sector.
+pub fn boot_sector_with(source: &str, symbols: &[(&str, u64)]) -> Vec<u8> {
     let folder = tempfile::tempdir().expect("a folder");
     let [object, binary] = ["guest.o", "guest.bin"].map(|name| folder.path().join(name));
     let source = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/lab/qemu")).join(source);
-    tool("as", &["--32", "-o", text(&object), text(&source)]);
+    let symbols: Vec<String> =
+        symbols.iter().map(|(name, value)| format!("--defsym={name}={value}")).collect();
+    let mut words = vec!["--32", "-o", text(&object), text(&source)];
+    words.extend(symbols.iter().map(String::as_str));
+    tool("as", &words);
     tool(
         "ld",
         &["-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", text(&binary), text(&object)],
@@ -29,11 +41,18 @@ pub fn boot_sector(source: &str) -> Vec<u8> {
 /// # Panics
 /// The assembler or qemu-img fails.
 pub fn make_image(path: &Path) {
+    image_of(boot_sector("counter.S"), path);
+}
+
+/// Makes a qcow2 image of 1 MiB that boots such a sector.
+///
+/// # Panics
+/// It cannot be made.
+pub fn image_of(mut sector: Vec<u8>, path: &Path) {
     let folder = tempfile::tempdir().expect("a folder");
     let plain = folder.path().join("plain");
-    let mut image = boot_sector("counter.S");
-    image.resize(1 << 20, 0);
-    std::fs::write(&plain, image).expect("the raw image");
+    sector.resize(1 << 20, 0);
+    std::fs::write(&plain, sector).expect("the raw image");
     tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&plain), text(path)]);
 }
 

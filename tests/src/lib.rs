@@ -25,5 +25,6 @@ pub mod strace;
 pub mod victim;
 pub mod virtualbox;
 pub mod vsphere;
+pub mod watched;
 pub mod wrapped;
 pub mod year;

@@ -90,7 +90,7 @@ fn qemu() -> String {
 }
 
 /// How the guest is carried out: by KVM with `SNAPTREE_TEST_ACCEL=kvm`.
-fn accelerator() -> &'static [&'static str] {
+pub fn accelerator() -> &'static [&'static str] {
     match std::env::var("SNAPTREE_TEST_ACCEL").as_deref() {
         // Where KVM itself runs in a machine, this one feature cannot be set.
         Ok("kvm") => &["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
@@ -387,7 +387,8 @@ impl Witness {
     }
 }
 
-fn counters_in(line: &str) -> Option<(u32, u32)> {
+/// The counters in memory and on disk of a line that a guest printed.
+pub(crate) fn counters_in(line: &str) -> Option<(u32, u32)> {
     let (memory, disk) = line.strip_prefix("M=")?.split_once(" D=")?;
     let number = |word: &str| (word.len() == 8).then(|| u32::from_str_radix(word, 16).ok()).flatten();
     Some((number(memory)?, number(disk)?))

@@ -43,9 +43,14 @@ impl Switch {
                 ErrorClass::Busy => DriverError { class: ErrorClass::Permanent, ..error },
                 _ => error,
             })?;
-            self.write_generation(work).await?;
-            if let Some(next) = &self.next {
-                next.start_beside(work).await?;
+            match &self.next {
+                None => self.write_generation(work).await?,
+                // Starting takes longer than all the rest, and does not need the generation.
+                Some(next) => {
+                    let (started, written) =
+                        tokio::join!(next.start_beside(work), self.write_generation(work));
+                    started.and(written)?;
+                }
             }
             work.reached("qemu.switch.locked");
             self.turn.switch()?;

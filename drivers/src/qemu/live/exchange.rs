@@ -137,14 +137,18 @@ impl Switch {
         } else {
             let pairs = self.open_fresh(work, monitor, machine).await?;
             self.write_generation(work).await?;
-            let memory = match &self.memory {
+            let mut memory = match &self.memory {
                 Some(memory) => Some(memory.prepare(work, monitor, live).await?),
                 None => None,
             };
+            // QEMU flushes its disks when the guest is stopped, which would wait for all that was written until then.
+            for fresh in &self.fresh {
+                sync(&fresh.on_file).await?;
+            }
             work.reached("qemu.live.prepared");
             let rest = self.freeze(work, live).await?;
             let stopped = Instant::now();
-            let rest = self.exchange_at_rest(work, monitor, live, (&pairs, rest)).await?;
+            let rest = self.exchange_at_rest(work, (monitor, live), (&pairs, rest), &mut memory).await?;
             Exchanged { rest, memory, stopped }
         };
         work.reached("qemu.live.exchanged");
@@ -162,9 +166,9 @@ impl Switch {
     async fn exchange_at_rest(
         &self,
         work: Work<'_>,
-        monitor: &mut Monitor,
-        live: Live,
+        (monitor, live): (&mut Monitor, Live),
         (pairs, rest): (&[(String, String)], Option<Rest>),
+        memory: &mut Option<Ready>,
     ) -> Result<Option<Rest>, DriverError> {
         if let Err(error) = self.stop_in_time(work, monitor, live, rest.as_ref()).await {
             return Err(match rest {
@@ -172,7 +176,15 @@ impl Switch {
                 None => error,
             });
         }
-        match (monitor.exchange(pairs).await, rest) {
+        let begun = match memory {
+            Some(ready) => ready.begin(work, monitor).await,
+            None => Ok(()),
+        };
+        let exchanged = match begun {
+            Ok(()) => monitor.exchange(pairs).await,
+            Err(error) => Err(error),
+        };
+        match (exchanged, rest) {
             (Ok(()), rest) => Ok(rest),
             (Err(error), Some(rest)) if error.class == ErrorClass::Permanent => {
                 Err(rest.give_up(self, work, (monitor, live), error).await)

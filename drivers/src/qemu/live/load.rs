@@ -167,8 +167,9 @@ impl LoadMemory {
         config: &QemuConfig,
         (qmp, pid_file): (&Path, &Path),
     ) -> Result<Option<Monitor>, Broken> {
-        if Monitor::connect(&self.next.qmp).await.is_ok() {
+        if let Ok(monitor) = Monitor::connect(&self.next.qmp).await {
             self.next.promote(qmp, pid_file)?;
+            return Ok(Some(monitor));
         }
         if let Some(monitor) = self.under_its_name(qmp).await? {
             return Ok(Some(monitor));

@@ -3,11 +3,15 @@
 //! ```text
 //!   prepare   capabilities, bandwidth, the file: opened by Snaptree, and given to QEMU through the QMP socket
 //!   stop      (exchange: the disks, see the module exchange; the switch)
-//!   migrate   QEMU saves its devices and protects the memory: from here on each page is written before it changes
+//!   migrate   QEMU goes through all memory once, which takes longest; then it saves its devices and protects the memory:
+//!             from here on each page is written before it changes
 //!   cont      the guest runs on while its memory is written
 //!   keep      completed, synced, looked through; then a generation says that the snapshot is there
 //! ```
 //! A QEMU or a kernel that cannot do that (userfaultfd) writes the memory while the guest is stopped.
+//!
+//! Where the guest stays stopped until it is told to go on (QEMU 10), `migrate` comes first behind the stop, and the disks
+//! are exchanged meanwhile.
 //!
 //! The file is opened here and not by QEMU: it may run as another user, and needs no shell and no right to the folder.
 //! What it writes does not pass through this process, so nothing is lost with it.
@@ -48,9 +52,9 @@ const BANDWIDTH_BYTES: u64 = 1 << 40;
 const TAKEN_BY: Duration = Duration::from_secs(10);
 /// Longest that no memory moves.
 const STALLED: Duration = Duration::from_secs(30);
-/// How long it is asked without a pause between.
-const EAGER: Duration = Duration::from_millis(500);
 const POLL_MS: u64 = 2;
+/// The same where a guest waits. QEMU answers on the thread that the guest needs, so it is not asked without a pause.
+const POLL_SOON_MS: u64 = 1;
 const POLL_SLOWLY_MS: u64 = 20;
 /// Largest description at the end of a stream that is looked for.
 const DESCRIPTION_BYTES_MAX: u64 = 4 << 20;
@@ -84,6 +88,16 @@ pub(super) struct Ready {
     way: MemoryWay,
     why: Option<String>,
     uri: String,
+    told: Told,
+}
+
+/// Whether QEMU was told to migrate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// It was, and the disks are exchanged while it goes through the memory.
+    Already,
+    /// It will be, when the disks are exchanged.
+    Later,
 }
 
 /// How the memory was taken; part of what the step learnt.
@@ -152,7 +166,7 @@ impl Monitor {
         }
         self.act("migrate-set-parameters", json!({ "max-bandwidth": BANDWIDTH_BYTES })).await?;
         let uri = self.give_memory(file).await?;
-        Ok(Ready { way, why, uri })
+        Ok(Ready { way, why, uri, told: Told::Later })
     }
 
     async fn set_background(&mut self, way: MemoryWay) -> Result<(), DriverError> {
@@ -205,8 +219,7 @@ impl Monitor {
         work: Work<'_>,
         way: MemoryWay,
     ) -> Result<Option<Failure>, DriverError> {
-        let began = Instant::now();
-        let mut moved = (0, began);
+        let mut moved = (0, Instant::now());
         loop {
             let (late, done) = match self.migration().await? {
                 Migration::Active { pages: 1.., .. } if way == MemoryWay::Background => return Ok(None),
@@ -225,9 +238,8 @@ impl Monitor {
             if moved.1.elapsed() > late {
                 return self.give_memory_up("QEMU had not saved it in time").await.map(Some);
             }
-            if began.elapsed() > EAGER {
-                self.pause(POLL_MS).await?;
-            }
+            // Where QEMU lets the guest go on by itself, it says so.
+            self.pause(POLL_SOON_MS).await?;
         }
     }
 
@@ -272,8 +284,11 @@ impl Monitor {
         Ok(not_written(why))
     }
 
-    /// Leaves QEMU as others expect it.
+    /// Leaves QEMU as others expect it, also where it was cut off in the middle.
     pub(in crate::qemu) async fn end_memory(&mut self) -> Result<(), DriverError> {
+        if matches!(self.migration().await?, Migration::Setup | Migration::Active { .. }) {
+            self.give_memory_up("nobody waits for it any more").await?;
+        }
         self.set_background(MemoryWay::Stopped).await?;
         self.take_memory_back().await
     }
@@ -317,6 +332,16 @@ impl TakeMemory {
 }
 
 impl Ready {
+    /// Has QEMU begin before the disks are exchanged, if the guest, which is stopped, stays so.
+    pub(super) async fn begin(&mut self, work: Work<'_>, monitor: &mut Monitor) -> Result<(), DriverError> {
+        if self.way == MemoryWay::Background && !monitor.lets_guest_go_on() {
+            monitor.act("migrate", json!({ "uri": self.uri })).await?;
+            self.told = Told::Already;
+            work.reached("qemu.memory.told");
+        }
+        Ok(())
+    }
+
     /// Has QEMU save the machine, which is stopped since `stopped`. It returns when the guest may go on.
     pub(super) async fn take(
         self,
@@ -325,7 +350,11 @@ impl Ready {
         stopped: Instant,
     ) -> Result<Taken, DriverError> {
         let exchanged = Instant::now();
-        let failed = match monitor.act("migrate", json!({ "uri": self.uri })).await {
+        let told = match self.told {
+            Told::Already => Ok(Value::Null),
+            Told::Later => monitor.act("migrate", json!({ "uri": self.uri })).await,
+        };
+        let failed = match told {
             Ok(_) => {
                 work.reached("qemu.memory.begun");
                 monitor.until_taken(work, self.way).await?
