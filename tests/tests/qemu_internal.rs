@@ -219,8 +219,9 @@ fn a_load_that_touched_nothing_leaves_the_guest_running() {
     assert_eq!(inside.qmp("query-status", &json!({}))["status"], "running");
 }
 
-/// QEMU reverts the disks first; where the memory fails after that, the guest must never go on.
-fn load_into_another_size(way: Way) -> (Inside, tempfile::TempDir, std::process::Output) {
+/// QEMU reverts the disks first; where the memory fails after that, the guest must never go on. The folder has to outlive
+/// the machine: who ends it finds it there.
+fn load_into_another_size(way: Way) -> (tempfile::TempDir, Inside, std::process::Output) {
     let folder = folder();
     let mut inside = Inside::new(folder.path(), way);
     inside.running.start();
@@ -230,13 +231,13 @@ fn load_into_another_size(way: Way) -> (Inside, tempfile::TempDir, std::process:
     inside.running.start_by_hand_with(&["-m", "32"]);
     inside.running.wait_for_rounds(5);
     let revert = inside.running.program.command(&["revert", "web", "a", "--json"]).output().expect("it runs");
-    (inside, folder, revert)
+    (folder, inside, revert)
 }
 
 #[test]
 fn a_torn_load_is_done_anew_in_a_fresh_process() {
     let since = Instant::now();
-    let (mut inside, _folder, revert) = load_into_another_size(Way::Managed);
+    let (_folder, mut inside, revert) = load_into_another_size(Way::Managed);
     assert_eq!(revert.status.code(), Some(0), "{revert:?}");
     inside.model.revert("a");
     inside.expect_at("a", since);
@@ -245,7 +246,7 @@ fn a_torn_load_is_done_anew_in_a_fresh_process() {
 
 #[test]
 fn a_torn_load_ends_a_machine_that_snaptree_may_not_start() {
-    let (inside, _folder, revert) = load_into_another_size(Way::Attached);
+    let (_folder, inside, revert) = load_into_another_size(Way::Attached);
     assert_eq!(revert.status.code(), Some(5), "{revert:?}");
     let said = String::from_utf8_lossy(&revert.stdout).into_owned();
     assert!(said.contains("needs-attention") || said.contains("the machine is off"), "{said}");

@@ -22,17 +22,13 @@ use snaptree_tests::running::{Way, becomes};
 /// More snapshots than this are not kept, so that a run stays short.
 const SNAPSHOTS_MAX: usize = 8;
 
-struct Stage {
-    alive: Alive,
-    _folder: tempfile::TempDir,
-}
-
-fn stage() -> Stage {
+/// A machine that runs, and its folder, which has to outlive it: who ends the machine finds it there.
+fn stage() -> (tempfile::TempDir, Alive) {
     let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
     let mut alive = Alive::new(folder.path(), Way::Managed);
     alive.running.start();
     alive.running.wait_for_rounds(2);
-    Stage { alive, _folder: folder }
+    (folder, alive)
 }
 
 fn memory_file(alive: &Alive, name: &str) -> PathBuf {
@@ -90,7 +86,7 @@ fn memory_and_disks_are_of_one_instant_whatever_is_done() {
     let seed = number("SNAPTREE_SEED", 6);
     let operations = usize::try_from(number("SNAPTREE_OPERATIONS", 24)).expect("a number");
     println!("SNAPTREE_SEED={seed} SNAPTREE_OPERATIONS={operations}");
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     let mut random = Random::new(seed);
     let (mut creates, mut reverts, mut deletes) = (0, 0, 0);
     for operation in 0..operations {
@@ -115,7 +111,7 @@ fn memory_and_disks_are_of_one_instant_whatever_is_done() {
 
 #[test]
 fn memory_that_cannot_be_loaded_leaves_the_machine_off_and_never_on_other_disks() {
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     alive.create_with_memory("a");
     alive.running.wait_for_rounds(3);
     let file = memory_file(&alive, "a");
@@ -139,7 +135,7 @@ fn memory_that_cannot_be_loaded_leaves_the_machine_off_and_never_on_other_disks(
 
 #[test]
 fn a_memory_file_that_was_changed_is_drift_and_blocks_what_needs_it_alone() {
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     alive.create_with_memory("a");
     alive.create_with_memory("b");
     let [first, second] = ["a", "b"].map(|name| memory_file(&alive, name));
@@ -165,7 +161,7 @@ fn a_memory_file_that_was_changed_is_drift_and_blocks_what_needs_it_alone() {
 
 #[test]
 fn memory_goes_with_its_snapshot_and_is_counted_meanwhile() {
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     alive.create("plain");
     alive.create_with_memory("a");
     let file = memory_file(&alive, "a");
@@ -223,7 +219,7 @@ fn where_memory_cannot_be_written_in_the_background_the_guest_stands_still_for_i
 
 #[test]
 fn a_revert_that_keeps_the_memory_is_undone_by_a_revert() {
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     alive.create_with_memory("a");
     alive.running.wait_for_rounds(3);
     let (printed, apart) = (alive.running.printed(), alive.running.apart());
@@ -247,7 +243,7 @@ fn a_revert_that_keeps_the_memory_is_undone_by_a_revert() {
 /// QEMU that waits for its memory holds no locks, so another one can have its disks: it must not go on then.
 #[test]
 fn a_machine_that_was_started_meanwhile_is_never_joined_by_one_with_old_memory() {
-    let Stage { mut alive, _folder } = stage();
+    let (_folder, mut alive) = stage();
     alive.create_with_memory("a");
     alive.running.program.json(0, &["domain", "stop", "web", "--force"]);
     let mut command =

@@ -1,7 +1,8 @@
 use super::*;
 use crate::event::{
-    HowFinished, OperationFailed, OperationNeedsAttention, OperationPlanned, OperationStepFinished,
-    OperationStepStarted, OperationSucceeded, OperationUndoFinished, OperationUndoStarted,
+    DomainUnregisterRequested, HowFinished, OperationFailed, OperationNeedsAttention, OperationPlanned,
+    OperationStepFinished, OperationStepStarted, OperationSucceeded, OperationUndoFinished,
+    OperationUndoStarted,
 };
 
 fn failure() -> Failure {
