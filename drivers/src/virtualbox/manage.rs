@@ -3,10 +3,13 @@
 //! Progress and errors come on standard error, also where all goes well; exit 0 beside an error there is a failure. A
 //! call that was cut short proves nothing: `VBoxSVC`, which does the work, goes on without its client.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use snaptree_engine::driver::{DriverError, ErrorClass, Progress};
 use snaptree_engine::operation::{Code, Failure};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
@@ -25,6 +28,9 @@ pub(super) const MOVING: Duration = Duration::from_secs(24 * 3600);
 /// How often a question is asked, and how long is waited in between.
 const ASKS_MAX: u32 = 10;
 const BETWEEN_ASKS: Duration = Duration::from_millis(300);
+/// How often is looked whether `VBoxSVC` is still there, and how long a VBoxManage may take to notice that it is not.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
+const NOTICES: Duration = Duration::from_secs(10);
 /// States in which a machine is for as long as something is done to it.
 const PASSING: &[&str] = &[
     "Snapshotting",
@@ -118,7 +124,14 @@ impl Manage {
                     .hint("install VirtualBox, or name its VBoxManage by VBOXMANAGE or the setting virtualbox.manage")
             })?;
         let (out, err) = (child.stdout.take(), child.stderr.take());
+        let pid = child.id();
         let work = async { tokio::join!(child.wait(), kept(out, None), kept(err, call.progress)) };
+        let work = async {
+            tokio::select! {
+                never = end_without_service(pid) => match never {},
+                ended = work => ended,
+            }
+        };
         let what = call.args.first().map_or("", String::as_str);
         let Ok((status, stdout, stderr)) = tokio::time::timeout(call.limit, work).await else {
             let message = format!("VBoxManage {what} took longer than {} s", call.limit.as_secs());
@@ -139,6 +152,26 @@ fn passes(error: &DriverError) -> bool {
         ErrorClass::Transient => true,
         ErrorClass::Unknown => error.failure.code == Code::Io,
         ErrorClass::Busy | ErrorClass::Permanent => false,
+    }
+}
+
+/// Ends a VBoxManage whose `VBoxSVC` died: most notice it, and some go on asking it for ever (seen).
+async fn end_without_service(pid: Option<u32>) -> Infallible {
+    let mut known = None;
+    loop {
+        tokio::time::sleep(BETWEEN_LOOKS).await;
+        let now = repair::service();
+        known = known.or(now);
+        if known == now {
+            continue;
+        }
+        tokio::time::sleep(NOTICES).await;
+        if let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) {
+            tracing::warn!(pid, "VBoxSVC is gone, and VBoxManage does not notice: ending it");
+            // One that has ended is not waited for yet, so the number is still its own.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        std::future::pending::<()>().await;
     }
 }
 

@@ -140,7 +140,7 @@ fn holds_nothing(file: &Path) -> io::Result<bool> {
 }
 
 /// The `VBoxSVC` that our calls would reach. It notes its process in the folder of its socket.
-fn service() -> Option<u32> {
+pub(super) fn service() -> Option<u32> {
     let set = |key: &str| std::env::var(key).ok().filter(|value| !value.is_empty());
     let id = set("VBOX_IPC_SOCKETID").or_else(|| set("LOGNAME")).or_else(|| set("USER"))?;
     let lock = PathBuf::from(format!("/tmp/.vbox-{id}-ipc/lock"));
