@@ -52,6 +52,8 @@ pub enum Kill {
         /// What it would have sent.
         nth: usize,
     },
+    /// `VBoxSVC`, and that call of VBoxManage does not notice, and never ends.
+    Unnoticed(usize),
     /// `VBoxSVC`, when one of its threads is about to make a system call for the n-th time.
     Syscall(Point),
     /// The same, and then Snaptree before it hears of it.
@@ -64,7 +66,7 @@ impl Kill {
         match self {
             Self::Before(victim, _) | Self::After(victim, _) => victim.name(),
             Self::Sending { .. } => Victim::Manage.name(),
-            Self::Syscall(_) => Victim::Service.name(),
+            Self::Unnoticed(_) | Self::Syscall(_) => Victim::Service.name(),
             Self::SyscallAndSnaptree(_) => "VBoxSVC and snaptree",
         }
     }
@@ -75,6 +77,7 @@ impl Kill {
             Self::Before(..) => "before a call of VBoxManage".to_owned(),
             Self::After(..) => "after a call, before its reply".to_owned(),
             Self::Sending { .. } => "while it talks to VBoxSVC".to_owned(),
+            Self::Unnoticed(_) => "and VBoxManage hangs".to_owned(),
             Self::Syscall(point) | Self::SyscallAndSnaptree(point) => format!("at {}", point.calls),
         }
     }
@@ -95,6 +98,7 @@ kill_it() {
 case $KILL_WHEN in
     before) kill_it; exec "$KILL_REAL" "$@" ;;
     after) "$KILL_REAL" "$@"; code=$?; kill_it; exit $code ;;
+    unnoticed) kill_it; exec sleep 3600 ;;
     failed) "$KILL_REAL" "$@"; code=$?; [ $code = 0 ] || kill_it; exit $code ;;
     sending)
         exec strace -f -q -o "$KILL_FOLDER/sending" -e trace=sendto,write \
@@ -134,6 +138,7 @@ impl<'v> Wrapper<'v> {
             Some(Kill::Before(victim, call)) => (call.to_string(), victim, "before"),
             Some(Kill::After(victim, call)) => (call.to_string(), victim, "after"),
             Some(Kill::Sending { call, .. }) => (call.to_string(), Victim::Manage, "sending"),
+            Some(Kill::Unnoticed(call)) => (call.to_string(), Victim::Service, "unnoticed"),
             Some(Kill::Syscall(_)) => ("none".to_owned(), Victim::Service, "never"),
             Some(Kill::SyscallAndSnaptree(_)) => ("any".to_owned(), Victim::Snaptree, "failed"),
         };
@@ -223,7 +228,9 @@ impl<'v> Wrapper<'v> {
     /// Whether somebody was killed.
     pub fn was_hit(&self, kill: Kill) -> bool {
         match kill {
-            Kill::Before(_, call) | Kill::After(_, call) => self.calls().len() >= call,
+            Kill::Before(_, call) | Kill::After(_, call) | Kill::Unnoticed(call) => {
+                self.calls().len() >= call
+            }
             Kill::Sending { .. } => was_killed(&self.folder.join("sending")),
             Kill::Syscall(_) | Kill::SyscallAndSnaptree(_) => was_killed(&self.folder.join("service")),
         }

@@ -89,6 +89,13 @@ impl Vbox {
         program
     }
 
+    /// The same as users have it.
+    pub fn snaptree_release(&self) -> Program {
+        let mut program = Program::release(self.path().join("state"));
+        program.environment.extend(self.environment());
+        program
+    }
+
     /// Bare VBoxManage, ready to be run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(programs().join("VBoxManage"));
