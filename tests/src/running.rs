@@ -212,7 +212,9 @@ impl Running {
         let pid = std::fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()?;
         // A child that has ended and was not waited for is gone for our purposes.
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        (!stat.contains(") Z ")).then_some(pid)
+        // As long as other threads of it are there, it has its files open, and their locks.
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        (!stat.contains(") Z ") || threads > 1).then_some(pid)
     }
 
     /// Ends QEMU as a power cut of the machine alone would.
