@@ -36,7 +36,8 @@ impl Notes {
         }
         let opened = fs::OpenOptions::new().append(true).create(true).mode(0o600).open(&self.0);
         let mut file = opened.doing("open", &self.0)?;
-        let line = format!("{}\n", serde_json::Value::from(what));
+        // Behind a line that was cut off it begins a new one.
+        let line = format!("\n{}\n", serde_json::Value::from(what));
         file.write_all(line.as_bytes()).and_then(|()| file.sync_all()).doing("write", &self.0)
     }
 
@@ -45,8 +46,10 @@ impl Notes {
         let Some(file) = if_there(fs::File::open(&self.0)).doing("open", &self.0)? else {
             return Ok(Vec::new());
         };
-        let mut text = String::new();
-        file.take(NOTES_BYTES_MAX).read_to_string(&mut text).doing("read", &self.0)?;
+        let mut bytes = Vec::new();
+        file.take(NOTES_BYTES_MAX).read_to_end(&mut bytes).doing("read", &self.0)?;
+        // Where it was cut off it may be within a character.
+        let text = String::from_utf8_lossy(&bytes);
         Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
@@ -79,4 +82,21 @@ impl Notes {
 
 fn prefix(machine: Uuid) -> String {
     format!("repairs-{machine}-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_that_was_cut_off_within_a_character_is_none_and_keeps_no_other_from_being_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let notes = Notes::of(folder.path(), Uuid::nil(), OperationId::from_uuid(Uuid::nil()));
+        notes.add("ä is put back").unwrap();
+        let mut bytes = fs::read(&notes.0).unwrap();
+        bytes.extend_from_slice(b"\n\"\xc3");
+        fs::write(&notes.0, &bytes).unwrap();
+        notes.add("ö is put back").unwrap();
+        assert_eq!(notes.read().unwrap(), ["ä is put back", "ö is put back"]);
+    }
 }
