@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use snaptree_tests::images::{text, tool};
-use snaptree_tests::measure::{Times, quiet, time};
+use snaptree_tests::measure::{Times, quiet, time, until_idle};
 use snaptree_tests::program::Program;
 use snaptree_tests::running::wait_until;
 
@@ -108,6 +108,7 @@ fn bare_layers(folder: &Path, mib: usize) -> ([PathBuf; 2], Bare) {
     fill(&middle, "0", mib);
     layer(&high, Some(&middle));
     let bare = Bare::start(folder, &high);
+    until_idle(bare.child.id());
     quiet();
     ([low, middle], bare)
 }
@@ -142,7 +143,16 @@ fn machine(folder: &Path, mib: usize) -> Program {
     fill(&image, "0", mib);
     program.json(0, &["create", "web", "high"]);
     program.json(0, &["domain", "start", "web"]);
+    until_idle(pid_in(&folder.join("state/run")));
     program
+}
+
+/// The number in the only file there that a QEMU wrote its own to.
+fn pid_in(folder: &Path) -> u32 {
+    let files = std::fs::read_dir(folder).expect("the folder").flatten().map(|entry| entry.path());
+    let mut pids = files.filter(|file| file.extension().is_some_and(|extension| extension == "pid"));
+    let file = pids.next().expect("a running machine");
+    std::fs::read_to_string(file).expect("it can be read").trim().parse().expect("a number")
 }
 
 /// How long the longest step took, from its announcement in the log to its end: the one that moves the data.

@@ -317,13 +317,13 @@ fn pauses(folder: &Path, virsh: Option<&Virsh>, rounds: usize, load: &mut Load) 
     let ours = Machine::snaptree(&folder.join("ours"), BIG, &["--memory"]);
     let bare = Machine::bare(&folder.join("bare"), BIG);
     let peer = virsh.map(|virsh| Machine::libvirt(&folder.join("peer"), BIG, virsh));
-    let [mut none, mut external, mut limit, mut save, mut internal, mut memspec, mut live] =
+    let [mut none, mut external, mut first, mut limit, mut save, mut internal, mut memspec, mut live] =
         std::array::from_fn(|_| Pause::default());
     for round in 0..rounds {
         // Whoever comes later finds other memory and another disk, so they take turns.
-        for turn in 0..7 {
+        for turn in 0..8 {
             load.note();
-            match ((turn + round) % 7, &peer) {
+            match ((turn + round) % 8, &peer) {
                 (0, _) => none.measure(&ours, |machine| {
                     machine.watched.more_lines(2 * LINES);
                 }),
@@ -331,6 +331,12 @@ fn pauses(folder: &Path, virsh: Option<&Virsh>, rounds: usize, load: &mut Load) 
                     let name = format!("s{round}");
                     external.measure(&ours, |machine| machine.create(&name));
                     ours.delete(&name);
+                }
+                // A snapshot leaves the memory in small pages, which QEMU goes through more slowly the next time; the
+                // kernel makes large ones of them again within minutes.
+                (7, _) => {
+                    let fresh = Machine::snaptree(&folder.join(format!("fresh-{round}")), BIG, &["--memory"]);
+                    first.measure(&fresh, |machine| machine.create("first"));
                 }
                 (2, _) => limit.measure(&bare, Machine::bare_background),
                 (3, _) => {
@@ -357,7 +363,8 @@ fn pauses(folder: &Path, virsh: Option<&Virsh>, rounds: usize, load: &mut Load) 
         BIG.used_to_mib - 16
     );
     none.gap.print("(nothing is done: the guest's longest silence)", None);
-    external.print("snaptree create --memory", &external);
+    external.print("snaptree create --memory, one behind the other", &external);
+    first.print("snaptree create --memory, the first of a QEMU", &external);
     limit.print("QEMU's own background snapshot, without the disks", &external);
     save.print("QEMU's snapshot-save", &external);
     if peer.is_some() {

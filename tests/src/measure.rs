@@ -3,6 +3,9 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// How long a process does nothing that has nothing to do.
+const IDLE: Duration = Duration::from_millis(300);
+
 /// Runs a command to its end and says how long it took.
 ///
 /// # Panics
@@ -24,12 +27,31 @@ pub fn quiet() {
     time(&mut Command::new("sync"));
 }
 
-/// How long processors have worked for this process so far, by `/proc/self/stat`: what a loaded machine does not change.
+/// How long processors have worked for this process so far: what a loaded machine does not change.
 ///
 /// # Panics
 /// It cannot be read.
 pub fn processor_time() -> Duration {
-    let stat = std::fs::read_to_string("/proc/self/stat").expect("Linux");
+    processor_time_of("self")
+}
+
+/// Waits until a process has nothing to do: a machine that boots competes with its own block jobs.
+///
+/// # Panics
+/// It has ended, or does not come to rest.
+pub fn until_idle(process: u32) {
+    let process = process.to_string();
+    let mut last = None;
+    crate::running::wait_until("the process has nothing to do", || {
+        std::thread::sleep(IDLE);
+        let now = Some(processor_time_of(&process));
+        std::mem::replace(&mut last, now) == now
+    });
+}
+
+/// By `/proc/PID/stat`.
+fn processor_time_of(process: &str) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("Linux, and a process");
     let fields = stat.rsplit_once(") ").expect("a name in parentheses").1;
     // Fields 14 and 15, in hundredths of a second (proc(5); USER_HZ is 100 on every architecture that we build for).
     let ticks = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));

@@ -29,6 +29,7 @@
 mod adopt;
 mod agent;
 mod config;
+mod disguise;
 mod drift;
 mod files;
 mod flatten;

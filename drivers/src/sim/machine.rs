@@ -1,6 +1,7 @@
 //! What the simulated hypervisor keeps of one machine, and what can happen to it. No I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,17 +17,18 @@ use super::host::GoingOn;
 use super::{BLOCKS, DISK_BYTES};
 
 /// A disk's blocks by number. What was never written, or was written with zero, is not in it: so two contents
-/// that read alike are alike.
+/// that read alike are alike. Shared, since a machine is copied as a whole whenever it is looked at.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(in crate::sim) struct Content(pub(in crate::sim) BTreeMap<u64, u64>);
+pub(in crate::sim) struct Content(pub(in crate::sim) Arc<BTreeMap<u64, u64>>);
 
 impl Content {
     fn write(&mut self, block: u64, value: u64) {
+        let blocks = Arc::make_mut(&mut self.0);
         if value == 0 {
-            self.0.remove(&block);
+            blocks.remove(&block);
         } else {
-            self.0.insert(block, value);
+            blocks.insert(block, value);
         }
     }
 

@@ -65,7 +65,8 @@ pub struct Holding {
 
 impl Holding {
     fn of(disks: BTreeMap<DiskName, Content>, power: Power) -> Self {
-        let disks = disks.into_iter().map(|(disk, content)| (disk, content.0)).collect();
+        let disks =
+            disks.into_iter().map(|(disk, content)| (disk, Arc::unwrap_or_clone(content.0))).collect();
         Self { disks, run_state: power.run_state(), memory: power.memory() }
     }
 }
@@ -232,7 +233,7 @@ impl SimDriver {
     /// The disk does not exist, or the machine's file cannot be read.
     pub fn content_sha256(&self, state: &DomainState, disk: &DiskName) -> Result<String, DriverError> {
         let holding = self.holding(state)?.disks.remove(disk);
-        Ok(Content(holding.ok_or_else(|| no_disk("the machine", disk))?).sha256())
+        Ok(Content(holding.ok_or_else(|| no_disk("the machine", disk))?.into()).sha256())
     }
 
     /// The SHA-256, in hex, of what a disk reads as in a snapshot.

@@ -13,6 +13,9 @@ use super::{Vbox, programs};
 use crate::program::{Program, Ran};
 use crate::strace::{Point, points, was_killed};
 
+/// How long strace may take to end.
+const STRACE_ENDS: Duration = Duration::from_secs(10);
+
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Victim {
@@ -215,7 +218,14 @@ impl<'v> Wrapper<'v> {
     fn detach(&mut self) {
         if let Some(mut strace) = self.strace.take() {
             let _ = Command::new("kill").arg(strace.id().to_string()).stderr(Stdio::null()).status();
-            strace.wait().expect("strace ends");
+            // One whose process died in its hands may wait for it for ever, deaf to that.
+            let until = Instant::now() + STRACE_ENDS;
+            while strace.try_wait().expect("strace is ours").is_none() {
+                if Instant::now() >= until {
+                    strace.kill().expect("strace is ours");
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
     }
 

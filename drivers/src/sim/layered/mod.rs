@@ -11,6 +11,7 @@ mod step;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::Domain;
@@ -39,7 +40,7 @@ pub(super) struct Image {
     /// The file that it is built upon.
     pub backing: Option<FileName>,
     /// What it holds itself; zeros too, since they hide what is below.
-    pub blocks: BTreeMap<u64, u64>,
+    pub blocks: Arc<BTreeMap<u64, u64>>,
 }
 
 /// One disk.
@@ -98,7 +99,7 @@ impl Stack {
             blocks.extend(image.blocks.iter().map(|(block, value)| (*block, *value)));
         }
         blocks.retain(|_, value| *value != 0);
-        Content(blocks)
+        Content(blocks.into())
     }
 
     fn image(&mut self, file: &str) -> Result<&mut Image, Failure> {
@@ -113,7 +114,7 @@ impl Layered {
         let mut disks = BTreeMap::new();
         for disk in &domain.disks {
             ticks += 1;
-            let image = Image { inode: ticks, changed: 0, backing: None, blocks: BTreeMap::new() };
+            let image = Image { inode: ticks, changed: 0, backing: None, blocks: Arc::default() };
             let active = disk.name.to_string();
             let images = BTreeMap::from([(active.clone(), image)]);
             disks.insert(disk.name.clone(), Stack { active, images });
@@ -165,7 +166,7 @@ impl Layered {
             return Err(Failure::new(Code::Invalid, format!("'{disk}' has {BLOCKS} blocks, and no {block}")));
         }
         let active = self.stack(disk)?.active.clone();
-        self.touch(disk, &active)?.blocks.insert(block, value);
+        Arc::make_mut(&mut self.touch(disk, &active)?.blocks).insert(block, value);
         if let Power::Running { memory } = &mut self.power {
             *memory = memory.wrapping_add(1);
         }

@@ -1,6 +1,7 @@
 //! The steps: what their data says, and what each does to a machine.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -315,14 +316,14 @@ impl Pull {
         let first = self.needed(machine)?.pop_first();
         let image = machine.touch(&self.layer.disk, &self.layer.file)?;
         image.backing = Some(self.onto_file.clone());
-        image.blocks.extend(first);
+        Arc::make_mut(&mut image.blocks).extend(first);
         Ok(())
     }
 
     fn perform(&self, machine: &mut Layered) -> Result<(), Failure> {
         let needed = self.needed(machine)?;
         let image = machine.touch(&self.layer.disk, &self.layer.file)?;
-        image.blocks.extend(needed);
+        Arc::make_mut(&mut image.blocks).extend(needed);
         image.backing = Some(self.onto_file.clone());
         Ok(())
     }
@@ -332,7 +333,7 @@ impl Pull {
         let stack = machine.stack(&self.layer.disk)?;
         let mut needed = std::collections::BTreeMap::new();
         for file in &self.vanish {
-            needed.extend(stack.image(file)?.blocks.clone());
+            needed.extend(stack.image(file)?.blocks.iter().map(|(block, value)| (*block, *value)));
         }
         let own = &stack.image(&self.layer.file)?.blocks;
         needed.retain(|block, _| !own.contains_key(block));
@@ -349,7 +350,7 @@ impl Push {
         for file in self.between.iter().chain([&self.from.file]) {
             blocks.extend(stack.image(file)?.blocks.iter().take(count).map(|(b, v)| (*b, *v)));
         }
-        machine.touch(disk, &self.into.file)?.blocks.extend(blocks);
+        Arc::make_mut(&mut machine.touch(disk, &self.into.file)?.blocks).extend(blocks);
         Ok(())
     }
 }
