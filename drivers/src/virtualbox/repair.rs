@@ -4,6 +4,8 @@
 //!   place. `VBoxSVC` then begins with an empty one, and all machines of this user are forgotten. It is put there first.
 //! * **A restore left images behind**: the settings still name those that it gave up, and what these are built upon could
 //!   never be merged any more. They are closed.
+//! * **A restore left the machine without disks**, when VBoxManage was killed in it: it counts as not done, and is done
+//!   again. What the first try made is closed.
 //! * **Images that nothing names**: made for a take or a restore, and not written into the settings in time. They hold
 //!   nothing, and are removed.
 //! * **The settings file is missing**: it was renamed away, and the new one (`.vbox-tmp`, complete) not yet into its
@@ -63,6 +65,11 @@ async fn alone(broken: impl Fn() -> bool) -> Result<bool, DriverError> {
     Ok(broken())
 }
 
+/// Waits until no `VBoxSVC` of ours is there, which may have in mind what no settings say.
+pub(super) async fn service_gone() -> Result<(), DriverError> {
+    alone(|| true).await.map(|_| ())
+}
+
 /// Where VirtualBox keeps what is this user's, by its own rules.
 fn home() -> Option<PathBuf> {
     let set = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -120,6 +127,17 @@ pub(super) fn orphans(settings: &Settings, since: SystemTime, notes: &Notes) -> 
         }
     }
     Ok(())
+}
+
+/// Those images that hold nothing and are older than `since`.
+pub(super) fn empty(settings: &Settings, images: Vec<Uuid>, since: SystemTime) -> Vec<Uuid> {
+    let is_empty = |image: &Uuid| {
+        settings.media.get(image).is_some_and(|medium| {
+            let modified = fs::metadata(&medium.file).and_then(|found| found.modified());
+            modified.is_ok_and(|at| at < since) && holds_nothing(&medium.file).unwrap_or(false)
+        })
+    };
+    images.into_iter().filter(is_empty).collect()
 }
 
 /// Whether an image has no block: it ends where its first would begin, or it was not even given a header.

@@ -341,6 +341,17 @@ impl Settings {
         given_up.iter().filter(left).copied().collect()
     }
 
+    /// Images beside the machine's own that the registry names, nothing reads from, and that are named as VirtualBox names
+    /// those that it makes for a snapshot.
+    pub(super) fn unused(&self) -> Vec<Uuid> {
+        let used = self.in_use();
+        let made = |image: &Uuid, medium: &Medium| {
+            medium.parent.is_some() && medium.file == self.folder.join(format!("{{{image}}}.vdi"))
+        };
+        let unused = self.media.iter().filter(|(image, medium)| !used.contains(image) && made(image, medium));
+        unused.map(|(image, _)| *image).collect()
+    }
+
     /// How many snapshots stand between the machine and nothing.
     pub(super) fn depth(&self) -> usize {
         let current = self.current.and_then(|uuid| self.snapshot(uuid));

@@ -101,6 +101,16 @@ impl Action {
         }
     }
 
+    /// Images that may be of a try that was cut off, if it is done.
+    fn made(&self, settings: &Settings) -> Vec<Uuid> {
+        match self {
+            Self::Restore { images, .. } if self.is_done(settings) => {
+                settings.unused().into_iter().filter(|image| !images.contains(image)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether the settings say that it is done.
     fn is_done(&self, settings: &Settings) -> bool {
         match self {
@@ -108,7 +118,10 @@ impl Action {
             Self::Take { snapshot, .. } => taken(settings, *snapshot).is_some(),
             Self::Restore { native, images } => {
                 let renewed = settings.images.values().all(|image| !images.contains(image));
-                settings.current == Some(*native) && renewed && !images.is_empty()
+                settings.current == Some(*native)
+                    && renewed
+                    && !images.is_empty()
+                    && !self.was_cut_off(settings)
             }
             Self::Delete { native } => settings.snapshot(*native).is_none(),
             Self::Hide { native, .. } => {
@@ -120,6 +133,14 @@ impl Action {
             // Told by whether it runs, which no settings say.
             Self::PowerOff | Self::Start => false,
         }
+    }
+
+    /// Whether VBoxManage was killed in a restore at the moment that leaves the machine without its disks.
+    fn was_cut_off(&self, settings: &Settings) -> bool {
+        let Self::Restore { native, .. } = self else { return false };
+        let snap = settings.snapshot(*native);
+        settings.current == Some(*native)
+            && snap.is_some_and(|snap| !snap.images.keys().eq(settings.images.keys()))
     }
 
     /// Whether it is done where the machine is in that state; for what changes nothing else.
@@ -256,10 +277,15 @@ impl VirtualboxDriver {
         {
             return Ok(action.report(&detail.settings, notes.untold(context.state, context.operation)?)?);
         }
+        let since = SystemTime::now();
         if !action.is_done(&detail.settings) {
+            if action.was_cut_off(&detail.settings)
+                && let Err(error) = repair::service_gone().await
+            {
+                tracing::warn!(%error, "what the restore that was cut off has made may stay behind");
+            }
             let args = action.args(&machine.uuid.to_string());
             let call = Call::quick(args.iter().map(String::as_str)).moving();
-            let since = SystemTime::now();
             self.manage.run(call.working(lock, context.progress)).await?;
             context.hooks.reached(&format!("virtualbox.{}.after", action.word()));
             detail = self.settings(machine).await?;
@@ -267,7 +293,7 @@ impl VirtualboxDriver {
                 repair::orphans(&detail.settings, since, &notes)?;
             }
         }
-        self.close_left(action, &detail, &notes).await?;
+        self.close_left(action, &detail, since, &notes).await?;
         // A restore to where a machine without disks stands already leaves nothing that would show it.
         let tells = !matches!(action, Action::PowerOff | Action::Start | Action::Restore { .. });
         if tells && !action.is_done(&detail.settings) {
@@ -279,15 +305,30 @@ impl VirtualboxDriver {
     }
 
     /// Closes what a restore that was cut off left behind.
-    async fn close_left(&self, action: &Action, detail: &Detail, notes: &Notes) -> Result<(), DriverError> {
+    async fn close_left(
+        &self,
+        action: &Action,
+        detail: &Detail,
+        since: SystemTime,
+        notes: &Notes,
+    ) -> Result<(), DriverError> {
+        let close = async |image: Uuid| {
+            self.manage.run(Call::quick(["closemedium", "disk", &image.to_string(), "--delete"])).await
+        };
         for image in action.left(&detail.settings) {
             notes.add(&format!("the restore left image {image} behind, which it gave up: closed it"))?;
-            let call = Call::quick(["closemedium", "disk", &image.to_string(), "--delete"]);
             // The restore itself is done: this is tried until it works.
-            self.manage.run(call).await.map_err(|error| match error.class {
+            close(image).await.map_err(|error| match error.class {
                 ErrorClass::Permanent => DriverError { class: ErrorClass::Transient, ..error },
                 _ => error,
             })?;
+        }
+        for image in repair::empty(&detail.settings, action.made(&detail.settings), since) {
+            // It holds nothing, so it is no reason to stop. A VBoxSVC that was there all the time may still count on it.
+            match close(image).await {
+                Ok(_) => notes.add(&format!("the restore left the empty image {image} behind: closed it"))?,
+                Err(error) => tracing::warn!(%error, %image, "an empty image stays behind"),
+            }
         }
         Ok(())
     }
@@ -347,5 +388,39 @@ impl VirtualboxDriver {
             }
             found => found,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restore_that_left_the_machine_without_its_disks_is_not_done() {
+        let [snapshot, held, before, after] = [1, 2, 3, 4].map(Uuid::from_u128);
+        let restore = Action::Restore { native: snapshot, images: vec![before] };
+        let place = "sata 0 0".to_owned();
+        let snap = Snap {
+            uuid: snapshot,
+            parent: None,
+            name: "root".to_owned(),
+            description: String::new(),
+            taken: None,
+            online: false,
+            images: [(place.clone(), held)].into(),
+        };
+        let settings = |images: &[Uuid]| Settings {
+            current: Some(snapshot),
+            snapshots: vec![snap.clone()],
+            images: images.iter().map(|image| (place.clone(), *image)).collect(),
+            ..Settings::default()
+        };
+        let told = |images: &[Uuid]| {
+            let settings = settings(images);
+            (restore.is_done(&settings), restore.was_cut_off(&settings))
+        };
+        assert_eq!(told(&[after]), (true, false));
+        assert_eq!(told(&[]), (false, true));
+        assert_eq!(told(&[before]), (false, false));
     }
 }
