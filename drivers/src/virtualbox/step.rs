@@ -296,7 +296,7 @@ impl VirtualboxDriver {
         self.close_left(action, &detail, since, &notes).await?;
         // A restore to where a machine without disks stands already leaves nothing that would show it.
         let tells = !matches!(action, Action::PowerOff | Action::Start | Action::Restore { .. });
-        if tells && !action.is_done(&detail.settings) {
+        if tells && !action.is_done(&detail.settings) || action.was_cut_off(&detail.settings) {
             let message =
                 format!("VBoxManage says that the {} is done, and the settings do not", action.word());
             return Err(DriverError::new(ErrorClass::Unknown, Code::Drift, message));
