@@ -94,16 +94,8 @@ impl OperationLock {
         self.file.try_clone().doing("duplicate", &self.path)
     }
 
-    /// A folder for what only this operation needs, which goes with the lock. It is not made here.
-    pub(crate) fn folder(&self) -> PathBuf {
-        self.path.with_extension("d")
-    }
-
-    /// Lets go of it, and removes the file and the folder.
+    /// Lets go of it, and removes the file.
     pub(crate) fn release(self) {
-        if let Err(error) = if_there(fs::remove_dir_all(self.folder())) {
-            tracing::warn!(path = %self.folder().display(), %error, "an operation's folder stays behind");
-        }
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "an operation's lock file stays behind");
         }

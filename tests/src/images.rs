@@ -173,7 +173,7 @@ fn facts(file: &Path) -> Facts {
     (file.to_owned(), metadata.len(), metadata.modified().expect("a file system with times"))
 }
 
-/// The files of a backing chain, by the names in their headers. A relative one is meant from the image's own folder.
+/// The files of a backing chain, by the names in their headers: layers name one another by absolute path.
 ///
 /// # Panics
 /// One cannot be read, or there is no end.
@@ -200,6 +200,5 @@ fn backing(image: &Path) -> Option<PathBuf> {
     }
     let mut name = vec![0; usize::try_from(length).expect("a length")];
     file.read_exact_at(&mut name, at).expect("a name");
-    let name = PathBuf::from(String::from_utf8(name).expect("a path of the tests"));
-    Some(image.parent().map_or_else(|| name.clone(), |folder| folder.join(&name)))
+    Some(PathBuf::from(String::from_utf8(name).expect("a path of the tests")))
 }

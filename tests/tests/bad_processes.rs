@@ -253,6 +253,21 @@ fn a_signal_while_a_tool_hangs_parks_the_step_and_recovery_finishes_it() {
     }
 }
 
+#[test]
+fn where_a_file_system_knows_no_direct_writes_a_layer_is_pulled_all_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
+    branched(&mut lab);
+    let script = "case \"$*\" in *directsync*) echo \"qemu-img: Could not open 'x': filesystem does not support O_DIRECT\" \
+                  >&2; echo 1 > $FOLDER/refused; exit 1;; esac\nexec qemu-img \"$@\"";
+    let wrapped = Wrapped::new(&folder.path().join("tool"), script);
+    let deleted = wrapped.on(&lab.program).json(0, &["delete", "web", "b"]);
+    assert_eq!(deleted["merges"][0]["outcome"], "succeeded", "{deleted}");
+    assert_eq!(wrapped.number("refused"), 1);
+    lab.model.delete("b");
+    lab.check("a delete");
+}
+
 /// Ctrl-C does not wait for a merge that takes hours: qemu-img is ended, and the merge is done another time.
 #[test]
 fn a_merge_by_qemu_img_is_called_off_while_it_is_at_work() {

@@ -32,6 +32,8 @@ const PASSING: [&str; 7] = [
 ];
 /// How often it is asked whether what it works for was called off.
 const LOOK: Duration = Duration::from_millis(100);
+/// What QEMU says where the page cache cannot be gone round.
+const NO_DIRECT: &str = "O_DIRECT";
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
@@ -135,18 +137,29 @@ impl QemuImg {
         self.done("rebase", file, Run::quick(args).lock(lock)).await
     }
 
-    /// Puts `file` upon `onto`, of that format, and copies what differs. Killed in it, `file` may stand upon `onto`
-    /// before all was copied: the name in the header is written before the tables that make it true (seen).
+    /// Puts `file` upon `onto`, and copies what differs. With each write on disk before the next, the tables are there
+    /// before the header names the new backing file: seen, a kill at every write left the content as it was. (With the
+    /// default cache, and with `none`, the header is written first, and a kill there changes the content.)
     pub(super) async fn rebase(
         &self,
         lock: &OperationLock,
         file: &Path,
-        onto: (&Path, &str),
+        onto: &Path,
+        format: &str,
         patron: Patron<'_>,
     ) -> Result<(), DriverError> {
-        let args = ["rebase", "-p", "-f", "qcow2", "-F", onto.1, "-b"].map(OsStr::new);
-        let args = args.into_iter().chain([onto.0.as_os_str(), file.as_os_str()]);
-        self.done("rebase", file, Run::moving(args).lock(lock).patron(patron)).await
+        let run = |cache| {
+            let args = ["rebase", "-p", "-t", cache, "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+            let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
+            Run::moving(args).lock(lock).patron(patron)
+        };
+        match self.done("rebase", file, run("directsync")).await {
+            // Not every file system knows it; that is said when the file is opened, before anything is written.
+            Err(error) if error.failure.message.contains(NO_DIRECT) => {
+                self.done("rebase", file, run("writethrough")).await
+            }
+            done => done,
+        }
     }
 
     /// Works on an internal snapshot of an image: `-c` creates it, `-a` applies it, `-d` deletes it.

@@ -14,7 +14,6 @@ use snaptree_engine::operation::Code;
 
 use super::adopt::{Work, backing_name, unreadable};
 use super::config::QemuConfig;
-use super::disguise::{Disguise, name_beside};
 use super::files::{self, Doing, WRITE_BITS, folder_of, if_there, remove, set_mode, stamp_of, sync};
 use super::live::{self, Monitor};
 use super::lock::{check_unused, check_unused_soon};
@@ -62,7 +61,7 @@ impl Pull {
     async fn run(&self, work: Work<'_>) -> Result<(), DriverError> {
         self.to_old_parent(work).await?;
         work.reached("qemu.pull.started");
-        self.rebase(work).await?;
+        work.img.rebase(work.lock, &self.file, &self.onto_file, "qcow2", work.context.into()).await?;
         if backing_name(&self.file)?.as_ref() != Some(&self.onto_file) {
             return Err(DriverError::permanent(
                 Code::BadImage,
@@ -73,28 +72,13 @@ impl Pull {
         Ok(())
     }
 
-    /// At no moment of it does the layer read as anything else than before.
-    async fn rebase(&self, work: Work<'_>) -> Result<(), DriverError> {
-        let disguise = Disguise::new(work.lock, &self.file, &self.from_file, &self.onto_file)?;
-        let parent = (disguise.parent.as_path(), "qcow2");
-        work.img.rebase(work.lock, &disguise.file, parent, work.context.into()).await?;
-        sync(&self.file).await?;
-        work.reached("qemu.pull.copied");
-        work.img.rebase_header(work.lock, &self.file, &self.onto_file, "qcow2").await
-    }
-
-    /// The name in the header by which the layer stands on its old parent while it is copied to.
-    pub(super) fn disguised(&self) -> Option<PathBuf> {
-        name_beside(&self.file, &self.from_file)
-    }
-
     /// The header back to the old parent: the layer then reads as before, however far the pull had come.
     async fn to_old_parent(&self, work: Work<'_>) -> Result<(), DriverError> {
         let name = backing_name(&self.file)?;
         if name.as_ref() == Some(&self.from_file) {
             return Ok(());
         }
-        if name.as_ref() != Some(&self.onto_file) && name != self.disguised() {
+        if name.as_ref() != Some(&self.onto_file) {
             return Err(DriverError::permanent(
                 Code::Drift,
                 format!("{} is built upon a file that Snaptree did not put it upon", self.file.display()),

@@ -29,7 +29,6 @@
 mod adopt;
 mod agent;
 mod config;
-mod disguise;
 mod drift;
 mod files;
 mod flatten;

@@ -215,7 +215,7 @@ impl Pull {
             let open = seen.files.get(&self.file).is_some_and(|facts| facts.mode & WRITE_BITS != 0);
             return if open && self.writer == Writer::Nobody { FINISH } else { Resolution::NotDone };
         }
-        if name == Some(&self.onto_file) || (name.is_some() && name == self.disguised().as_ref()) {
+        if name == Some(&self.onto_file) {
             return FINISH;
         }
         ask(format!("{} is built upon a file that Snaptree did not put it upon", self.file.display()))
