@@ -340,7 +340,7 @@ fn under_a_machine_a_merge_waits_for_room_goes_no_faster_than_it_may_and_tells_h
     let lines = reconcile_by_daemon(&alive.running);
     let took = began.elapsed();
     let carried = &lines.last().expect("an account")["driven"]["carried"][0];
-    assert_eq!(carried["outcome"], "succeeded", "{carried}");
+    assert_eq!(carried["outcome"], "succeeded", "{lines:?}");
     let progress: Vec<u64> = lines
         .iter()
         .filter(|line| line["progress"]["total"].as_u64() > Some(MIB))
