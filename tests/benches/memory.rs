@@ -335,8 +335,11 @@ fn pauses(folder: &Path, virsh: Option<&Virsh>, rounds: usize, load: &mut Load) 
                 // A snapshot leaves the memory in small pages, which QEMU goes through more slowly the next time; the
                 // kernel makes large ones of them again within minutes.
                 (7, _) => {
-                    let fresh = Machine::snaptree(&folder.join(format!("fresh-{round}")), BIG, &["--memory"]);
+                    let folder = folder.join("fresh");
+                    let fresh = Machine::snaptree(&folder, BIG, &["--memory"]);
                     first.measure(&fresh, |machine| machine.create("first"));
+                    drop(fresh);
+                    std::fs::remove_dir_all(folder).expect("its files go");
                 }
                 (2, _) => limit.measure(&bare, Machine::bare_background),
                 (3, _) => {

@@ -324,10 +324,10 @@ impl VirtualboxDriver {
             })?;
         }
         for image in repair::empty(&detail.settings, action.made(&detail.settings), since) {
-            // It holds nothing, so it is no reason to stop. A VBoxSVC that was there all the time may still count on it.
-            match close(image).await {
-                Ok(_) => notes.add(&format!("the restore left the empty image {image} behind: closed it"))?,
-                Err(error) => tracing::warn!(%error, %image, "an empty image stays behind"),
+            notes.add(&format!("the restore left image {image} behind, which holds nothing: closed it"))?;
+            // No reason to stop. A VBoxSVC that was there all the time may still count on it.
+            if let Err(error) = close(image).await {
+                tracing::warn!(%error, %image, "an empty image stays behind");
             }
         }
         Ok(())
