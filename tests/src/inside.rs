@@ -196,7 +196,8 @@ impl Inside {
     pub fn qmp(&self, command: &str, arguments: &Value) -> Value {
         let stream = UnixStream::connect(&self.running.qmp).expect("the monitor");
         let mut lines = BufReader::new(stream.try_clone().expect("a socket")).lines();
-        lines.next().expect("a greeting").expect("a line");
+        // What the client before did not wait for comes first.
+        while !lines.next().expect("a greeting").expect("a line").contains("\"QMP\"") {}
         let mut ask = |message: Value| {
             (&stream).write_all(format!("{message}\n").as_bytes()).expect("it listens");
             let answers = lines.by_ref().map(|line| serde_json::from_str::<Value>(&line.expect("a line")));

@@ -253,19 +253,35 @@ fn a_signal_while_a_tool_hangs_parks_the_step_and_recovery_finishes_it() {
     }
 }
 
+/// A layer is pulled while its header cannot be written. Where that is not to be had, it is pulled all the same.
 #[test]
-fn where_a_file_system_knows_no_direct_writes_a_layer_is_pulled_all_the_same() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
-    branched(&mut lab);
-    let script = "case \"$*\" in *directsync*) echo \"qemu-img: Could not open 'x': filesystem does not support O_DIRECT\" \
-                  >&2; echo 1 > $FOLDER/refused; exit 1;; esac\nexec qemu-img \"$@\"";
-    let wrapped = Wrapped::new(&folder.path().join("tool"), script);
-    let deleted = wrapped.on(&lab.program).json(0, &["delete", "web", "b"]);
-    assert_eq!(deleted["merges"][0]["outcome"], "succeeded", "{deleted}");
-    assert_eq!(wrapped.number("refused"), 1);
-    lab.model.delete("b");
-    lab.check("a delete");
+fn a_layer_is_pulled_without_the_driver_that_refuses_writes_without_direct_ones_and_where_a_flag_is_kept() {
+    let refuse = |word: &str, says: &str| {
+        format!(
+            "case \"$*\" in *{word}*) echo \"qemu-img: Could not open 'x': {says}\" >&2; echo 1 > $FOLDER/refused; exit 1;; \
+             esac\n"
+        )
+    };
+    let last = "exec qemu-img \"$@\"";
+    let no_driver = refuse("blkdebug", "Unknown driver 'blkdebug'") + last;
+    let no_direct = refuse("directsync", "filesystem does not support O_DIRECT") + &no_driver;
+    // A layer with this option has a flag in its header that says that its counts are not up to date.
+    let flag = "[ $1 = create ] || exec qemu-img \"$@\"\nshift\necho 1 > $FOLDER/refused\n\
+                exec qemu-img create -o lazy_refcounts=on \"$@\"";
+    for script in [no_driver.as_str(), &no_direct, flag] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut lab = Lab::with_disks(folder.path(), ONE_DISK);
+        let wrapped = Wrapped::new(&folder.path().join("tool"), script);
+        let program = wrapped.on(&lab.program);
+        let plain = std::mem::replace(&mut lab.program, program);
+        branched(&mut lab);
+        let deleted = lab.program.json(0, &["delete", "web", "b"]);
+        assert_eq!(deleted["merges"][0]["outcome"], "succeeded", "{script}: {deleted}");
+        assert_eq!(wrapped.number("refused"), 1, "{script}");
+        lab.program = plain;
+        lab.model.delete("b");
+        lab.check(script);
+    }
 }
 
 /// Ctrl-C does not wait for a merge that takes hours: qemu-img is ended, and the merge is done another time.

@@ -12,7 +12,7 @@ use snaptree_tests::scenarios::{self, Scenario};
 use snaptree_tests::scene::Scene;
 
 /// The places. Each is tried at its first reach, its second, and so on until the operation ends before it.
-const PLACES: [&str; 26] = [
+const PLACES: [&str; 27] = [
     "append.before",
     "append.after",
     "qemu.adopt.begin",
@@ -31,6 +31,7 @@ const PLACES: [&str; 26] = [
     "qemu.push.done",
     "qemu.pull.begin",
     "qemu.pull.started",
+    "qemu.pull.copied",
     "qemu.pull.pulled",
     "qemu.pull.done",
     "qemu.drop.begin",

@@ -51,7 +51,8 @@ impl Flatten {
         let Some(base) = &self.own_backing else { return Ok(()) };
         let format = base.format.as_deref().unwrap_or("qcow2");
         work.img.create(work.lock, &self.into, &self.from, self.virtual_size_bytes).await?;
-        work.img.rebase(work.lock, &self.into, &base.name, format, work.context.into()).await
+        // Nobody reads the copy before it is whole.
+        work.img.rebase(work.lock, &self.into, (&base.name, format), None, work.context.into()).await
     }
 
     /// Removes the copy.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use serde_json::json;
 use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepContext};
 use snaptree_engine::operation::Code;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -34,6 +35,10 @@ const PASSING: [&str; 7] = [
 const LOOK: Duration = Duration::from_millis(100);
 /// What QEMU says where the page cache cannot be gone round.
 const NO_DIRECT: &str = "O_DIRECT";
+/// What a write fails with that is refused in [`shielded`].
+const REFUSED: &str = "Input/output error";
+/// In what QEMU says where it was built without the driver that refuses them.
+const NO_SHIELD: &str = "'blkdebug'";
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
@@ -137,29 +142,56 @@ impl QemuImg {
         self.done("rebase", file, Run::quick(args).lock(lock)).await
     }
 
-    /// Puts `file` upon `onto`, and copies what differs. With each write on disk before the next, the tables are there
-    /// before the header names the new backing file: seen, a kill at every write left the content as it was. (With the
-    /// default cache, and with `none`, the header is written first, and a kill there changes the content.)
-    pub(super) async fn rebase(
+    /// Copies into `file` what it needs to stand upon `onto` instead of its parent, and writes its tables. Its header is
+    /// the caller's to write, once that is on disk: qemu-img itself writes it before the tables that make it true (seen;
+    /// killed between, the layer reads wrong). So each write to the header is refused, which is the last that qemu-img
+    /// tries, and what it then says tells that all else was done.
+    ///
+    /// Where that cannot be had it is done with each write on disk before the next, at half the speed, and the header is
+    /// written as well: no kill at any write changed what the layer reads as.
+    pub(super) async fn pull(
         &self,
         lock: &OperationLock,
         file: &Path,
         onto: &Path,
-        format: &str,
         patron: Patron<'_>,
     ) -> Result<(), DriverError> {
-        let run = |cache| {
-            let args = ["rebase", "-p", "-t", cache, "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
-            let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
-            Run::moving(args).lock(lock).patron(patron)
-        };
-        match self.done("rebase", file, run("directsync")).await {
+        if let (Some(shielded), Some(onto_text)) = (shielded(file), onto.to_str()) {
+            let args = ["rebase", "-p", "-F", "qcow2", "-b", onto_text, shielded.as_str()].map(OsStr::new);
+            let output = self.run("rebase", file, Run::moving(args).lock(lock).patron(patron)).await?;
+            if output.status.success() || output.refused_header_alone(onto_text) {
+                return Ok(());
+            }
+            // A dirty flag and a table of reference counts that grows change the header too, and before all is done.
+            let refused = output.stderr.contains(REFUSED) || output.stderr.contains(NO_SHIELD);
+            if output.status.code() != Some(1) || !refused {
+                return Err(output.failure("rebase", file));
+            }
+            tracing::info!(file = %file.display(), why = output.summary(), "each write waits for the disk");
+        }
+        match self.rebase(lock, file, (onto, "qcow2"), Some("directsync"), patron).await {
             // Not every file system knows it; that is said when the file is opened, before anything is written.
             Err(error) if error.failure.message.contains(NO_DIRECT) => {
-                self.done("rebase", file, run("writethrough")).await
+                self.rebase(lock, file, (onto, "qcow2"), Some("writethrough"), patron).await
             }
             done => done,
         }
+    }
+
+    /// Puts `file` upon `onto`, of that format, and copies what differs; killed in it, `file` may read wrong, but with
+    /// a `cache` that has each write on disk before the next.
+    pub(super) async fn rebase(
+        &self,
+        lock: &OperationLock,
+        file: &Path,
+        (onto, format): (&Path, &str),
+        cache: Option<&str>,
+        patron: Patron<'_>,
+    ) -> Result<(), DriverError> {
+        let args = ["rebase", "-p", "-f", "qcow2", "-F", format, "-b"].map(OsStr::new);
+        let args = args.into_iter().chain([onto.as_os_str(), file.as_os_str()]);
+        let cache = cache.into_iter().flat_map(|cache| ["-t", cache]).map(OsStr::new);
+        self.done("rebase", file, Run::moving(args.chain(cache)).lock(lock).patron(patron)).await
     }
 
     /// Works on an internal snapshot of an image: `-c` creates it, `-a` applies it, `-d` deletes it.
@@ -377,7 +409,22 @@ impl<'a> Run<'a> {
     }
 }
 
+/// An image by a name that has QEMU refuse every write to its first sector, where the header is, with EIO. None for a
+/// path that is not UTF-8.
+fn shielded(file: &Path) -> Option<String> {
+    let refuse = json!({ "event": "none", "iotype": "write", "sector": 0, "errno": 5 });
+    let image = json!({ "driver": "file", "filename": file.to_str()? });
+    let file = json!({ "driver": "blkdebug", "inject-error": [refuse], "image": image });
+    Some(format!("json:{}", json!({ "driver": "qcow2", "file": file })))
+}
+
 impl Output {
+    /// Whether all was done but the writing of the header, and nothing else went wrong.
+    fn refused_header_alone(&self, onto: &str) -> bool {
+        let expected = format!("qemu-img: Could not change the backing file to '{onto}': {REFUSED}");
+        self.status.code() == Some(1) && self.stderr.trim_end() == expected
+    }
+
     /// The first lines that it wrote to stderr, without control characters.
     fn summary(&self) -> String {
         let text: Vec<&str> = self

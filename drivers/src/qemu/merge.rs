@@ -61,7 +61,10 @@ impl Pull {
     async fn run(&self, work: Work<'_>) -> Result<(), DriverError> {
         self.to_old_parent(work).await?;
         work.reached("qemu.pull.started");
-        work.img.rebase(work.lock, &self.file, &self.onto_file, "qcow2", work.context.into()).await?;
+        work.img.pull(work.lock, &self.file, &self.onto_file, work.context.into()).await?;
+        sync(&self.file).await?;
+        work.reached("qemu.pull.copied");
+        work.img.rebase_header(work.lock, &self.file, &self.onto_file, "qcow2").await?;
         if backing_name(&self.file)?.as_ref() != Some(&self.onto_file) {
             return Err(DriverError::permanent(
                 Code::BadImage,
