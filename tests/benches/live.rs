@@ -4,7 +4,6 @@
 
 #![allow(missing_docs, clippy::expect_used, reason = "a bench binary")]
 
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -155,37 +154,15 @@ fn pid_in(folder: &Path) -> u32 {
     std::fs::read_to_string(file).expect("it can be read").trim().parse().expect("a number")
 }
 
-/// How long the longest step took, from its announcement in the log to its end: the one that moves the data.
-fn longest_step(program: &Program) -> Duration {
-    let log = program.run(&["log", "web", "--kind", "Operation.", "--json"]).stdout;
-    let mut began = BTreeMap::new();
-    let mut longest = Duration::ZERO;
-    for line in log.lines() {
-        let event: Value = serde_json::from_str(line).expect("JSON");
-        let time: Timestamp = event["at"].as_str().and_then(|time| time.parse().ok()).expect("a time");
-        let step = (event["operation"].to_string(), event["data"]["step"].to_string());
-        match event["kind"].as_str() {
-            Some("Operation.StepStarted") => {
-                began.insert(step, time);
-            }
-            Some("Operation.StepFinished") => {
-                let began = began.get(&step).expect("it began");
-                longest = longest.max(time.duration_since(*began).unsigned_abs());
-            }
-            _ => {}
-        }
-    }
-    longest
-}
-
 /// A delete that merges under the machine: the whole process, its longest step, and what was planned.
 fn snaptree(folder: &Path, mib: usize, deleted: &str) -> (Duration, Duration, Value) {
     let program = machine(folder, mib);
     let planned = program.json(0, &["delete", "web", deleted, "--dry-run"]);
     quiet();
+    let since = Timestamp::now();
     let took = time(&mut program.command(&["delete", "web", deleted, "--now"]));
     program.json(0, &["domain", "stop", "web", "--force"]);
-    (took, longest_step(&program), planned)
+    (took, program.longest_step(since), planned)
 }
 
 fn compare(

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use jiff::Timestamp;
+use serde_json::Value;
 use snaptree_tests::images::{text, tool};
 use snaptree_tests::measure::{Times, quiet, time};
 use snaptree_tests::program::Program;
@@ -110,8 +112,8 @@ impl Merge {
         let folder = tempfile::tempdir().expect("a folder");
         let program = machine(folder.path());
         let path = folder.path().join("vda.qcow2");
-        let [mut bare, mut whole, mut delete] = std::array::from_fn(|_| Times::default());
-        let mut merges = serde_json::Value::Null;
+        let [mut bare, mut whole, mut step, mut delete] = std::array::from_fn(|_| Times::default());
+        let mut merges = Value::Null;
         for _ in 0..rounds {
             let (alone, with_all) = self.bare(folder.path());
             bare.push(alone);
@@ -121,15 +123,20 @@ impl Merge {
             fill(&path, "2G", self.upper_mib);
             merges = program.json(0, &["delete", "web", "middle", "--dry-run"])["merges"].take();
             quiet();
+            let since = Timestamp::now();
             delete.push(time(&mut program.command(&["delete", "web", "middle", "--now"])));
+            step.push(program.longest_step(since));
             program.json(0, &["revert", "web", "first"]);
             program.json(0, &["reconcile", "web"]);
         }
         bare.print(&format!("qemu-img {what}"), None);
         whole.print(&format!("qemu-img {what}, then sync and rm"), Some(&bare));
+        step.print(&format!("the step that moves the data, by {what}"), Some(&bare));
         delete.print(&format!("snaptree delete, by {what}"), Some(&bare));
         println!(
-            "throughput beside bare qemu-img {:.2}, beside qemu-img, sync and rm {:.2}; planned: {merges}",
+            "throughput beside bare qemu-img {:.2}, of the whole process {:.2}, of that beside qemu-img, sync and rm {:.2}; \
+             planned: {merges}",
+            bare.median_ms() / step.median_ms(),
             bare.median_ms() / delete.median_ms(),
             whole.median_ms() / delete.median_ms()
         );

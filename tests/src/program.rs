@@ -1,11 +1,13 @@
 //! The real program, built once and run as a process.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use serde_json::Value;
 
 /// The path of the `snaptree` binary with fault points, built on first use.
@@ -154,6 +156,33 @@ impl Program {
         let ran = self.run(&args);
         assert_eq!(ran.code, Some(code), "{args:?}: {ran:?}");
         ran.json()
+    }
+
+    /// How long the longest step of `web` since then took, from its announcement in the log to its end: the one that
+    /// moves the data.
+    ///
+    /// # Panics
+    /// The log cannot be read.
+    pub fn longest_step(&self, since: Timestamp) -> Duration {
+        let log = self.run(&["log", "web", "--kind", "Operation.", "--json"]).stdout;
+        let events = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        let mut began = BTreeMap::new();
+        let mut longest = Duration::ZERO;
+        for event in events {
+            let time: Timestamp = event["at"].as_str().and_then(|time| time.parse().ok()).expect("a time");
+            let step = (event["operation"].to_string(), event["data"]["step"].to_string());
+            match event["kind"].as_str() {
+                Some("Operation.StepStarted") if time >= since => {
+                    began.insert(step, time);
+                }
+                Some("Operation.StepFinished") => {
+                    let took = began.remove(&step).map(|began| time.duration_since(began).unsigned_abs());
+                    longest = longest.max(took.unwrap_or_default());
+                }
+                _ => {}
+            }
+        }
+        longest
     }
 
     /// Runs it with `--json` and this standard input, and expects success.

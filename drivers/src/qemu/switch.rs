@@ -14,7 +14,8 @@ use super::generation::{self, Stand};
 use super::live::{self, Beside, Run};
 use super::lock::QemuLocks;
 use super::manifest::{Effect, links};
-use super::step::{Fresh, Live, Push, Restack, StampOf, Switch, Writer};
+use super::record::StampOf;
+use super::step::{Fresh, Live, Push, Restack, Switch, Writer};
 
 /// How often a layer is pushed again because the machine ran in between.
 const PUSHES_MAX: usize = 3;

@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         }
     };
     let began = Instant::now();
+    std::fs::create_dir_all(&dir).expect("a folder");
     let folder = tempfile::tempdir_in(dir).expect("a folder");
     let mut told = 0;
     let lived = live(wanted, folder.path(), &mut |progress| {
