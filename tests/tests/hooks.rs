@@ -11,7 +11,7 @@ use std::process::{Child, Stdio};
 use serde_json::{Value, json};
 use snaptree_tests::daemon::Daemon;
 use snaptree_tests::images::tool;
-use snaptree_tests::program::{Program, wait_until_stopped};
+use snaptree_tests::program::Program;
 
 /// Writes a line when it begins and one when it ends.
 const TELLS: &str = "echo \"begin $SNAPTREE_PHASE\" >> \"$LOG\"; echo \"end $SNAPTREE_PHASE\" >> \"$LOG\"";
@@ -302,24 +302,27 @@ fn a_daemon_that_is_told_to_end_between_the_hooks_runs_the_one_after_first() {
 #[test]
 fn what_was_called_off_between_the_hooks_ends_with_the_hook_after() {
     let lab = Lab::new();
-    lab.set(&format!(
-        "{}{}",
-        lab.hook("before", TELLS, ""),
-        lab.hook("after", "echo \"$SNAPTREE_OUTCOME\" >> \"$LOG\"", "")
-    ));
-    let mut stopped = lab
+    let (begun, go) = (lab.pipe("begun"), lab.pipe("go"));
+    let before =
+        lab.hook("before", "echo x > \"$DIR\"begun; read line < \"$DIR\"go; echo before >> \"$LOG\"", "");
+    let after = lab.hook("after", "echo \"$SNAPTREE_OUTCOME\" >> \"$LOG\"", "");
+    lab.set(&format!("{before}{after}"));
+    let mut run = lab
         .program
-        .with_fault("hook.done.before=stop")
         .command(&["policy", "run", "p"])
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .expect("it starts");
-    wait_until_stopped(stopped.id());
-    signal(&stopped, "INT");
-    signal(&stopped, "CONT");
-    stopped.wait().expect("it ends");
-    assert_eq!(lab.log(), ["begin before", "end before", "cancelled"]);
+    fs::read(&begun).expect("the hook is at work");
+    signal(&run, "INT");
+    let mut said = BufReader::new(run.stderr.take().expect("a pipe")).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains("ending after this step")), "it heard of it");
+    fs::write(&go, "x\n").expect("the hook reads");
+    // What it says has to be read until it ends.
+    said.for_each(drop);
+    run.wait().expect("it ends");
+    assert_eq!(lab.log(), ["before", "cancelled"]);
     assert_eq!((lab.run()["outcome"].as_str(), lab.snapshots()), (Some("cancelled"), 0));
 }
 
