@@ -158,7 +158,8 @@ impl QemuImg {
     ) -> Result<(), DriverError> {
         if let (Some(shielded), Some(onto_text)) = (shielded(file), onto.to_str()) {
             let args = ["rebase", "-p", "-F", "qcow2", "-b", onto_text, shielded.as_str()].map(OsStr::new);
-            let output = self.run("rebase", file, Run::moving(args).lock(lock).patron(patron)).await?;
+            let mut output = self.run("rebase", file, Run::moving(args).lock(lock).patron(patron)).await?;
+            output.stderr = output.stderr.replace(&shielded, &file.display().to_string());
             if output.status.success() || output.refused_header_alone(onto_text) {
                 return Ok(());
             }
