@@ -163,7 +163,7 @@ impl QemuImg {
             if output.status.success() || output.refused_header_alone(onto_text) {
                 return Ok(());
             }
-            // A dirty flag and a table of reference counts that grows change the header too, and before all is done.
+            // A dirty bitmap in the image changes the header too, when the image is opened (seen).
             let refused = output.stderr.contains(REFUSED) || output.stderr.contains(NO_SHIELD);
             if output.status.code() != Some(1) || !refused {
                 return Err(output.failure("rebase", file));
