@@ -1,0 +1,1 @@
+//! T: clocks that are wrong, and clocks that leap.

@@ -1,0 +1,1 @@
+//! C: cost that must not grow with what ever happened.

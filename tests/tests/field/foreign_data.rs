@@ -1,0 +1,1 @@
+//! D: what somebody else keeps in an image.

@@ -1,0 +1,1 @@
+//! H: somebody else at work on the same files, and hostile hands.

@@ -1,0 +1,1 @@
+//! N: one name, one owner.

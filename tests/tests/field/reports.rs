@@ -1,0 +1,1 @@
+//! A: what is told, and whether it is so.

@@ -1,0 +1,1 @@
+//! R: whether a machine runs.

@@ -1,0 +1,1 @@
+//! U: at the terminal.
