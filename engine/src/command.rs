@@ -150,6 +150,14 @@ pub enum Command {
     /// Let go of the domain.
     #[serde(with = "as_wish")]
     Unregister(UnregisterWish),
+    /// A request for which something is given up that somebody else keeps inside the images, and that would else be
+    /// refused for it.
+    GivingUp {
+        /// The names that it has there.
+        names: BTreeSet<String>,
+        /// The request.
+        request: Box<Command>,
+    },
     /// Let an operation that needs attention try again.
     #[serde(with = "as_operation")]
     Retry(crate::ids::OperationId),
@@ -223,6 +231,13 @@ mod tests {
             (Command::Delete(delete), r#"{"command":"delete","snapshots":["current"]}"#),
             (Command::Release { snapshot }, r#"{"command":"release","snapshot":"current"}"#),
             (Command::Unregister(UnregisterWish::Flatten), r#"{"command":"unregister","wish":"flatten"}"#),
+            (
+                Command::GivingUp {
+                    names: BTreeSet::from(["b0".to_owned()]),
+                    request: Box::new(Command::Create(Create::default())),
+                },
+                r#"{"command":"giving-up","names":["b0"],"request":{"command":"create"}}"#,
+            ),
             (
                 Command::Retry(operation),
                 r#"{"command":"retry","operation":"00000000-0000-0000-0000-000000000000"}"#,

@@ -30,6 +30,10 @@ pub const LABELS_MAX: usize = 64;
 pub const LABEL_BYTES_MAX: usize = 255;
 /// What the name of a snapshot begins with that keeps what a revert gave up.
 pub const KEPT_NAME: &str = "before-revert-";
+/// Most things inside the images that one request may give up.
+pub const GIVEN_UP_MAX: usize = 1_024;
+/// Longest name of such a thing, in bytes: QEMU's own limit is 1023 for a bitmap.
+pub const INSIDE_NAME_BYTES_MAX: usize = 1_023;
 /// Most operations that may wait for one domain.
 pub const OPEN_OPERATIONS_MAX: usize = 1_000;
 
@@ -62,6 +66,7 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
         Command::Resolve { operation, verdict, reason } => {
             return resolved(state, *operation, *verdict, reason);
         }
+        Command::GivingUp { names, request } => return giving_up(state, names, request, ctx),
         _ => {}
     }
     let domain = registered(state)?;
@@ -112,11 +117,32 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
             DomainChanged { name: name.clone(), labels, access: None }.into()
         }
         Command::Unregister(wish) => unregister(state, *wish, ctx)?,
-        Command::Retry(_) | Command::Resolve { .. } => {
+        Command::GivingUp { .. } | Command::Retry(_) | Command::Resolve { .. } => {
             return Err(reject(Code::Invalid, "this makes no request"));
         }
     };
     Ok(vec![event])
+}
+
+/// Judges a request for which something is given up.
+fn giving_up(
+    state: &DomainState,
+    names: &BTreeSet<String>,
+    request: &Command,
+    ctx: &Ctx,
+) -> Result<Vec<Event>, Rejection> {
+    match request {
+        Command::Create(_) | Command::Unregister(_) => {}
+        _ => return Err(reject(Code::Invalid, "nothing can be given up for this request")),
+    }
+    if names.len() > GIVEN_UP_MAX || names.iter().any(|name| name.len() > INSIDE_NAME_BYTES_MAX) {
+        let message = format!(
+            "at most {GIVEN_UP_MAX} names of at most {INSIDE_NAME_BYTES_MAX} bytes can be given up at once"
+        );
+        return Err(reject(Code::Invalid, message));
+    }
+    let terms = RequestTerms { give_up: names.clone(), ..ctx.terms.clone() };
+    decide(state, request, &Ctx { terms, ..ctx.clone() })
 }
 
 fn registered(state: &DomainState) -> Result<&Domain, Rejection> {

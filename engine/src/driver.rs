@@ -145,6 +145,17 @@ pub struct FileFacts {
     pub internal_snapshots: u32,
 }
 
+/// What somebody else keeps inside an image file, by the names that it has there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inside {
+    /// Snapshots that came after the domain was registered; what was there before was told then.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub snapshots: BTreeSet<String>,
+    /// Dirty bitmaps, which backups go by.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub bitmaps: BTreeSet<String>,
+}
+
 /// A snapshot that the hypervisor itself lists.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeenSnapshot {
@@ -227,6 +238,9 @@ pub struct Observation {
     pub memory: BTreeMap<PathBuf, FileStamp>,
     /// Per file of ours: files that are built upon it and are not in the log.
     pub foreign_dependants: BTreeMap<PathBuf, Vec<PathBuf>>,
+    /// What somebody else keeps inside the images of the log and the registered ones, by file.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inside: BTreeMap<PathBuf, Inside>,
     /// The generation that is switched on.
     pub generation: Option<String>,
     /// How much room there is for the domain's files; none where that cannot be told.

@@ -202,6 +202,10 @@ pub struct RemoveArgs {
     /// End its snapshots and put one plain image back at the registered path
     #[arg(long, conflicts_with_all = ["keep_layers", "metadata"])]
     pub flatten: bool,
+    /// With --flatten: give up what somebody else keeps inside the layers under this name (a snapshot of libvirt's or
+    /// qemu-img's, a dirty bitmap), where it is refused for it; may be given several times
+    #[arg(long, value_name = "NAME", requires = "flatten")]
+    pub give_up: Vec<String>,
     /// Leave every file as it is
     #[arg(long, conflicts_with = "metadata")]
     pub keep_layers: bool,

@@ -103,6 +103,10 @@ pub struct CreateArgs {
     /// Read libvirt snapshot XML from FILE, or from standard input with '-'
     #[arg(long, value_name = "FILE")]
     pub xml: Option<String>,
+    /// Give up what somebody else keeps inside the images under this name (a snapshot of libvirt's or qemu-img's), where
+    /// the create is refused for it; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub give_up: Vec<String>,
     /// Makes the request idempotent: given again with the same command, the first result is the answer
     #[arg(long)]
     pub key: Option<String>,

@@ -34,6 +34,14 @@ pub struct Asked<'a> {
     pub wait: Wait,
 }
 
+/// A request for which these names inside the images are given up, if there are any.
+pub fn giving_up(names: Vec<String>, request: Command) -> Command {
+    if names.is_empty() {
+        return request;
+    }
+    Command::GivingUp { names: names.into_iter().collect(), request: Box::new(request) }
+}
+
 /// Submits a request, carries it out, and prints its outcome.
 ///
 /// # Errors

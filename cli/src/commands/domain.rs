@@ -11,7 +11,7 @@ use snaptree_engine::driver::PowerWish;
 use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::project::DomainState;
 
-use super::carry::{Asked, carry, open};
+use super::carry::{Asked, carry, giving_up, open};
 use crate::args::WriterArgs;
 use crate::args::domain::{AccessArgs, AddArgs, DomainCommand, RemoveArgs, SetArgs};
 use crate::args::snapshot::Wait;
@@ -222,7 +222,7 @@ async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
             format!("End all snapshots of {} and keep only its current disks?", safe(&args.domain));
         confirm(&question, args.yes)?;
     }
-    let asked =
-        Asked { domain: &args.domain, command: Command::Unregister(wish), key: None, wait: Wait::ToTheEnd };
+    let command = giving_up(args.give_up, Command::Unregister(wish));
+    let asked = Asked { domain: &args.domain, command, key: None, wait: Wait::ToTheEnd };
     carry(context, &open(context, &args.writer).await?, &asked).await
 }

@@ -9,7 +9,7 @@ use snaptree_engine::engine::{Engine, Submitted};
 use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish, Place};
 use snaptree_engine::{OperationId, xml};
 
-use super::carry::{Asked, carry, dry_run, open, report};
+use super::carry::{Asked, carry, dry_run, giving_up, open, report};
 use super::query::{one, show_view};
 use crate::args::snapshot::{CreateArgs, DeleteArgs, EditArgs, HoldArgs, ReleaseArgs, RevertArgs};
 use crate::args::value::labels;
@@ -48,7 +48,7 @@ pub async fn create(context: &Context, args: CreateArgs) -> Result<Exit> {
     };
     let asked = Asked {
         domain: &args.domain,
-        command: Command::Create(command),
+        command: giving_up(args.give_up, Command::Create(command)),
         key: args.key.as_deref(),
         wait: args.wait.wait(),
     };

@@ -194,6 +194,7 @@ impl Machine {
             unreadable: BTreeMap::new(),
             memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
+            inside: BTreeMap::new(),
             generation: None,
             room: None,
             snapshots: self.snapshots.iter().map(seen).collect(),

@@ -1,6 +1,6 @@
 //! What a user says of a QEMU domain, and what the driver remembers of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,9 @@ pub struct DiskPaths {
     /// What the image was built upon when it was registered, nearest first. Snaptree only reads these files.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<PathBuf>,
+    /// The snapshots that somebody else had made inside it by then, which the user was told of; none where nobody looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inside: Option<BTreeSet<String>>,
 }
 
 impl QemuConfig {

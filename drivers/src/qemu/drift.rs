@@ -42,7 +42,9 @@ pub(super) fn check(
     let exempt = exempt(state);
     for (disk, paths) in &config.disks {
         let layers = state.layers.disks.get(disk);
-        let adopted = layers.is_some_and(|layers| layers.active_layer().is_some());
+        let active = layers.and_then(|layers| layers.active_layer());
+        check_top(active.map_or(&paths.resolved, |(_, layer)| &layer.file), seen)?;
+        let adopted = active.is_some();
         if adopted && config.keep_path == PathWish::Follow {
             check_path(disk, paths, config, detail)?;
         }
@@ -62,6 +64,24 @@ fn exempt(state: &DomainState) -> BTreeSet<PathBuf> {
     let stuck = state.open.iter().filter(|open| matches!(open.phase, Phase::NeedsAttention { .. }));
     let steps = stuck.flat_map(|open| &open.steps).filter_map(|step| QemuStep::of(step).ok());
     steps.filter_map(|step| step.touches()).flat_map(|touched| touched.writes).collect()
+}
+
+/// Nothing that the log does not know stands upon what the machine writes by the log: that would be what it writes.
+fn check_top(file: &Path, seen: &Observation) -> Result<(), Failure> {
+    let Some(above) = seen.foreign_dependants.get(file).and_then(|found| found.first()) else {
+        return Ok(());
+    };
+    let message = format!(
+        "{}, which Snaptree does not know, is built upon {}: if the machine runs on it, nothing that it wrote since is \
+         in a layer of the log",
+        above.display(),
+        file.display()
+    );
+    Err(Failure::new(Code::Drift, message).hint(format!(
+        "nothing was touched; with the machine off, bring its data back (virsh snapshot-delete or blockcommit, or \
+         qemu-img commit {above}) and start it from the registered path again; if it is of no use, move it away",
+        above = above.display()
+    )))
 }
 
 /// The registered path leads to what the machine shall open.

@@ -28,15 +28,18 @@
 
 mod adopt;
 mod agent;
+mod bitmaps;
 mod config;
 mod drift;
 mod files;
 mod flatten;
 mod generation;
 mod img;
+mod inside;
 mod internal;
 mod keep;
 mod kept;
+mod libvirt;
 mod live;
 mod lock;
 mod manifest;
@@ -138,7 +141,11 @@ impl Driver for QemuDriver {
             DriverError::permanent(Code::Invalid, "how a QEMU machine is reached cannot be read")
                 .source(error)
         })?;
+        let is_other = wish.runs.qmp.is_some();
         let config = config.reached(wish, domain, &self.run_dir)?;
+        if is_other {
+            probe::check_monitor(&config.runs).await?;
+        }
         let capabilities = config::capabilities(config.agent.as_ref(), &config.runs);
         Ok(Access { config: config.to_value()?, capabilities })
     }

@@ -14,13 +14,16 @@ use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
-use super::config::{QemuConfig, active};
+use super::bitmaps::{self, Bitmap};
+use super::config::{DEPTH_MAX, QemuConfig, active};
 use super::files::{Doing, facts, folder_of, if_there, stamp};
 use super::generation;
+use super::inside::inside;
 use super::internal::{listed, table};
+use super::libvirt;
 use super::live::Machine;
 use super::lock::writer;
-use super::qcow2::{Backing, Header, ReadError};
+use super::qcow2::{Backing, FormatOptions, Header, ReadError};
 use crate::room::room;
 
 /// Most entries that are looked at in a folder that is not Snaptree's own.
@@ -47,9 +50,12 @@ pub(super) struct Detail {
     /// The internal snapshots of what the machine writes.
     #[serde(default)]
     pub(super) tables: BTreeMap<PathBuf, Vec<table::Entry>>,
-    /// Images of ours that have dirty bitmaps.
+    /// The dirty bitmaps of images of ours.
     #[serde(default)]
-    pub(super) bitmaps: BTreeSet<PathBuf>,
+    pub(super) bitmaps: BTreeMap<PathBuf, Vec<Bitmap>>,
+    /// How images of ours are laid out.
+    #[serde(default)]
+    pub(super) formats: BTreeMap<PathBuf, FormatOptions>,
     /// The machine, where it can be reached while it runs.
     #[serde(default)]
     pub(super) machine: Machine,
@@ -110,6 +116,7 @@ pub(super) fn observe(
         unreadable: BTreeMap::new(),
         memory: memory(state)?,
         foreign_dependants: BTreeMap::new(),
+        inside: BTreeMap::new(),
         generation: None,
         room: room(&config.layers),
         snapshots: Vec::new(),
@@ -153,12 +160,8 @@ pub(super) fn observe(
         }
     }
     listed(state, &detail.tables, &mut seen);
-    let ours: Vec<&Path> = known.iter().map(PathBuf::as_path).collect();
-    seen.foreign_dependants = scan_folders(&config, &ours, &[])?;
-    for found in seen.foreign_dependants.values_mut() {
-        found.retain(|file| !known.contains(file));
-    }
-    seen.foreign_dependants.retain(|_, found| !found.is_empty());
+    seen.inside = inside(state, &config, &detail);
+    seen.foreign_dependants = foreign_dependants(&config, &known)?;
     seen.detail = serde_json::to_value(detail).map_err(|error| {
         DriverError::permanent(Code::Invalid, "a file name is no UTF-8 text, which the log cannot hold")
             .source(error)
@@ -185,9 +188,10 @@ fn look_inside(detail: &mut Detail, path: &Path, header: &Header) -> Result<(), 
     if header.internal_snapshots > 0 {
         detail.tables.insert(path.to_owned(), table::read(path)?);
     }
-    if header.has_bitmaps {
-        detail.bitmaps.insert(path.to_owned());
+    if header.bitmaps.is_some() {
+        detail.bitmaps.insert(path.to_owned(), bitmaps::read(path)?);
     }
+    detail.formats.insert(path.to_owned(), header.format);
     Ok(())
 }
 
@@ -269,19 +273,77 @@ pub(super) fn scan_folders(
     files: &[&Path],
     more: &[&Path],
 ) -> Result<BTreeMap<PathBuf, Vec<PathBuf>>, DriverError> {
+    let inodes = inodes(files)?;
+    let mut candidates = candidates(config)?;
+    candidates.extend(more.iter().map(|path| path.to_path_buf()));
+    let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+    for candidate in candidates {
+        let Some((_, inode)) = backing_of(&candidate) else { continue };
+        for file in inodes.get(&inode).into_iter().flatten() {
+            found.entry(file.to_path_buf()).or_default().push(candidate.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// Per file of `known`: the images outside the log that are built upon it, also through others that lie elsewhere.
+fn foreign_dependants(
+    config: &QemuConfig,
+    known: &BTreeSet<PathBuf>,
+) -> Result<BTreeMap<PathBuf, Vec<PathBuf>>, DriverError> {
+    let files: Vec<&Path> = known.iter().map(PathBuf::as_path).collect();
+    let inodes = inodes(&files)?;
+    let mut candidates = candidates(config)?;
+    let registered = config.disks.values().flat_map(|disk| [disk.given.as_path(), disk.resolved.as_path()]);
+    candidates.extend(libvirt::images_beside(&registered.collect::<Vec<_>>()));
+    let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+    for candidate in candidates {
+        let own = fs::metadata(&candidate).map(|file| (file.dev(), file.ino()));
+        if known.contains(&candidate) || own.is_ok_and(|own| inodes.contains_key(&own)) {
+            continue;
+        }
+        let mut at = candidate.clone();
+        for _ in 0..DEPTH_MAX {
+            let Some((below, inode)) = backing_of(&at) else { break };
+            if let Some(files) = inodes.get(&inode) {
+                for file in files {
+                    found.entry(file.to_path_buf()).or_default().push(candidate.clone());
+                }
+                break;
+            }
+            at = below;
+        }
+    }
+    Ok(found)
+}
+
+/// Files by device and inode.
+fn inodes<'a>(files: &[&'a Path]) -> Result<BTreeMap<(u64, u64), Vec<&'a Path>>, DriverError> {
     let mut inodes: BTreeMap<(u64, u64), Vec<&Path>> = BTreeMap::new();
     for file in files {
         if let Some(metadata) = if_there(fs::metadata(file)).doing("look at", file)? {
             inodes.entry((metadata.dev(), metadata.ino())).or_default().push(file);
         }
     }
-    let folders: BTreeSet<PathBuf> = config
-        .disks
-        .values()
-        .map(|paths| folder_of(&paths.resolved))
-        .chain([config.layers.clone()])
-        .collect();
-    let mut candidates: BTreeSet<PathBuf> = more.iter().map(|path| path.to_path_buf()).collect();
+    Ok(inodes)
+}
+
+/// What an image is built upon directly: the file, and its device and inode. What cannot be read as an image is built
+/// upon nothing.
+fn backing_of(image: &Path) -> Option<(PathBuf, (u64, u64))> {
+    let (facts, _, _) = facts(image).ok()?;
+    let backing = facts.backing?;
+    let metadata = fs::metadata(&backing).ok()?;
+    Some((backing, (metadata.dev(), metadata.ino())))
+}
+
+/// The regular files in the folders of the machine: that of the layers, that around it, and those of the registered
+/// images, under the names that they were given and where these lead.
+fn candidates(config: &QemuConfig) -> Result<BTreeSet<PathBuf>, DriverError> {
+    let beside = config.disks.values().flat_map(|disk| [folder_of(&disk.given), folder_of(&disk.resolved)]);
+    let around = [config.layers.clone(), folder_of(&config.layers)];
+    let folders: BTreeSet<PathBuf> = beside.chain(around).collect();
+    let mut candidates = BTreeSet::new();
     for folder in folders {
         let limit = if folder == config.layers { OWN_ENTRIES_MAX } else { FOREIGN_ENTRIES_MAX };
         let Some(entries) = if_there(fs::read_dir(&folder)).doing("read the folder", &folder)? else {
@@ -293,14 +355,5 @@ pub(super) fn scan_folders(
             }
         }
     }
-    let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
-    for candidate in candidates {
-        // What cannot be read as an image is built upon nothing.
-        let Ok((image, _, _)) = facts(&candidate) else { continue };
-        let Some(backing) = image.backing.and_then(|path| fs::metadata(path).ok()) else { continue };
-        for file in inodes.get(&(backing.dev(), backing.ino())).into_iter().flatten() {
-            found.entry(file.to_path_buf()).or_default().push(candidate.clone());
-        }
-    }
-    Ok(found)
+    Ok(candidates)
 }

@@ -27,6 +27,14 @@ struct Top {
     facts: FileFacts,
     expect: Expect,
     depth: usize,
+    is_adopted: bool,
+}
+
+impl Top {
+    /// Where it is until it is adopted, and from then on.
+    fn file_now(&self, paths: &DiskPaths) -> PathBuf {
+        if self.is_adopted { self.file.clone() } else { paths.resolved.clone() }
+    }
 }
 
 impl Planner<'_> {
@@ -40,7 +48,7 @@ impl Planner<'_> {
         self.check_memory(request)?;
         let mut tops = Vec::new();
         for disk in &request.disks {
-            let Some(paths) = self.config.disks.get(disk).cloned() else {
+            let Some(paths) = &self.config.disks.get(disk).cloned() else {
                 return Err(Failure::new(
                     Code::NotFound,
                     format!("domain '{}' has no disk '{disk}'", self.domain.name),
@@ -49,9 +57,10 @@ impl Planner<'_> {
             let adopted = self.state.layers.disks.get(disk).and_then(|layers| layers.active_layer());
             let top = match adopted {
                 Some((id, layer)) => self.top(disk, id, layer)?,
-                None => self.adopt(disk, &paths)?,
+                None => self.adopt(disk, paths)?,
             };
             self.check_top(disk, &top)?;
+            self.check_inside(&top.file_now(paths), &request.request.give_up)?;
             tops.push((disk.clone(), top));
         }
         let mut switch = self.empty_switch();
@@ -122,7 +131,15 @@ impl Planner<'_> {
         let bases = self.config.disks.get(disk).map_or(0, |paths| paths.bases.len());
         let depth = self.disk(disk)?.chain(id).len() + bases;
         let expect = Expect::Untouched { stamp: facts.stamp };
-        Ok(Top { layer: id.clone(), file: layer.file.clone(), mode: layer.mode, facts, expect, depth })
+        Ok(Top {
+            layer: id.clone(),
+            file: layer.file.clone(),
+            mode: layer.mode,
+            facts,
+            expect,
+            depth,
+            is_adopted: true,
+        })
     }
 
     fn check_top(&self, disk: &DiskName, top: &Top) -> Result<(), Failure> {
@@ -234,7 +251,15 @@ impl Planner<'_> {
         };
         self.check_owner(image)?;
         self.push(format!("adopt {disk}"), Reversal::Undoable, Poison::Nothing, &QemuStep::Adopt(step))?;
-        Ok(Top { layer, file, mode: facts.mode, facts, expect, depth: 1 + paths.bases.len() })
+        Ok(Top {
+            layer,
+            file,
+            mode: facts.mode,
+            facts,
+            expect,
+            depth: 1 + paths.bases.len(),
+            is_adopted: false,
+        })
     }
 
     /// A relative backing name, with what it means.

@@ -17,8 +17,13 @@ use super::config::{
 };
 use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync};
 use super::img::{ForceShare, Patron, QemuImg};
+use super::inside::foreign_names;
+use super::internal::table;
+use super::libvirt;
+use super::live::Monitor;
 use super::lock::{in_use, writer};
 use super::qcow2::{Header, HeaderError, ReadError};
+use super::qmp::QmpError;
 use super::runs::{Runs, SOCKET_PATH_BYTES_MAX};
 
 /// What a layer's file name adds to a disk's name: two dashes, a UUID, `base`, `.qcow2.new`, and a slash.
@@ -67,6 +72,7 @@ pub(super) async fn probe(
         agent: options.agent.clone(),
     };
     check_agent(&config)?;
+    check_monitor(&config.runs).await?;
     let mut disks = Vec::new();
     let mut inodes = BTreeMap::new();
     for (name, given) in &registration.disks {
@@ -93,12 +99,29 @@ pub(super) async fn probe(
             path: Some(given.clone()),
             virtual_size_bytes: header.virtual_size_bytes,
         });
-        config.disks.insert(name.clone(), DiskPaths { given, resolved, bases });
+        let inside = Some(foreign_snapshots(&resolved)?);
+        config.disks.insert(name.clone(), DiskPaths { given, resolved, bases, inside });
     }
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
     let capabilities = capabilities(config.agent.as_ref(), &config.runs);
     Ok(Probe { disks, config: config.to_value()?, capabilities, notes })
+}
+
+/// Refuses a QMP socket that is libvirt's own, or behind which nobody speaks to us though somebody is there. A machine
+/// that is off has none.
+pub(super) async fn check_monitor(runs: &Runs) -> Result<(), DriverError> {
+    let (Runs::Attached { qmp } | Runs::Commands { qmp: Some(qmp), .. }) = runs else { return Ok(()) };
+    libvirt::check_monitor(qmp)?;
+    match Monitor::connect(qmp).await {
+        Err(error @ (QmpError::Silent { .. } | QmpError::Malformed { .. })) => {
+            let failure = Failure::new(Code::InUse, error.to_string()).refused();
+            Err(failure.hint(
+                "a monitor takes one client at a time: give the machine a QMP socket for Snaptree alone, or end what has it",
+            ))?
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A guest is quiesced for the moment in which its machine is stopped, and that is done by QMP.
@@ -376,6 +399,12 @@ async fn check_images(
 
 fn refused(error: DriverError) -> DriverError {
     DriverError { failure: error.failure.refused(), ..error }
+}
+
+/// The names of the snapshots that somebody else made inside the image.
+fn foreign_snapshots(path: &Path) -> Result<BTreeSet<String>, DriverError> {
+    let entries = table::read(path).map_err(|error| unreadable(path, &error))?;
+    Ok(foreign_names(&entries))
 }
 
 fn note_internal_snapshots(path: &Path, header: &Header, notes: &mut Vec<String>) {

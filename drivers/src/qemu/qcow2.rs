@@ -28,6 +28,10 @@ const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSIONS_MAX: usize = 64;
 const FORMAT_NAME_BYTES_MAX: usize = 32;
 
+const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
+/// Version 2 has counts of 16 bits.
+const REFCOUNT_ORDER_V2: u32 = 4;
+const REFCOUNT_ORDER_MAX: u32 = 6;
 const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
 const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 const INCOMPATIBLE_EXTERNAL_DATA: u64 = 1 << 2;
@@ -72,8 +76,10 @@ pub(super) struct Header {
     pub(super) snapshots_at: u64,
     /// Its first table.
     pub(super) first_table: FirstTable,
-    /// Whether dirty bitmaps are kept in the image.
-    pub(super) has_bitmaps: bool,
+    /// Where the list of the dirty bitmaps is that are kept in the image, if there are any.
+    pub(super) bitmaps: Option<BitmapDirectory>,
+    /// How the image is laid out.
+    pub(super) format: FormatOptions,
     /// How many bytes of the disk one entry of the first table stands for, as a power of two.
     entry_bits: u32,
 }
@@ -90,6 +96,66 @@ pub(super) struct FirstTable {
 impl FirstTable {
     /// QEMU's limit: 32 MiB.
     pub(super) const ENTRIES_MAX: u32 = 4 << 20;
+}
+
+/// Where the list of an image's dirty bitmaps is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BitmapDirectory {
+    /// How many there are.
+    pub(super) count: u32,
+    /// Its first byte.
+    pub(super) at: u64,
+}
+
+/// What a user chose when the image was made: `qemu-img create -o`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct FormatOptions {
+    /// 2 or 3; `compat` is 0.10 or 1.1.
+    pub(super) version: u32,
+    /// The size of a cluster, as a power of two.
+    pub(super) cluster_bits: u32,
+    /// The width of a reference count in bits, as a power of two.
+    pub(super) refcount_order: u32,
+    /// `lazy_refcounts`.
+    pub(super) lazy_refcounts: bool,
+    /// `extended_l2`.
+    pub(super) extended_l2: bool,
+    /// `compression_type`: 0 is zlib, 1 zstd.
+    pub(super) compression: u8,
+}
+
+impl FormatOptions {
+    fn parse(bytes: &[u8], version: u32, header_bytes: usize) -> Result<Self, HeaderError> {
+        let cluster_bits = be32(bytes, 20)?;
+        if version == 2 {
+            let (lazy_refcounts, extended_l2) = (false, false);
+            return Ok(Self {
+                version,
+                cluster_bits,
+                refcount_order: REFCOUNT_ORDER_V2,
+                lazy_refcounts,
+                extended_l2,
+                compression: 0,
+            });
+        }
+        let refcount_order = be32(bytes, 96)?;
+        if refcount_order > REFCOUNT_ORDER_MAX {
+            return Err(HeaderError::Damaged("the width of its reference counts is out of range"));
+        }
+        let compression = if header_bytes > V3_HEADER_BYTES_MIN {
+            *bytes.get(V3_HEADER_BYTES_MIN).ok_or(HeaderError::Short)?
+        } else {
+            0
+        };
+        Ok(Self {
+            version,
+            cluster_bits,
+            refcount_order,
+            lazy_refcounts: be64(bytes, 80)? & COMPATIBLE_LAZY_REFCOUNTS != 0,
+            extended_l2: be64(bytes, 72)? & INCOMPATIBLE_EXTENDED_L2 != 0,
+            compression,
+        })
+    }
 }
 
 /// What an image says it is built upon, word for word.
@@ -184,7 +250,8 @@ impl Header {
             backing,
             snapshots_at: be64(bytes, 64)?,
             first_table: FirstTable { at: be64(bytes, 40)?, entries: be32(bytes, 36)? },
-            has_bitmaps: version == 3 && has_bitmaps(bytes, header_bytes)?,
+            bitmaps: if version == 3 { bitmap_directory(bytes, header_bytes)? } else { None },
+            format: FormatOptions::parse(bytes, version, header_bytes)?,
             entry_bits: entry_bits(bytes, version, cluster_bits)?,
         })
     }
@@ -297,24 +364,27 @@ fn entry_bits(bytes: &[u8], version: u32, cluster_bits: u32) -> Result<u32, Head
     Ok(2 * cluster_bits - if is_extended { 4 } else { 3 })
 }
 
-/// Whether the header has a list of dirty bitmaps that is not empty.
-fn has_bitmaps(bytes: &[u8], header_bytes: usize) -> Result<bool, HeaderError> {
+/// The list of dirty bitmaps that the header names, if it is not empty.
+fn bitmap_directory(bytes: &[u8], header_bytes: usize) -> Result<Option<BitmapDirectory>, HeaderError> {
     let mut at = header_bytes;
     for _ in 0..EXTENSIONS_MAX {
         // Behind the extensions stands the backing name, and then nothing.
-        let (Ok(kind), Ok(length)) = (be32(bytes, at), be32(bytes, at + 4)) else { return Ok(false) };
+        let (Ok(kind), Ok(length)) = (be32(bytes, at), be32(bytes, at + 4)) else { return Ok(None) };
         match kind {
-            EXTENSION_END => return Ok(false),
-            EXTENSION_BITMAPS => return Ok(be32(bytes, at + 8)? > 0),
+            EXTENSION_END => return Ok(None),
+            EXTENSION_BITMAPS => {
+                let directory = BitmapDirectory { count: be32(bytes, at + 8)?, at: be64(bytes, at + 24)? };
+                return Ok(Some(directory).filter(|directory| directory.count > 0));
+            }
             _ => {}
         }
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         let Some(next) = at.checked_add(8).and_then(|data| data.checked_add(length)) else {
-            return Ok(false);
+            return Ok(None);
         };
         at = next.next_multiple_of(8);
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn be32(bytes: &[u8], at: usize) -> Result<u32, HeaderError> {

@@ -98,6 +98,7 @@ impl Host for Machine {
             unreadable: BTreeMap::default(),
             memory: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
+            inside: BTreeMap::default(),
             generation: None,
             room: None,
             snapshots,

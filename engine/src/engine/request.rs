@@ -211,7 +211,7 @@ impl Engine {
             now,
             fresh: self.ids.next(),
             actor: requester.actor.clone(),
-            terms: RequestTerms { command_sha256: digest, deadline, around: None },
+            terms: RequestTerms { command_sha256: digest, deadline, ..RequestTerms::default() },
             blocked: self.driver_of(state).map_or(Blocked::Domain, |driver| beside::blocked(&*driver, state)),
         }
     }

@@ -24,6 +24,10 @@ pub struct RequestTerms {
     /// Programs to be run before and after.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub around: Option<Around>,
+    /// What somebody else keeps inside the images and the user gives up for it, by its name there: see
+    /// [`Inside`](crate::driver::Inside).
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub give_up: BTreeSet<String>,
 }
 
 impl RequestTerms {

@@ -97,6 +97,20 @@ pub enum Finding {
         /// The file.
         file: PathBuf,
     },
+    /// A file outside the log is built upon what the machine writes, by the log: it may be the machine's real disk.
+    BuiltUpon {
+        /// What the log says that the machine writes.
+        file: PathBuf,
+        /// What is built upon it.
+        above: PathBuf,
+    },
+    /// What the machine writes has a snapshot inside that somebody else made.
+    InsideFound {
+        /// The file.
+        file: PathBuf,
+        /// The snapshot's name there.
+        name: String,
+    },
     /// The machine's disks are switched to something else than the log says.
     GenerationMoved {
         /// What the log says.
@@ -128,7 +142,26 @@ pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
         compare_inside(state, seen, &mut found);
     }
     compare_layers(state, seen, &mut found);
+    compare_written(state, seen, &mut found);
     found
+}
+
+/// What somebody else put upon or into the files that the machine writes.
+fn compare_written(state: &DomainState, seen: &Observation, found: &mut BTreeSet<Finding>) {
+    let is_frozen = |file: &PathBuf| {
+        let mut disks = state.layers.disks.values();
+        disks.any(|disk| {
+            disk.layers.iter().any(|(id, layer)| layer.file == *file && disk.active.as_ref() != Some(id))
+        })
+    };
+    for (file, above) in seen.foreign_dependants.iter().filter(|(file, _)| !is_frozen(file)) {
+        let upon = |above: &PathBuf| Finding::BuiltUpon { file: file.clone(), above: above.clone() };
+        found.extend(above.iter().map(upon));
+    }
+    for (file, inside) in seen.inside.iter().filter(|(file, _)| !is_frozen(file)) {
+        let within = |name: &String| Finding::InsideFound { file: file.clone(), name: name.clone() };
+        found.extend(inside.snapshots.iter().map(within));
+    }
 }
 
 /// Snapshots inside the images: the driver lists those of ours that are whole, and none of others.
@@ -256,6 +289,16 @@ impl std::fmt::Display for Finding {
             }
             Self::MemoryMissing { file, .. } => write!(f, "memory file {} is missing", file.display()),
             Self::FileFound { file } => write!(f, "{} was not made by Snaptree", file.display()),
+            Self::BuiltUpon { file, above } => write!(
+                f,
+                "{}, which Snaptree does not know, is built upon {}, which the machine writes by the log: is it the \
+                 machine's disk now?",
+                above.display(),
+                file.display()
+            ),
+            Self::InsideFound { file, name } => {
+                write!(f, "{} has a snapshot '{name}' inside that was not made by Snaptree", file.display())
+            }
             Self::GenerationMoved { expected, found } => {
                 write!(
                     f,

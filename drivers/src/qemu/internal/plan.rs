@@ -181,7 +181,7 @@ impl Planner<'_> {
                 ));
             }
             let open = self.machine()?.and_then(|machine| machine.node_of(file));
-            if self.detail.bitmaps.contains(file) || open.is_some_and(|node| node.has_bitmaps) {
+            if self.detail.bitmaps.contains_key(file) || open.is_some_and(|node| node.has_bitmaps) {
                 return Err(refused(
                     Code::Unsupported,
                     format!("image {} has dirty bitmaps, and QEMU loads no snapshot then", file.display()),

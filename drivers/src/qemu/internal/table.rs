@@ -97,15 +97,16 @@ fn damaged(what: &'static str) -> ReadError {
     ReadError::Header(HeaderError::Damaged(what))
 }
 
-fn bytes(file: &File, at: u64, length: usize) -> Result<Vec<u8>, ReadError> {
+/// A part of a file that is there.
+pub(in crate::qemu) fn bytes(file: &File, at: u64, length: usize) -> Result<Vec<u8>, ReadError> {
     let whole = file.metadata().map_err(ReadError::Io)?.len();
     if at.checked_add(length as u64).is_none_or(|end| end > whole) {
-        return Err(damaged("its snapshot table is out of range"));
+        return Err(damaged("one of its tables is out of range"));
     }
     let mut buffer = vec![0; length];
     match file.read_exact_at(&mut buffer, at) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(damaged("its snapshot table is cut off"))
+            Err(damaged("one of its tables is cut off"))
         }
         Err(error) => Err(ReadError::Io(error)),
         Ok(()) => Ok(buffer),
@@ -113,11 +114,11 @@ fn bytes(file: &File, at: u64, length: usize) -> Result<Vec<u8>, ReadError> {
 }
 
 /// Fields of slices whose length was checked when they were read.
-fn be16(bytes: &[u8], at: usize) -> u16 {
+pub(in crate::qemu) fn be16(bytes: &[u8], at: usize) -> u16 {
     bytes.get(at..at + 2).and_then(|field| field.try_into().ok()).map_or(0, u16::from_be_bytes)
 }
 
-fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(in crate::qemu) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|field| field.try_into().ok()).map_or(0, u32::from_be_bytes)
 }
 

@@ -78,6 +78,7 @@ impl Host for Layered {
             unreadable: BTreeMap::default(),
             memory: BTreeMap::default(),
             foreign_dependants: BTreeMap::default(),
+            inside: BTreeMap::default(),
             generation: None,
             room: None,
             snapshots: Vec::new(),

@@ -123,6 +123,7 @@ impl Driver for Flaky {
             unreadable: BTreeMap::new(),
             memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
+            inside: BTreeMap::new(),
             generation: None,
             room: None,
             snapshots: Vec::new(),

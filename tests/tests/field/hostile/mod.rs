@@ -1,1 +1,3 @@
 //! H: somebody else at work on the same files, and hostile hands.
+
+mod beside;

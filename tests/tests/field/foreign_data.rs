@@ -1,1 +1,0 @@
-//! D: what somebody else keeps in an image.
