@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::Error;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use snaptree_engine::engine::EngineError;
 use snaptree_engine::log::LogError;
 use snaptree_engine::operation::{Code, Failure};
@@ -113,7 +113,7 @@ impl fmt::Display for FromDaemon {
 impl std::error::Error for FromDaemon {}
 
 /// The `error` of every JSON document.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorView {
     /// The word for programs.
     pub code: String,
@@ -159,6 +159,18 @@ pub const fn exit_of(failure: &Failure) -> Exit {
         }
         _ => Exit::Failed,
     }
+}
+
+/// Whether an error is about the domain that was asked about, so that others can still be asked.
+pub fn is_of_one_domain(error: &Error) -> bool {
+    let of_engine = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<EngineError>().map(EngineError::spares_others)
+    };
+    let of_daemon = |cause: &(dyn std::error::Error + 'static)| {
+        // A daemon that ends tells everybody the same.
+        cause.downcast_ref::<FromDaemon>().map(|told| told.0.code != "stopping")
+    };
+    error.chain().find_map(|cause| of_engine(cause).or_else(|| of_daemon(cause))).unwrap_or(false)
 }
 
 /// Finds the words and the exit code of an error.

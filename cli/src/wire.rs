@@ -37,7 +37,7 @@ use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
 use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, StreamId};
 
-use crate::exit::{ErrorView, Told, whole};
+use crate::exit::{ErrorView, Told, told, whole};
 
 /// The header in which a client says who called `sudo`: only a claim.
 pub const SUDO_USER_HEADER: &str = "snaptree-sudo-user";
@@ -200,10 +200,29 @@ pub struct Account {
 }
 
 /// The document of `recover`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Accounts {
     /// Operation by operation.
     pub operations: Vec<Account>,
+    /// Domains that could not be looked at.
+    #[serde(default)]
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A domain that could not be looked at, beside others that could.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Its name.
+    pub domain: String,
+    /// Why.
+    pub error: ErrorView,
+}
+
+impl LeftOut {
+    /// The domain of that name, and what looking at it failed with.
+    pub fn new(domain: impl ToString, error: impl Into<anyhow::Error>) -> Self {
+        Self { domain: domain.to_string(), error: whole(&told(&error.into())) }
+    }
 }
 
 /// A request about a policy.

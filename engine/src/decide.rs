@@ -116,6 +116,9 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
             let labels = merged(&domain.labels, labels)?;
             DomainChanged { name: name.clone(), labels, access: None }.into()
         }
+        Command::Unregister(UnregisterWish::Forget) => {
+            return Err(reject(Code::Invalid, "a domain is forgotten without a request"));
+        }
         Command::Unregister(wish) => unregister(state, *wish, ctx)?,
         Command::GivingUp { .. } | Command::Retry(_) | Command::Resolve { .. } => {
             return Err(reject(Code::Invalid, "this makes no request"));

@@ -39,6 +39,17 @@ impl From<Rejection> for EngineError {
 }
 
 impl EngineError {
+    /// Whether it is about one domain, so that others can still be looked at. An event that cannot be read is; a store
+    /// that cannot be read or written at all is not.
+    pub fn spares_others(&self) -> bool {
+        match self {
+            Self::Rejected(_) | Self::Driver(_) | Self::Illegal { .. } | Self::Json(_) => true,
+            Self::Log(error) => {
+                matches!(error, LogError::Conflict { .. } | LogError::KeyUsed { .. } | LogError::Damaged(_))
+            }
+        }
+    }
+
     /// The failure in words, where there is one.
     pub fn failure(&self) -> Option<&Failure> {
         match self {

@@ -177,7 +177,9 @@ fn refusal(error: EngineError) -> Result<Failure, EngineError> {
     match error {
         EngineError::Rejected(failure) => Ok(failure),
         EngineError::Driver(error) => Ok(error.failure),
-        EngineError::Illegal { .. } => Ok(Failure::new(Code::Invalid, error.to_string())),
+        EngineError::Illegal { .. } | EngineError::Log(LogError::Damaged(_)) => {
+            Ok(Failure::new(Code::Invalid, error.to_string()))
+        }
         EngineError::Log(_) | EngineError::Json(_) => Err(error),
     }
 }

@@ -157,7 +157,7 @@ async fn a_process_that_lost_the_state_touches_nothing_more() {
         let store = Store::open_writer(folder.path(), LockWait { timeout: Duration::from_secs(10) });
         let driver: Arc<dyn Driver> = Arc::new(SimDriver::new(folder.path().to_owned()));
         let next = Engine::new(Arc::new(store.expect("the state"))).with_driver(DriverKind::Sim, driver);
-        let recovered = next.recover(&requester(), &NoWatch).await.expect("recovered");
+        let recovered = next.recover(&requester(), &NoWatch).await.expect("recovered").operations;
         assert_eq!(recovered[0].outcome, Some(Outcome::Succeeded), "{recovered:?}");
         let state = next.load(domain.id).await.expect("the domain");
         assert_eq!(state.tree.len(), 1);

@@ -209,7 +209,7 @@ pub struct RemoveArgs {
     /// Leave every file as it is
     #[arg(long, conflicts_with = "metadata")]
     pub keep_layers: bool,
-    /// Forget the domain and leave every file as it is
+    /// Forget the domain without asking its hypervisor, also where the machine is gone, and abandon what is open
     #[arg(long)]
     pub metadata: bool,
     /// Do not ask

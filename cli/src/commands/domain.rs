@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 use snaptree_drivers::qemu::{AccessWish, RunsWish};
+use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::PowerWish;
 use snaptree_engine::event::UnregisterWish;
+use snaptree_engine::operation::Operation;
 use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::recovery;
 
 use super::carry::{Asked, carry, giving_up, open};
 use crate::args::WriterArgs;
@@ -20,9 +23,9 @@ use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
 use crate::exit::{Exit, Trouble};
 use crate::render;
-use crate::render::text::{Look, safe};
-use crate::render::view::DomainView;
-use crate::wire::{Registered, Registering};
+use crate::render::text::{Look, count, safe, short};
+use crate::render::view::{DomainView, domain_name};
+use crate::wire::{LeftOut, Registered, Registering};
 
 /// The document of `domain add`.
 #[derive(Serialize)]
@@ -36,6 +39,7 @@ struct Added {
 #[derive(Serialize)]
 struct Domains {
     domains: Vec<DomainView>,
+    left_out: Vec<LeftOut>,
 }
 
 /// The document of `domain start` and `domain stop`.
@@ -155,18 +159,26 @@ async fn power(context: &Context, domain: &str, wish: PowerWish, writer: &Writer
 
 async fn list(context: &Context) -> Result<Exit> {
     let reader = context.reader().await?;
-    let mut views = Vec::new();
+    let mut listed = Domains { domains: Vec::new(), left_out: Vec::new() };
     for row in reader.engine.domains().await? {
-        views.extend(DomainView::of(&reader.engine.load(row.id).await?));
+        match reader.engine.load(row.id).await {
+            Ok(state) => listed.domains.extend(DomainView::of(&state)),
+            Err(error) if error.spares_others() => listed.left_out.push(LeftOut::new(row.name, error)),
+            Err(error) => return Err(error.into()),
+        }
     }
+    let exit = if listed.left_out.is_empty() { Exit::Done } else { Exit::Failed };
     if context.json {
-        render::json(&Domains { domains: views })?;
-    } else if views.is_empty() {
+        render::json(&listed)?;
+    } else if listed.domains.is_empty() && exit == Exit::Done {
         render::note("no domain is registered; `snaptree domain add` registers one");
     } else {
-        render::print(&render::list::domains(&views, &Look::of_stdout()))?;
+        let look = Look::of_stdout();
+        let mut text = render::list::domains(&listed.domains, &look);
+        text.extend(listed.left_out.iter().map(|domain| render::list::left_out(domain, &look)));
+        render::print(&text)?;
     }
-    Ok(Exit::Done)
+    Ok(exit)
 }
 
 async fn show(context: &Context, domain: &str) -> Result<Exit> {
@@ -212,7 +224,10 @@ fn absolute(path: PathBuf) -> std::io::Result<PathBuf> {
 }
 
 async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
-    let wish = match (args.flatten, args.keep_layers || args.metadata) {
+    if args.metadata {
+        return forget(context, args).await;
+    }
+    let wish = match (args.flatten, args.keep_layers) {
         (true, _) => UnregisterWish::Flatten,
         (false, true) => UnregisterWish::KeepLayers,
         (false, false) => UnregisterWish::Untouched,
@@ -225,4 +240,60 @@ async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {
     let command = giving_up(args.give_up, Command::Unregister(wish));
     let asked = Asked { domain: &args.domain, command, key: None, wait: Wait::ToTheEnd };
     carry(context, &open(context, &args.writer).await?, &asked).await
+}
+
+/// The document of `domain remove --metadata`.
+#[derive(Serialize)]
+struct Forgotten {
+    kind: &'static str,
+    domain: String,
+    outcome: &'static str,
+    abandoned: Vec<Abandoned>,
+    left: Vec<PathBuf>,
+}
+
+/// An operation that nobody carries on.
+#[derive(Serialize)]
+struct Abandoned {
+    operation: OperationId,
+    kind: &'static str,
+    stood: String,
+}
+
+/// Lets go of a domain without asking its hypervisor for anything.
+async fn forget(context: &Context, args: RemoveArgs) -> Result<Exit> {
+    let Writer { engine, office } = open(context, &args.writer).await?;
+    let id = engine.find_domain(&args.domain).await?;
+    let state = engine.load_as_far_as_known(id).await?;
+    if !state.open.is_empty() {
+        let open = count(state.open.len(), "open operation");
+        let domain = safe(&args.domain);
+        confirm(&format!("Abandon {open} of {domain} where it stands, and forget the domain?"), args.yes)?;
+    }
+    office.submit(id, &Command::Unregister(UnregisterWish::Forget), None).await?;
+    let abandoned = |open: &Operation| Abandoned {
+        operation: open.id,
+        kind: open.request.kind(),
+        stood: recovery::stood(open),
+    };
+    let forgotten = Forgotten {
+        kind: "unregister",
+        domain: domain_name(&state),
+        outcome: "succeeded",
+        abandoned: state.open.iter().map(abandoned).collect(),
+        left: state.layers.files().cloned().collect(),
+    };
+    if context.json {
+        render::json(&forgotten)?;
+        return Ok(Exit::Done);
+    }
+    let mut text = format!("Let go of {}; nothing was touched.\n", safe(&forgotten.domain));
+    for Abandoned { operation, kind, stood } in &forgotten.abandoned {
+        text.push_str(&format!("  abandoned the {kind} {}: {}\n", short(*operation), safe(stood)));
+    }
+    for file in &forgotten.left {
+        text.push_str(&format!("  left {}\n", safe(&file.display().to_string())));
+    }
+    render::print(&text)?;
+    Ok(Exit::Done)
 }

@@ -1,11 +1,11 @@
 //! `snaptree drift`
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use serde::Serialize;
-use snaptree_engine::SnapshotName;
 use snaptree_engine::reconcile::drift::{self, Finding};
+use snaptree_engine::{DomainId, DomainName, SnapshotName};
 
 use super::carry::open;
 use crate::args::inspect::DriftArgs;
@@ -14,11 +14,13 @@ use crate::exit::Exit;
 use crate::render;
 use crate::render::text::{Look, safe};
 use crate::render::view::domain_name;
+use crate::wire::LeftOut;
 
 /// What differs, domain by domain.
 #[derive(Serialize)]
 struct Drifts {
     domains: Vec<Drift>,
+    left_out: Vec<LeftOut>,
 }
 
 #[derive(Serialize)]
@@ -28,27 +30,53 @@ struct Drift {
     adopted: Vec<SnapshotName>,
 }
 
-/// Compares the hypervisors with the log.
+impl Drift {
+    fn new(domain: String, found: drift::Drift) -> Self {
+        let drift::Drift { findings, adopted } = found;
+        Self { domain, findings, adopted }
+    }
+}
+
+/// Compares the hypervisors with the log. A domain that cannot be looked at is told of beside the others.
 ///
 /// # Errors
-/// The state cannot be used, or a hypervisor cannot be asked.
+/// The state cannot be used, or the one domain that was named cannot be looked at.
 pub async fn run(context: &Context, args: DriftArgs) -> Result<Exit> {
     let Writer { engine, office } = open(context, &args.writer).await?;
-    let domains: Vec<_> = match &args.domain {
-        Some(domain) => vec![engine.find_domain(domain).await?],
-        None => engine.domains().await?.into_iter().map(|row| row.id).collect(),
-    };
-    let mut drifts = Vec::new();
-    for (domain, drift::Drift { findings, adopted }) in office.drift_all(&domains).await? {
-        drifts.push(Drift { domain: domain_name(&engine.load(domain).await?), findings, adopted });
+    let mut drifts = Drifts { domains: Vec::new(), left_out: Vec::new() };
+    match &args.domain {
+        Some(domain) => {
+            let id = engine.find_domain(domain).await?;
+            let found = office.drift(id).await?;
+            drifts.domains.push(Drift::new(domain_name(&engine.load(id).await?), found));
+        }
+        None => {
+            let rows = engine.domains().await?;
+            let ids: Vec<DomainId> = rows.iter().map(|row| row.id).collect();
+            let names: BTreeMap<DomainId, DomainName> =
+                rows.into_iter().map(|row| (row.id, row.name)).collect();
+            for (domain, looked) in office.drift_all(&ids).await? {
+                let name = names.get(&domain).map(ToString::to_string).unwrap_or_default();
+                match looked {
+                    Ok(found) => drifts.domains.push(Drift::new(name, found)),
+                    Err(error) => drifts.left_out.push(LeftOut::new(name, error)),
+                }
+            }
+        }
     }
-    let agree = drifts.iter().all(|drift| drift.findings.is_empty());
     if context.json {
-        render::json(&Drifts { domains: drifts })?;
+        render::json(&drifts)?;
     } else {
-        render::print(&drifts.iter().map(|drift| told(drift, &Look::of_stdout())).collect::<String>())?;
+        let look = Look::of_stdout();
+        let mut text: String = drifts.domains.iter().map(|drift| told(drift, &look)).collect();
+        text.extend(drifts.left_out.iter().map(|left| render::list::left_out(left, &look)));
+        render::print(&text)?;
     }
-    Ok(if agree { Exit::Done } else { Exit::Attention })
+    Ok(match (drifts.domains.iter().all(|drift| drift.findings.is_empty()), drifts.left_out.is_empty()) {
+        (false, _) => Exit::Attention,
+        (true, false) => Exit::Failed,
+        (true, true) => Exit::Done,
+    })
 }
 
 fn told(drift: &Drift, look: &Look) -> String {

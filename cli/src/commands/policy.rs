@@ -17,7 +17,7 @@ use snaptree_policies::runner::{
 use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
 use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
-use crate::exit::{ErrorView, Exit, Trouble};
+use crate::exit::{ErrorView, Exit, Trouble, is_of_one_domain};
 use crate::office::{domains_of, in_engine, readable};
 use crate::render;
 use crate::render::policy::{
@@ -26,7 +26,7 @@ use crate::render::policy::{
 };
 use crate::render::text::{Look, count, safe};
 use crate::story::Story;
-use crate::wire::PolicyAsk;
+use crate::wire::{LeftOut, PolicyAsk};
 
 use super::carry::open;
 
@@ -155,7 +155,8 @@ async fn tell_unquiesced(engine: &Engine, policy: &Policy) -> Result<()> {
         return Ok(());
     }
     for domain in chosen(engine, policy).await? {
-        let state = engine.load(domain.id).await?;
+        // One that cannot be looked at is told of with the plan.
+        let Ok(state) = engine.load(domain.id).await else { continue };
         let kind = state.domain.filter(|domain| !domain.capabilities.quiesce).map(|domain| domain.driver);
         if let Some(kind) = kind {
             let name = safe(domain.name.as_str());
@@ -169,9 +170,16 @@ async fn tell_unquiesced(engine: &Engine, policy: &Policy) -> Result<()> {
 
 async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Result<PlanView> {
     let now = Timestamp::now();
-    let mut views = Vec::with_capacity(domains.len());
+    let (mut views, mut left_out) = (Vec::with_capacity(domains.len()), Vec::new());
     for domain in domains {
-        let state = engine.load(domain.id).await?;
+        let state = match engine.load(domain.id).await {
+            Ok(state) => state,
+            Err(error) if error.spares_others() => {
+                left_out.push(LeftOut::new(&domain.name, error));
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         views.push(DomainPlanView::of(domain.name.clone(), &state, &plan_of(policy, &state, now)));
     }
     Ok(PlanView {
@@ -179,6 +187,7 @@ async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Resu
         max_depth: policy.max_depth.get(),
         long_run: long_run(&policy.schedule, &policy.keep, now, policy.zone()).into(),
         domains: views,
+        left_out,
     })
 }
 
@@ -279,20 +288,31 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
     let writer = open(context, &args.writer).await?;
     let ask = PolicyAsk::Run { name: args.name.clone(), domain: args.domain };
     let answer = writer.office.policy(ask).await?;
-    let mut runs = Vec::new();
+    let (mut runs, mut left_out) = (Vec::new(), Vec::new());
     for run in &answer.runs {
         let Some(create) = run.requests.first() else { continue };
         let outcome = awaited(&writer, run.domain, create).await?;
         let mut deletes = Vec::new();
         if let Some(planned) = answer.planned.filter(|_| outcome.is_success() && !writer.office.is_ending()) {
             let ask = PolicyAsk::Retain { name: args.name.clone(), planned, domain: run.domain };
-            for request in writer.office.policy(ask).await?.runs.iter().flat_map(|run| &run.requests) {
+            let asked = match writer.office.policy(ask).await {
+                Ok(answer) => answer.runs,
+                Err(error) if is_of_one_domain(&error) => {
+                    left_out.push(LeftOut::new(&run.name, error));
+                    Vec::new()
+                }
+                Err(error) => return Err(error),
+            };
+            for request in asked.iter().flat_map(|run| &run.requests) {
                 deletes.push(DeleteView::of(request, awaited(&writer, run.domain, request).await?));
             }
         }
         runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
     }
-    let exit = exit_of(&runs);
+    let exit = match exit_of(&runs) {
+        Exit::Done | Exit::Refused if !left_out.is_empty() => Exit::Failed,
+        exit => exit,
+    };
     // A daemon sees to it by itself, and tells whoever wants to hear of it.
     let suspended = if writer.office.works_on_alone() || exit == Exit::Done {
         None
@@ -303,7 +323,7 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
         let resume = format!("`snaptree policy resume {}`", args.name);
         render::note(&safe(&format!("the policy does not run by itself any more, until {resume}: {reason}")));
     }
-    let view = RunView { policy: args.name, planned: answer.planned, runs, suspended };
+    let view = RunView { policy: args.name, planned: answer.planned, runs, left_out, suspended };
     if context.json {
         render::json(&view)?;
     } else {

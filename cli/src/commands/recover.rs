@@ -11,38 +11,48 @@ use super::carry::open;
 use super::history::ALL;
 use crate::args::inspect::{ReconcileArgs, RecoverArgs};
 use crate::context::{Context, Writer};
-use crate::exit::{ErrorView, Exit};
+use crate::exit::{ErrorView, Exit, is_of_one_domain};
 use crate::render;
 use crate::render::text::{Look, count, safe, short};
 use crate::render::view::domain_name;
-use crate::wire::{Account, Accounts};
+use crate::wire::{Accounts, LeftOut};
 
 /// The document of `reconcile`.
 #[derive(Serialize)]
 struct AllReconciled {
     domains: Vec<Reconciled>,
+    left_out: Vec<LeftOut>,
 }
 
 /// `snaptree recover`
 ///
 /// # Errors
-/// The state cannot be used, or a hypervisor cannot be asked.
+/// The state cannot be used.
 pub async fn recover(context: &Context, args: RecoverArgs) -> Result<Exit> {
     let Writer { engine, office } = open(context, &args.writer).await?;
-    let accounts = office.recover().await?;
+    let came_to = office.recover().await?;
     let open = OperationFilter { open: Some(OpenOnly), ..OperationFilter::default() };
     let left = engine.log().operations(&open, ALL).await?.len();
     if context.json {
-        render::json(&Accounts { operations: accounts })?;
+        render::json(&came_to)?;
     } else {
-        render::print(&told(&accounts, left, &Look::of_stdout()))?;
+        render::print(&told(&came_to, left, &Look::of_stdout()))?;
     }
-    Ok(if left == 0 { Exit::Done } else { Exit::Attention })
+    Ok(exit_of(left, &came_to.left_out))
 }
 
-fn told(accounts: &[Account], left: usize, look: &Look) -> String {
+/// What is left open comes before what could not be looked at.
+fn exit_of(open: usize, left_out: &[LeftOut]) -> Exit {
+    match (open, left_out.is_empty()) {
+        (0, true) => Exit::Done,
+        (0, false) => Exit::Failed,
+        _ => Exit::Attention,
+    }
+}
+
+fn told(came_to: &Accounts, left: usize, look: &Look) -> String {
     let mut out = String::new();
-    for account in accounts {
+    for account in &came_to.operations {
         let outcome = match account.outcome.as_deref() {
             Some("succeeded") => look.paint.good("succeeded"),
             Some(word) => look.paint.warn(word),
@@ -57,7 +67,8 @@ fn told(accounts: &[Account], left: usize, look: &Look) -> String {
             safe(&account.did),
         ));
     }
-    match (accounts.len(), left) {
+    out.extend(came_to.left_out.iter().map(|domain| render::list::left_out(domain, look)));
+    match (came_to.operations.len(), left) {
         (0, 0) => out.push_str("Nothing was left open.\n"),
         (_, 0) => out.push_str("Nothing is left open.\n"),
         (_, left) => {
@@ -117,32 +128,44 @@ impl From<Driven> for Reconciled {
     }
 }
 
-/// `snaptree reconcile`
+/// `snaptree reconcile`. A domain that cannot be looked at is told of beside the others.
 ///
 /// # Errors
-/// The state cannot be used, or a hypervisor cannot be asked.
+/// The state cannot be used, or the one domain that was named cannot be looked at.
 pub async fn reconcile(context: &Context, args: ReconcileArgs) -> Result<Exit> {
     let Writer { engine, office } = open(context, &args.writer).await?;
-    let domains = match &args.domain {
-        Some(domain) => vec![engine.find_domain(domain).await?],
-        None => engine.domains().await?.into_iter().map(|row| row.id).collect(),
-    };
-    let mut all: Vec<Reconciled> = Vec::new();
+    let mut all = AllReconciled { domains: Vec::new(), left_out: Vec::new() };
     let mut open = 0;
-    for domain in domains {
-        let driven = office.reconcile(domain).await?;
+    if let Some(domain) = &args.domain {
+        let driven = office.reconcile(engine.find_domain(domain).await?).await?;
         open += driven.state.open.len();
-        all.push(driven.into());
-        if office.is_ending() {
-            break;
+        all.domains.push(driven.into());
+    } else {
+        for row in engine.domains().await? {
+            match office.reconcile(row.id).await {
+                Ok(driven) => {
+                    open += driven.state.open.len();
+                    all.domains.push(driven.into());
+                }
+                Err(error) if is_of_one_domain(&error) => {
+                    all.left_out.push(LeftOut::new(row.name, error));
+                }
+                Err(error) => return Err(error),
+            }
+            if office.is_ending() {
+                break;
+            }
         }
     }
     if context.json {
-        render::json(&AllReconciled { domains: all })?;
+        render::json(&all)?;
     } else {
-        render::print(&all.iter().map(|one| reconciled(one, &Look::of_stdout())).collect::<String>())?;
+        let look = Look::of_stdout();
+        let mut text: String = all.domains.iter().map(|one| reconciled(one, &look)).collect();
+        text.extend(all.left_out.iter().map(|domain| render::list::left_out(domain, &look)));
+        render::print(&text)?;
     }
-    Ok(if open == 0 { Exit::Done } else { Exit::Attention })
+    Ok(exit_of(open, &all.left_out))
 }
 
 fn reconciled(view: &Reconciled, look: &Look) -> String {

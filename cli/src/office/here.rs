@@ -18,7 +18,7 @@ use super::{Office, host, policy, register};
 use crate::exit::{Exit, Trouble};
 use crate::progress::Shown;
 use crate::render;
-use crate::wire::{Account, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
+use crate::wire::{Accounts, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
 
 /// The process's exit code after a second Ctrl-C: 128 and the signal, as shells have it.
 pub const INTERRUPTED: i32 = 130;
@@ -55,18 +55,18 @@ impl Office for Here {
         self.heeding(&shown, self.engine.reconcile(&self.requester, domain, &shown)).await
     }
 
-    async fn recover(&self) -> Result<Vec<Account>> {
+    async fn recover(&self) -> Result<Accounts> {
         let shown = Shown::on_stderr();
-        let recovered = self.heeding(&shown, self.engine.recover(&self.requester, &shown)).await?;
-        Ok(recovered.iter().map(Account::from).collect())
+        Ok(self.heeding(&shown, self.engine.recover(&self.requester, &shown)).await?.into())
     }
 
     async fn drift(&self, domain: DomainId) -> Result<Drift> {
         Ok(self.engine.drift(&self.requester, domain).await?)
     }
 
-    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
-        Ok(self.engine.drift_all(&self.requester, domains).await?)
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Result<Drift>)>> {
+        let looked = self.engine.drift_all(&self.requester, domains).await?;
+        Ok(looked.into_iter().map(|(domain, drift)| (domain, drift.map_err(Into::into))).collect())
     }
 
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {

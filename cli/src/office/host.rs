@@ -94,7 +94,7 @@ async fn remove(engine: &Engine, requester: &Requester, host: &HostName) -> Resu
 pub async fn domains_on(engine: &Engine, host: &HostName) -> Result<BTreeMap<String, DomainName>> {
     let mut found = BTreeMap::new();
     for row in engine.domains().await? {
-        let state = engine.load(row.id).await?;
+        let state = engine.load_as_far_as_known(row.id).await?;
         let config = state.domain.as_ref().filter(|domain| domain.driver == DriverKind::Esx);
         if let Some(config) = config.and_then(|domain| EsxConfig::of(domain).ok())
             && config.host == *host

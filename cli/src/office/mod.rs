@@ -25,7 +25,7 @@ use snaptree_engine::engine::{Engine, Requester, Submitted};
 use snaptree_engine::operation::Outcome;
 use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::drift::Drift;
-use snaptree_engine::reconcile::recovery::Recovered;
+use snaptree_engine::reconcile::recovery::{Recovered, Recovery};
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::{DomainId, DomainName, OperationId};
 use uuid::Uuid;
@@ -36,7 +36,9 @@ pub use log::ReadOut;
 pub use policy::{domains_of, in_engine, policy, readable};
 
 use crate::exit::Trouble;
-use crate::wire::{Account, HostAnswer, HostAsk, PolicyAnswer, PolicyAsk, Registered, Registering};
+use crate::wire::{
+    Account, Accounts, HostAnswer, HostAsk, LeftOut, PolicyAnswer, PolicyAsk, Registered, Registering,
+};
 
 /// What commands that write ask for.
 #[async_trait]
@@ -70,7 +72,7 @@ pub trait Office: Send + Sync {
     ///
     /// # Errors
     /// The state cannot be used.
-    async fn recover(&self) -> Result<Vec<Account>>;
+    async fn recover(&self) -> Result<Accounts>;
 
     /// Compares the hypervisor with the log.
     ///
@@ -78,17 +80,11 @@ pub trait Office: Send + Sync {
     /// The hypervisor cannot be asked, or the state cannot be used.
     async fn drift(&self, domain: DomainId) -> Result<Drift>;
 
-    /// The same of many domains, in the order given.
+    /// The same of many domains, in the order given. One that cannot be looked at keeps none of the others back.
     ///
     /// # Errors
-    /// As [`Office::drift`].
-    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Drift)>> {
-        let mut drifts = Vec::with_capacity(domains.len());
-        for domain in domains {
-            drifts.push((*domain, self.drift(*domain).await?));
-        }
-        Ok(drifts)
-    }
+    /// The state cannot be used.
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Result<Drift>)>>;
 
     /// Starts or ends a machine.
     ///
@@ -200,7 +196,7 @@ async fn files_of_all(
 ) -> Result<BTreeMap<PathBuf, DomainName>> {
     let mut owned = BTreeMap::new();
     for row in engine.domains().await? {
-        let state = engine.load(row.id).await?;
+        let state = engine.load_as_far_as_known(row.id).await?;
         owned.extend(files(&state).into_iter().map(|file| (file, row.name.clone())));
     }
     Ok(owned)
@@ -217,6 +213,16 @@ impl From<&Recovered> for Account {
             found: recovered.found.clone(),
             did: recovered.did.clone(),
             outcome: outcome.map(str::to_owned),
+        }
+    }
+}
+
+impl From<Recovery> for Accounts {
+    fn from(recovery: Recovery) -> Self {
+        let left_out = recovery.left_out.into_iter().map(|(domain, error)| LeftOut::new(domain, error));
+        Self {
+            operations: recovery.operations.iter().map(Account::from).collect(),
+            left_out: left_out.collect(),
         }
     }
 }

@@ -24,12 +24,12 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Office;
 use super::here::INTERRUPTED;
-use crate::exit::{Exit, FromDaemon, Trouble};
+use crate::exit::{Exit, FromDaemon, Trouble, is_of_one_domain};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
-    Powering, Registered, Registering, SUDO_USER_HEADER, Status,
+    Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk, Powering,
+    Registered, Registering, SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.
@@ -234,12 +234,23 @@ impl Office for There {
         self.wait(self.send(Method::POST, &path, Bytes::new()).await?, None).await
     }
 
-    async fn recover(&self) -> Result<Vec<Account>> {
-        Ok(self.ask::<Accounts>(Method::POST, "/v1/recover", &()).await?.operations)
+    async fn recover(&self) -> Result<Accounts> {
+        self.ask(Method::POST, "/v1/recover", &()).await
     }
 
     async fn drift(&self, domain: DomainId) -> Result<Drift> {
         Ok(self.ask::<Drifted>(Method::POST, &format!("/v1/domains/{domain}/drift"), &()).await?.findings)
+    }
+
+    async fn drift_all(&self, domains: &[DomainId]) -> Result<Vec<(DomainId, Result<Drift>)>> {
+        let mut drifts = Vec::with_capacity(domains.len());
+        for domain in domains {
+            match self.drift(*domain).await {
+                Err(error) if !is_of_one_domain(&error) => return Err(error),
+                told => drifts.push((*domain, told)),
+            }
+        }
+        Ok(drifts)
     }
 
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {

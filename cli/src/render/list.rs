@@ -10,6 +10,7 @@ use snaptree_engine::tree::Labels;
 use super::table::{Cell, table};
 use super::text::{Look, safe};
 use super::view::{DomainView, FreesView, ListView, MachineView, PhaseWord, ShowView, SnapshotView};
+use crate::wire::LeftOut;
 
 /// The table of snapshots.
 pub fn list(view: &ListView, look: &Look) -> String {
@@ -169,6 +170,15 @@ pub fn domains(views: &[DomainView], look: &Look) -> String {
     table(&["NAME", "DRIVER", "SNAPSHOTS", "CURRENT", "OPEN", "LABELS"], &rows, look.paint)
 }
 
+/// A domain that could not be looked at, as a line among those of others.
+pub fn left_out(left: &LeftOut, look: &Look) -> String {
+    let LeftOut { domain, error } = left;
+    let name = look.paint.name(safe(domain));
+    let why = look.paint.bad(format!("could not be looked at: {}", safe(&error.message)));
+    let hint = error.hint.as_deref().map(|hint| format!("  hint: {}\n", safe(hint))).unwrap_or_default();
+    format!("{name}: {why}\n{hint}")
+}
+
 /// Who runs a machine, how it is reached, and whether it runs.
 fn machine_words(machine: &MachineView) -> String {
     let by = match machine.run_by {
@@ -214,6 +224,9 @@ pub fn domain(view: &DomainView, look: &Look) -> String {
     line("Current", view.current.as_deref().map_or("-".to_owned(), |name| safe(name).into_owned()));
     if view.tombstones > 0 {
         line("Tombstones", format!("{} (deleted, data still there: list --all)", view.tombstones));
+    }
+    for finding in &view.drift {
+        line("Drift", look.paint.bad(safe(&finding.to_string())));
     }
     for operation in &view.open_operations {
         line("Open", operation.to_string());

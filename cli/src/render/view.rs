@@ -1,17 +1,20 @@
 //! Snapshots and domains as they are shown: the shapes of the JSON documents.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_drivers::qemu::{MachineFacts, Runs, machine_of};
+use snaptree_drivers::virtualbox;
 use snaptree_engine::domain::Domain;
 use snaptree_engine::event::{Actor, MemoryKind};
 use snaptree_engine::layer::{DiskLayers, Layer, MemoryWay, Role};
 use snaptree_engine::log::ClockOrder;
-use snaptree_engine::operation::Request;
+use snaptree_engine::operation::{Failure, Request};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::reconcile::drift::Finding;
 use snaptree_engine::reconcile::space::{Frees, Occupied};
 use snaptree_engine::tree::{Hold, Labels, Snapshot};
 use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
@@ -208,6 +211,9 @@ pub struct DomainView {
     /// Who runs its machine, where one domain is looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineView>,
+    /// Where hypervisor and log disagree, as far as it is known: what `drift` wrote down, and what can be seen at once.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub drift: BTreeSet<Finding>,
 }
 
 /// Who runs a machine.
@@ -276,7 +282,11 @@ fn layers(state: &DomainState) -> Vec<LayerView> {
 impl DomainView {
     /// With who runs its machine, which is looked at. None for a domain that was never registered.
     pub fn with_machine(state: &DomainState) -> Option<Self> {
-        Some(Self { machine: machine_of(state).map(MachineView::from), ..Self::of(state)? })
+        let mut view = Self { machine: machine_of(state).map(MachineView::from), ..Self::of(state)? };
+        if let Some(Failure { message: why, hint: help, .. }) = virtualbox::gone(state) {
+            view.drift.insert(Finding::MachineGone { why, help });
+        }
+        Some(view)
     }
 
     /// None for a domain that was never registered.
@@ -295,6 +305,7 @@ impl DomainView {
                 .filter_map(|id| MemoryView::of(state, *id, Files::Unseen))
                 .collect(),
             machine: None,
+            drift: state.drift.clone(),
         })
     }
 }

@@ -259,6 +259,7 @@ fn disks(domain: &Domain) -> String {
 const fn wish(wish: UnregisterWish) -> &'static str {
     match wish {
         UnregisterWish::Untouched => "which has nothing to put back",
+        UnregisterWish::Forget => "and only what is known of it",
         UnregisterWish::Flatten => "with a plain image in its place",
         UnregisterWish::KeepLayers => "with its files as they are",
     }

@@ -1,5 +1,6 @@
 //! What the daemon answers: see [`crate::wire`] for the routes.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use snaptree_engine::engine::{EngineError, Submitted};
 use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::reconcile::dispatch::Wish;
 use snaptree_engine::reconcile::recovery::{accounts, unrecovered};
-use snaptree_engine::{DomainId, OperationId};
+use snaptree_engine::{DomainId, DomainName, OperationId};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -32,8 +33,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk,
-    Powering, QueueView, Registered, Registering, Status, WireError,
+    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, LeftOut, Line, PolicyAnswer,
+    PolicyAsk, Powering, QueueView, Registered, Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.
@@ -367,28 +368,33 @@ async fn find(daemon: &Daemon, id: &str) -> Result<OperationRow, Failure> {
 
 async fn recover(State(daemon): Shared) -> Answer<Accounts> {
     let filter = OperationFilter { open: Some(OpenOnly), ..OperationFilter::default() };
-    let mut domains: Vec<DomainId> = Vec::new();
+    let mut domains: BTreeMap<DomainId, DomainName> = BTreeMap::new();
     for row in daemon.engine.log().operations(&filter, usize::MAX >> 1).await? {
-        if !domains.contains(&row.domain) {
-            domains.push(row.domain);
+        domains.insert(row.domain, row.domain_name);
+    }
+    let mut came_to = Accounts::default();
+    let mut passes = Vec::with_capacity(domains.len());
+    for (domain, name) in domains {
+        match daemon.engine.load(domain).await {
+            Ok(state) => passes.push((name, state, daemon.dispatcher.run(domain, Wish::Drive))),
+            Err(error) if error.spares_others() => came_to.left_out.push(LeftOut::new(name, error)),
+            Err(error) => return Err(error.into()),
         }
     }
-    let mut passes = Vec::with_capacity(domains.len());
-    for domain in domains {
-        let state = daemon.engine.load(domain).await?;
-        passes.push((state, daemon.dispatcher.run(domain, Wish::Drive)));
-    }
-    let mut operations = Vec::new();
-    for (state, pass) in passes {
+    for (name, state, pass) in passes {
         let Some(pass) = pass.await else { return Err(stopping().into()) };
         let recovered = match &pass.came_to {
             Ok(driven) => accounts(&state, driven),
             Err(EngineError::Driver(error)) => unrecovered(&state, &error.failure),
+            Err(error) if error.spares_others() => {
+                came_to.left_out.push(LeftOut::new(name, PassFailed(pass)));
+                continue;
+            }
             Err(_) => return Err(PassFailed(pass).into()),
         };
-        operations.extend(recovered.iter().map(Account::from));
+        came_to.operations.extend(recovered.iter().map(Account::from));
     }
-    Ok(Json(Accounts { operations }))
+    Ok(Json(came_to))
 }
 
 /// Sends lines to whoever asked.

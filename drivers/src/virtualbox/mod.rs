@@ -60,6 +60,9 @@ const POLL: Duration = Duration::from_millis(200);
 /// How long a guest may take to shut down.
 const SHUTDOWN: Duration = Duration::from_secs(120);
 
+/// What helps where a machine is gone for good.
+const FORGET: &str = "if it is gone for good, let go of the domain with `snaptree domain remove --metadata`";
+
 /// What `Registration.options` says of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -85,6 +88,26 @@ impl Machine {
             Failure::new(Code::Invalid, format!("the domain is none of this driver's: {error}"))
         })
     }
+
+    /// Why it is none of VirtualBox's any more.
+    fn gone(&self) -> Option<Failure> {
+        if repair::is_listed(self.uuid) != Some(false) {
+            return None;
+        }
+        let file = self.file.display();
+        let gone = format!("the machine {} is not registered at VirtualBox any more", self.uuid);
+        let same = observe::read_text(&self.file).ok().flatten();
+        let hint = match same.is_some_and(|text| text.contains(&self.uuid.to_string())) {
+            true => format!("`VBoxManage registervm '{file}'` puts it back; else {FORGET}"),
+            false => FORGET.to_owned(),
+        };
+        Some(Failure::new(Code::NotFound, gone).hint(hint))
+    }
+}
+
+/// Why a registered machine is none of VirtualBox's any more, and what helps; none if it is, or that cannot be seen.
+pub fn gone(state: &DomainState) -> Option<Failure> {
+    Machine::of(state).ok()?.gone()
 }
 
 /// The file that stands for a machine among those of the registered domains; none of another driver's domain.
@@ -179,10 +202,13 @@ impl Driver for VirtualboxDriver {
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
         let machine = Machine::of(state)?;
         let run_state = observe::run_state(&self.manage, machine.uuid).await?;
+        if let Some(gone) = machine.gone() {
+            return Err(gone.into());
+        }
         let mut detail = self.settings(&machine).await?;
         if detail.settings.uuid != machine.uuid {
             let message = format!("{} is another machine's by now", machine.file.display());
-            return Err(DriverError::permanent(Code::Drift, message));
+            return Err(Failure::new(Code::NotFound, message).hint(FORGET).into());
         }
         Notes::sweep(&self.run_dir, machine.uuid, state);
         for operation in &state.open {

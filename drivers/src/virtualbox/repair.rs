@@ -108,6 +108,14 @@ pub(super) async fn machines(notes: Option<&Notes>) -> Result<(), DriverError> {
     fs::rename(&draft, &list).and_then(|()| sync_folder(&list)).map_err(|error| failed(&list, &error))
 }
 
+/// Whether VirtualBox has a machine in its list; none if the list cannot be read.
+pub(super) fn is_listed(machine: Uuid) -> Option<bool> {
+    let list = observe::read_text(&home()?.join("VirtualBox.xml")).ok()??;
+    let ours = format!("\"{{{machine}}}\"");
+    // An entry is written on a line of its own.
+    Some(list.lines().any(|line| line.trim_start().starts_with("<MachineEntry") && line.contains(&ours)))
+}
+
 /// Removes images beside the machine's that nothing names and that hold nothing, if they are older than `since`: a call that
 /// began then, and has succeeded, had the machine to itself.
 pub(super) fn orphans(settings: &Settings, since: SystemTime, notes: &Notes) -> Result<(), DriverError> {

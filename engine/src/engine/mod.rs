@@ -1,5 +1,6 @@
 //! The facade: everything that a program does with Snaptree goes through [`Engine`].
 
+mod forget;
 mod read;
 mod request;
 
@@ -13,13 +14,13 @@ use crate::command::reject;
 use crate::domain::DriverKind;
 use crate::driver::{Driver, Hooks, NoHooks, PowerWish, Watch};
 use crate::event::{Actor, Envelope, Origin};
-use crate::ids::{DomainId, IdSource, OperationId, StreamId, UuidV7};
+use crate::ids::{DomainId, DomainName, IdSource, OperationId, StreamId, UuidV7};
 use crate::loaded::Loaded;
 use crate::log::{Append, EventLog, LogError, NewEvent};
 use crate::operation::Code;
 use crate::project::DomainState;
 use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
-use crate::reconcile::recovery::{Recovered, recover_domain, unrecovered};
+use crate::reconcile::recovery::{Recovered, Recovery, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
 
 pub use crate::error::EngineError;
@@ -228,45 +229,52 @@ impl Engine {
         worker.drive().await
     }
 
-    /// Finishes, forward or back, whatever was cut short, and says what was found and done.
+    /// Finishes, forward or back, whatever was cut short, and says what was found and done. A domain that cannot be
+    /// looked at keeps none of the others back.
     ///
     /// # Errors
     /// The store failed.
-    pub async fn recover(
-        &self,
-        requester: &Requester,
-        watch: &dyn Watch,
-    ) -> Result<Vec<Recovered>, EngineError> {
+    pub async fn recover(&self, requester: &Requester, watch: &dyn Watch) -> Result<Recovery, EngineError> {
         let open = crate::log::OperationFilter { open: Some(crate::log::OpenOnly), ..Default::default() };
-        let rows = self.log.operations(&open, usize::MAX >> 1).await?;
-        let mut domains: Vec<DomainId> = Vec::new();
-        for row in rows {
-            if !domains.contains(&row.domain) {
-                domains.push(row.domain);
+        let mut domains: Vec<(DomainId, DomainName)> = Vec::new();
+        for row in self.log.operations(&open, usize::MAX >> 1).await? {
+            if !domains.iter().any(|(id, _)| *id == row.domain) {
+                domains.push((row.domain, row.domain_name));
             }
         }
-        let mut recovered = Vec::new();
+        let mut recovery = Recovery::default();
         for row in self.log.domains(u64::MAX).await? {
             // A log that is behind may not know what was open; what cannot be asked is told of below.
             if let Err(error @ (EngineError::Log(_) | EngineError::Illegal { .. })) =
                 self.load_for_work(requester, row.id).await
             {
-                return Err(error);
+                domains.retain(|(id, _)| *id != row.id);
+                recovery.leave_out(row.name, error)?;
             }
         }
-        for domain in domains {
-            let state = self.load(domain).await?;
-            if state.open.is_empty() {
-                continue;
+        for (domain, name) in domains {
+            match self.recover_one(requester, domain, watch).await {
+                Ok(recovered) => recovery.operations.extend(recovered),
+                Err(error) => recovery.leave_out(name, error)?,
             }
-            recovered.extend(match recover_domain(self, requester, &state, watch).await {
-                Ok(recovered) => recovered,
-                // One hypervisor that cannot be asked does not keep the others from being recovered.
-                Err(EngineError::Driver(error)) => unrecovered(&state, &error.failure),
-                Err(error) => return Err(error),
-            });
         }
-        Ok(recovered)
+        Ok(recovery)
+    }
+
+    async fn recover_one(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        watch: &dyn Watch,
+    ) -> Result<Vec<Recovered>, EngineError> {
+        let state = self.load(domain).await?;
+        if state.open.is_empty() {
+            return Ok(Vec::new());
+        }
+        match recover_domain(self, requester, &state, watch).await {
+            Err(EngineError::Driver(error)) => Ok(unrecovered(&state, &error.failure)),
+            other => other,
+        }
     }
 
     /// Starts or ends a machine. It is no operation: the log tells of snapshots, and whoever may start the machine

@@ -71,6 +71,15 @@ impl Engine {
     /// The store failed, or the log contradicts itself.
     #[instrument(skip(self))]
     pub async fn load_at(&self, domain: DomainId, seq_max: u64) -> Result<DomainState, EngineError> {
+        let state = self.read_at(domain, seq_max).await?;
+        match state.illegal.clone() {
+            Some(source) => Err(EngineError::Illegal { domain, source }),
+            None => Ok(state),
+        }
+    }
+
+    /// The same, also where the log contradicts itself.
+    async fn read_at(&self, domain: DomainId, seq_max: u64) -> Result<DomainState, EngineError> {
         let stream = StreamId::Domain(domain);
         let mut state = match self.loaded.get(domain, seq_max) {
             Some(state) => state,
@@ -87,14 +96,27 @@ impl Engine {
                 break;
             }
         }
-        match state.illegal.clone() {
-            Some(source) => Err(EngineError::Illegal { domain, source }),
-            None => {
-                if seq_max == u64::MAX && state.version != known {
-                    self.loaded.keep(domain, &state);
-                }
+        if seq_max == u64::MAX && state.version != known && state.illegal.is_none() {
+            self.loaded.keep(domain, &state);
+        }
+        Ok(state)
+    }
+
+    /// A domain as far as its log can be followed: where it contradicts itself, all that it says; where an event cannot be
+    /// read, its registration. It is enough to know which machine and which files are its.
+    ///
+    /// # Errors
+    /// The store failed, for this domain and all others.
+    pub async fn load_as_far_as_known(&self, domain: DomainId) -> Result<DomainState, EngineError> {
+        match self.read_at(domain, u64::MAX).await {
+            Err(error) if error.spares_others() => {
+                tracing::warn!(%domain, error = &error as &dyn std::error::Error, "only its registration is known");
+                let mut state = DomainState::default();
+                let first = self.log.read_stream(&StreamId::Domain(domain), 0, u64::MAX, 1).await;
+                state.apply_all(&first.unwrap_or_default());
                 Ok(state)
             }
+            other => other,
         }
     }
 

@@ -12,7 +12,7 @@ use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::Domain;
 use crate::driver::{CallOff, NoWatch, Observation, Plan, Registration, Resolution, StepContext};
-use crate::event::{DeleteWhat, DomainRegistered, Envelope, Event, RequestTerms};
+use crate::event::{DeleteWhat, DomainRegistered, Envelope, Event, RequestTerms, UnregisterWish};
 use crate::ids::{DomainId, DomainName, LayerId, OperationId, StreamId};
 use crate::layer::{LayerChange, Role};
 use crate::log::{LogError, NewEvent};
@@ -119,6 +119,9 @@ impl Engine {
             if owner.is_some_and(|row| row.id != domain) {
                 self.name_is_free(name).await?;
             }
+        }
+        if *command == Command::Unregister(UnregisterWish::Forget) {
+            return self.forget(requester, domain).await;
         }
         let digest = key.map(|_| command_digest(command)).transpose()?;
         let stream = StreamId::Domain(domain);

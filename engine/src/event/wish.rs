@@ -77,6 +77,8 @@ pub enum UnregisterWish {
     Untouched,
     /// One plain image is put back at the registered path; the snapshots end.
     Flatten,
+    /// Only what Snaptree knows of it is let go: nobody is asked, nothing is touched, and what is open is abandoned.
+    Forget,
     /// All files stay as they are.
     KeepLayers,
 }

@@ -15,8 +15,8 @@
 //!
 //! Architecture Invariant: no two workers of one program are at work on one domain.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,7 +26,7 @@ use tokio::sync::{Notify, broadcast, oneshot, watch};
 use crate::command::{Command, reject};
 use crate::driver::{Progress, Watch};
 use crate::engine::{Engine, EngineError, Requester, Submitted};
-use crate::event::{Actor, Envelope, Event};
+use crate::event::{Actor, Envelope, Event, UnregisterWish};
 use crate::ids::{DomainId, OperationId, StreamId};
 use crate::log::{LogError, OpenOnly, OperationFilter};
 use crate::operation::{Code, Failure, Outcome, Phase, Verdict};
@@ -109,6 +109,8 @@ struct Inner {
     engine: Engine,
     requester: Requester,
     slots: Mutex<HashMap<DomainId, Slot>>,
+    /// Domains on which nobody may begin to work. Taken after `slots`.
+    apart: Mutex<HashSet<DomainId>>,
     gates: [tokio::sync::Mutex<()>; GATES],
     stopping: AtomicBool,
     at_work: watch::Sender<usize>,
@@ -127,6 +129,7 @@ impl Dispatcher {
             engine: engine.clone().with_suspended(WhenSuspended::Wait),
             requester,
             slots: Mutex::default(),
+            apart: Mutex::default(),
             gates: std::array::from_fn(|_| tokio::sync::Mutex::default()),
             stopping: AtomicBool::new(false),
             at_work: watch::Sender::default(),
@@ -147,7 +150,7 @@ impl Dispatcher {
             match self.0.engine.load(row.id).await {
                 Ok(state) if !state.tombstones.is_empty() => self.wake(row.id),
                 Ok(_) => {}
-                Err(EngineError::Log(error)) => return Err(error.into()),
+                Err(error) if !error.spares_others() => return Err(error),
                 Err(error) => {
                     tracing::error!(domain = %row.name, error = &error as &dyn std::error::Error, "left alone");
                 }
@@ -182,12 +185,32 @@ impl Dispatcher {
     ) -> Result<Submitted, EngineError> {
         let submitted = {
             let _gate = self.0.gate(domain).lock().await;
+            let _apart = match command {
+                Command::Unregister(UnregisterWish::Forget) => Some(self.set_apart(domain)?),
+                _ => None,
+            };
             self.0.engine.submit(requester, domain, command, key).await?
         };
         if submitted != Submitted::Recorded {
             self.wake(domain);
         }
         Ok(submitted)
+    }
+
+    /// Keeps workers off a domain until what is returned is dropped.
+    ///
+    /// What a worker writes is expected by nobody, so it must not be at work while its operations are abandoned.
+    fn set_apart(&self, domain: DomainId) -> Result<Apart, EngineError> {
+        let mut slots = self.0.slots();
+        if matches!(slots.get(&domain), Some(Slot { standing: Standing::Running, .. })) {
+            return Err(reject(Code::InUse, "an operation of this domain is being carried out just now")
+                .hint("wait for it, or call it off with `snaptree op cancel`")
+                .into());
+        }
+        self.0.apart.lock().unwrap_or_else(PoisonError::into_inner).insert(domain);
+        // Whoever waits for another try looks again, and finds that there is none.
+        slots.get_mut(&domain).inspect(|slot| slot.woken.notify_one());
+        Ok(Apart { inner: Arc::clone(&self.0), domain })
     }
 
     /// Asks for an open operation to go back. It does between two steps, or is carried through where it is too late.
@@ -291,6 +314,19 @@ impl Drop for AtWork {
     }
 }
 
+/// A domain on which nobody works; what was asked for meanwhile is looked at when it ends.
+struct Apart {
+    inner: Arc<Inner>,
+    domain: DomainId,
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        self.inner.apart.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.domain);
+        Dispatcher(Arc::clone(&self.inner)).wake(self.domain);
+    }
+}
+
 /// A domain's worker, until there is nothing left to do.
 async fn work(inner: Arc<Inner>, domain: DomainId) {
     let _at_work = AtWork { inner: Arc::clone(&inner), domain };
@@ -319,6 +355,10 @@ impl Inner {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn is_apart(&self, domain: DomainId) -> bool {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner).contains(&domain)
+    }
+
     fn gate(&self, domain: DomainId) -> &tokio::sync::Mutex<()> {
         let place = usize::from(domain.as_uuid().as_bytes()[15]) % GATES;
         &self.gates[place]
@@ -328,7 +368,7 @@ impl Inner {
     #[allow(clippy::type_complexity, reason = "used once")]
     fn begin(&self, domain: DomainId) -> Option<(Wish, Vec<oneshot::Sender<Arc<Pass>>>)> {
         let mut slots = self.slots();
-        if self.stopping.load(Ordering::SeqCst) {
+        if self.stopping.load(Ordering::SeqCst) || self.is_apart(domain) {
             slots.remove(&domain);
             return None;
         }

@@ -10,10 +10,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Disk;
-use crate::driver::{Observation, SeenSnapshot};
+use crate::driver::{DriverError, ErrorClass, Observation, SeenSnapshot};
 use crate::event::Place;
 use crate::ids::{DiskName, LayerId, SnapshotId, SnapshotName};
 use crate::layer::Role;
+use crate::operation::{Code, Failure};
 use crate::project::DomainState;
 use crate::reconcile::adopt;
 
@@ -21,6 +22,13 @@ use crate::reconcile::adopt;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(tag = "finding", rename_all = "kebab-case")]
 pub enum Finding {
+    /// The hypervisor does not have the machine any more.
+    MachineGone {
+        /// What it says, in words.
+        why: String,
+        /// What can be done about it.
+        help: Option<String>,
+    },
     /// The hypervisor no longer has a snapshot of the log, or a file that it reads from.
     SnapshotLost {
         /// The snapshot.
@@ -127,6 +135,13 @@ pub struct Drift {
     pub findings: BTreeSet<Finding>,
     /// Snapshots that somebody else made, and that were taken over just now.
     pub adopted: Vec<SnapshotName>,
+}
+
+/// What a failed look tells of a machine that is not there; none if it only could not be looked at.
+pub fn gone(error: &DriverError) -> Option<Finding> {
+    let is_gone = error.class == ErrorClass::Permanent && error.failure.code == Code::NotFound;
+    let Failure { message, hint, .. } = &error.failure;
+    is_gone.then(|| Finding::MachineGone { why: message.clone(), help: hint.clone() })
 }
 
 /// All differences. While an operation is open there are none: its step may be half done.
@@ -261,6 +276,8 @@ impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "nothing".to_owned());
         match self {
+            Self::MachineGone { why, help: Some(help) } => write!(f, "{why}; {help}"),
+            Self::MachineGone { why, help: None } => f.write_str(why),
             Self::SnapshotLost { name, .. } => write!(f, "snapshot '{name}' is lost: its data is not there"),
             Self::SnapshotFound { native, name } => {
                 write!(f, "the hypervisor has a snapshot '{name}' ({native}) that was not made by Snaptree")

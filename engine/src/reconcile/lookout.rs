@@ -1,8 +1,8 @@
 //! Looking for drift: observe, take over what somebody else did, write down what is left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::driver::Observation;
+use crate::driver::{DriverError, Observation};
 use crate::engine::{Engine, EngineError, Foreign, Requester};
 use crate::event::{Actor, DriftCleared, DriftFound, Event};
 use crate::ids::{DomainId, SnapshotId, SnapshotName, StreamId};
@@ -10,7 +10,7 @@ use crate::log::NewEvent;
 use crate::project::DomainState;
 use crate::reconcile::adopt;
 use crate::reconcile::connection::ConnectionId;
-use crate::reconcile::drift::{self, Drift};
+use crate::reconcile::drift::{self, Drift, Finding};
 
 impl Engine {
     /// Compares the hypervisor with the log, takes over what somebody else did there if the settings say so, writes
@@ -23,44 +23,113 @@ impl Engine {
         if !state.open.is_empty() {
             return Ok(Drift { findings: state.drift, adopted: Vec::new() });
         }
-        let seen = self.observe(&state).await?;
-        self.compared(requester, domain, state, seen).await
+        let seen = self.driver_of(&state)?.observe(&state).await;
+        self.looked_at(requester, domain, state, seen).await
     }
 
-    /// The same of many domains, those of one connection looked at together.
+    /// A machine that is not there is a difference, too; what was known of its snapshots is left as it is.
+    async fn looked_at(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+        state: DomainState,
+        seen: Result<Observation, DriverError>,
+    ) -> Result<Drift, EngineError> {
+        match seen {
+            Ok(seen) => self.compared(requester, domain, state, seen).await,
+            Err(error) => {
+                let gone = drift::gone(&error).ok_or(EngineError::Driver(error))?;
+                let mut findings = state.drift.clone();
+                findings.retain(|known| !matches!(known, Finding::MachineGone { .. }));
+                findings.insert(gone);
+                self.note(requester, &state, &findings).await?;
+                Ok(Drift { findings, adopted: Vec::new() })
+            }
+        }
+    }
+
+    /// Writes down what is new, and what is gone.
+    async fn note(
+        &self,
+        requester: &Requester,
+        state: &DomainState,
+        findings: &BTreeSet<Finding>,
+    ) -> Result<(), EngineError> {
+        let new = findings.difference(&state.drift);
+        let gone = state.drift.difference(findings);
+        // What is gone comes first: a lost snapshot that was renamed is found under its new name, and stays lost.
+        let events: Vec<Event> = gone
+            .map(|finding| DriftCleared { finding: finding.clone() }.into())
+            .chain(new.map(|finding| DriftFound { finding: finding.clone() }.into()))
+            .collect();
+        if events.is_empty() { Ok(()) } else { self.record(requester, state, events).await }
+    }
+
+    /// The same of many domains, in the order given, those of one connection looked at together. One that cannot be
+    /// looked at keeps none of the others back.
     ///
     /// # Errors
-    /// As [`Engine::drift`]; the first failure of all ends it.
+    /// The store failed.
     pub async fn drift_all(
         &self,
         requester: &Requester,
         domains: &[DomainId],
-    ) -> Result<Vec<(DomainId, Drift)>, EngineError> {
+    ) -> Result<Vec<(DomainId, Result<Drift, EngineError>)>, EngineError> {
         let mut drifts = BTreeMap::new();
-        let mut together: BTreeMap<ConnectionId, Vec<DomainState>> = BTreeMap::new();
+        let mut together: BTreeMap<ConnectionId, Vec<(DomainId, DomainState)>> = BTreeMap::new();
         for domain in domains {
-            let state = self.load_for_work(requester, *domain).await?;
-            match &state.domain {
-                Some(known) if state.open.is_empty() => {
-                    let connection = self.driver(known.driver)?.connection(known);
-                    together.entry(connection).or_default().push(state);
+            match of_one(self.to_be_compared(requester, *domain).await)? {
+                Ok((Some(connection), state)) => {
+                    together.entry(connection).or_default().push((*domain, state))
                 }
-                _ => {
-                    drifts.insert(*domain, Drift { findings: state.drift, adopted: Vec::new() });
+                Ok((None, state)) => {
+                    drifts.insert(*domain, Ok(Drift { findings: state.drift, adopted: Vec::new() }));
+                }
+                Err(error) => {
+                    drifts.insert(*domain, Err(error));
                 }
             }
         }
         for states in together.into_values() {
-            let Some(first) = states.first() else { continue };
-            let asked: Vec<&DomainState> = states.iter().collect();
-            let seen = self.driver_of(first)?.observe_all(&asked).await.map_err(EngineError::Driver)?;
-            for (state, seen) in states.into_iter().zip(seen) {
-                let Some(domain) = state.domain.as_ref().map(|domain| domain.id) else { continue };
-                let seen = seen.map_err(EngineError::Driver)?;
-                drifts.insert(domain, self.compared(requester, domain, state, seen).await?);
+            for ((domain, state), seen) in self.observe_together(states).await? {
+                let looked_at = of_one(self.looked_at(requester, domain, state, seen).await)?;
+                drifts.insert(domain, looked_at);
             }
         }
         Ok(domains.iter().filter_map(|domain| Some((*domain, drifts.remove(domain)?))).collect())
+    }
+
+    /// The domain, and the connection over which it is to be compared; none while something is open for it.
+    async fn to_be_compared(
+        &self,
+        requester: &Requester,
+        domain: DomainId,
+    ) -> Result<(Option<ConnectionId>, DomainState), EngineError> {
+        let state = self.load_for_work(requester, domain).await?;
+        let connection = match &state.domain {
+            Some(known) if state.open.is_empty() => Some(self.driver(known.driver)?.connection(known)),
+            _ => None,
+        };
+        Ok((connection, state))
+    }
+
+    /// What the hypervisor says of domains of one connection. Where it cannot be asked at all, that is each one's answer.
+    async fn observe_together(
+        &self,
+        states: Vec<(DomainId, DomainState)>,
+    ) -> Result<Vec<((DomainId, DomainState), Result<Observation, DriverError>)>, EngineError> {
+        let Some((_, first)) = states.first() else { return Ok(Vec::new()) };
+        let driver = self.driver_of(first)?;
+        let asked: Vec<&DomainState> = states.iter().map(|(_, state)| state).collect();
+        let seen = match driver.observe_all(&asked).await {
+            Ok(seen) => seen,
+            Err(error) => {
+                let again =
+                    || DriverError { class: error.class, failure: error.failure.clone(), source: None };
+                states.iter().map(|_| Err(again())).collect()
+            }
+        };
+        Ok(states.into_iter().zip(seen).collect())
     }
 
     async fn compared(
@@ -82,16 +151,7 @@ impl Engine {
             seen = self.observe(&state).await?;
         }
         let findings = drift::findings(&state, &seen);
-        let new = findings.difference(&state.drift);
-        let gone = state.drift.difference(&findings);
-        // What is gone comes first: a lost snapshot that was renamed is found under its new name, and stays lost.
-        let events: Vec<Event> = gone
-            .map(|finding| DriftCleared { finding: finding.clone() }.into())
-            .chain(new.map(|finding| DriftFound { finding: finding.clone() }.into()))
-            .collect();
-        if !events.is_empty() {
-            self.record(requester, &state, events).await?;
-        }
+        self.note(requester, &state, &findings).await?;
         Ok(Drift { findings, adopted })
     }
 
@@ -119,5 +179,13 @@ impl Engine {
         let events = events.into_iter().map(new).collect();
         self.append(&requester, vec![(stream.clone(), state.version)], events).await?;
         Ok(())
+    }
+}
+
+/// Sets apart what concerns one domain alone from what ends the look at all of them.
+fn of_one<T>(looked: Result<T, EngineError>) -> Result<Result<T, EngineError>, EngineError> {
+    match looked {
+        Err(error) if !error.spares_others() => Err(error),
+        other => Ok(other),
     }
 }

@@ -33,6 +33,29 @@ pub struct Recovered {
     pub failure: Option<Failure>,
 }
 
+/// What a recovery came to.
+#[derive(Debug, Default)]
+pub struct Recovery {
+    /// Operation by operation.
+    pub operations: Vec<Recovered>,
+    /// Domains that could not be looked at, and why.
+    pub left_out: Vec<(DomainName, EngineError)>,
+}
+
+impl Recovery {
+    /// Goes on without a domain.
+    ///
+    /// # Errors
+    /// What stands in the way stands in the way of all domains.
+    pub(crate) fn leave_out(&mut self, domain: DomainName, error: EngineError) -> Result<(), EngineError> {
+        if !error.spares_others() {
+            return Err(error);
+        }
+        self.left_out.push((domain, error));
+        Ok(())
+    }
+}
+
 /// Drives a domain's open operations to their ends, and tells about each.
 pub(crate) async fn recover_domain(
     engine: &Engine,
@@ -93,7 +116,8 @@ fn account_of(domain: &DomainName, operation: &Operation, carried: Option<&Carri
     }
 }
 
-fn stood(operation: &Operation) -> String {
+/// Where an operation stands, in words.
+pub fn stood(operation: &Operation) -> String {
     let step = |index: usize| operation.steps.get(index).map_or("?", |step| step.name.as_str());
     match &operation.phase {
         Phase::Requested => "asked for, nothing touched".to_owned(),

@@ -138,7 +138,8 @@ pub async fn chosen(engine: &Engine, policy: &Policy) -> Result<Vec<Chosen>, Eng
         } else {
             match engine.load(row.id).await {
                 Ok(DomainState { domain: Some(domain), .. }) => domain.labels,
-                Ok(_) | Err(EngineError::Illegal { .. }) => continue,
+                Ok(_) => continue,
+                Err(error) if error.spares_others() => continue,
                 Err(error) => return Err(error),
             }
         };

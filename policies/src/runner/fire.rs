@@ -135,7 +135,7 @@ async fn wish(
     let state = match engine.load(domain.id).await {
         Ok(state) => Some(state),
         // The request is refused with the reason.
-        Err(EngineError::Illegal { .. }) => None,
+        Err(error) if error.spares_others() => None,
         Err(error) => return Err(error),
     };
     let name = match name_of(policy, planned, domain, state.as_ref()) {

@@ -15,6 +15,7 @@ use snaptree_policies::runner::RunOutcome;
 
 use crate::exit::ErrorView;
 use crate::story::HookStory;
+use crate::wire::LeftOut;
 
 /// A policy in the list.
 #[derive(Debug, Serialize)]
@@ -97,6 +98,9 @@ pub struct PlanView {
     pub long_run: LongRunView,
     /// Domain by domain.
     pub domains: Vec<DomainPlanView>,
+    /// Domains that could not be looked at.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
 }
 
 impl DomainPlanView {
@@ -223,6 +227,9 @@ pub struct RunView {
     pub planned: Option<Timestamp>,
     /// Domain by domain.
     pub runs: Vec<RanView>,
+    /// Domains whose snapshots could not be looked through for what is to go.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
     /// Why the policy was suspended after it, if it was.
     pub suspended: Option<String>,
 }

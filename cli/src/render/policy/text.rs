@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use snaptree_engine::event::{Event, PolicyRequest, RunPart};
 use snaptree_engine::reconcile::merge::human_bytes;
 
+use super::super::list::left_out;
 use super::super::table::{Cell, table};
 use super::super::text::{Look, count, safe};
 use super::{
@@ -107,6 +108,7 @@ pub fn plan(view: &PlanView, look: &Look) -> String {
         }
         text.push('\n');
     }
+    text.extend(view.left_out.iter().map(|domain| left_out(domain, look)));
     text.push_str(&view.long_run.words(view.max_depth));
     text
 }
@@ -126,7 +128,8 @@ fn verdict_row(verdict: &VerdictView, look: &Look) -> Vec<Cell> {
 
 /// The outcome of a run, domain by domain.
 pub fn run(view: &RunView, look: &Look) -> String {
-    view.runs.iter().map(|ran| format!("{}\n", ran_words(ran, look))).collect()
+    let ran = view.runs.iter().map(|ran| format!("{}\n", ran_words(ran, look)));
+    ran.chain(view.left_out.iter().map(|domain| left_out(domain, look))).collect()
 }
 
 fn ran_words(ran: &RanView, look: &Look) -> String {

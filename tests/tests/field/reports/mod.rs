@@ -1,1 +1,4 @@
 //! A: what is told, and whether it is so.
+
+mod gone;
+mod sick;
