@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use snaptree_drivers::esx::CallTimes;
-use snaptree_drivers::qemu::{LeftOut, ToolTimes};
+use snaptree_drivers::qemu::ToolTimes;
 use snaptree_drivers::virtualbox::PROGRAM;
 use snaptree_engine::engine::{Foreign, Settings};
+use snaptree_engine::near::nearest;
 use toml::{Table, Value};
 
 use crate::args::value::{bytes, duration};
@@ -32,7 +33,6 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
     ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
     ("qemu", "job-speed", "a size a second, such as \"100 MiB/s\"; 0 for no limit"),
-    ("qemu", "left-out-disks", "\"warn\" or \"refuse\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
@@ -53,8 +53,6 @@ pub struct Config {
     pub esx: CallTimes,
     /// How many bytes a second a merge may move; 0 for no limit.
     pub job_speed_bytes: u64,
-    /// What is done about media that a machine writes and that are no disks of its domain.
-    pub left_out_disks: LeftOut,
     /// The VBoxManage that is called.
     pub manage: PathBuf,
     /// Where the daemon listens, if it is said.
@@ -72,7 +70,6 @@ impl Default for Config {
             qemu: ToolTimes::default(),
             esx: CallTimes::default(),
             job_speed_bytes: 0,
-            left_out_disks: LeftOut::default(),
             manage: PathBuf::from(std::env::var_os("VBOXMANAGE").unwrap_or_else(|| PROGRAM.into())),
             socket: None,
             drift_every: Some(DRIFT_EVERY_DEFAULT),
@@ -170,13 +167,6 @@ impl Config {
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
-            ("qemu", "left-out-disks") => {
-                self.left_out_disks = match value.as_str()? {
-                    "warn" => LeftOut::Warn,
-                    "refuse" => LeftOut::Refuse,
-                    _ => return None,
-                }
-            }
             ("esx", "connect-timeout") => self.esx.connect = wait_of(value)?,
             ("esx", "call-timeout") => self.esx.call = wait_of(value)?,
             ("space", "margin") => settings.space_margin_bytes = size_of(value)?,
@@ -236,15 +226,11 @@ fn trouble(file: &Path, problem: &str) -> Trouble {
 
 fn unknown(given: &str, known: impl Iterator<Item = String>) -> String {
     let known: Vec<String> = known.collect();
-    let near = known
-        .iter()
-        .map(|name| (strsim::damerau_levenshtein(given, name), name))
-        .min()
-        .filter(|(distance, name)| *distance <= name.len().max(given.len()) / 2);
+    let near = nearest(given, known.iter().map(String::as_str));
     let mut names = known.clone();
     names.dedup();
     match near {
-        Some((_, near)) => format!("there is no setting '{given}'; did you mean '{near}'?"),
+        Some(near) => format!("there is no setting '{given}'; did you mean '{near}'?"),
         None => format!("there is no setting '{given}'; there are {}", names.join(", ")),
     }
 }

@@ -7,12 +7,32 @@ use anyhow::Result;
 use crate::exit::{Exit, Trouble};
 use crate::render::text::safe;
 
+/// Whether somebody can be asked.
+fn is_answered() -> bool {
+    std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
+}
+
+/// Asks before more is discarded than what was named; where nobody can be asked, that needs `--yes`.
+///
+/// # Errors
+/// The answer was no, or nobody can give one.
+pub fn confirm_unnamed(what: &str, question: &str, yes: bool) -> Result<()> {
+    if !yes && !is_answered() {
+        let message =
+            format!("{}, which the command does not name, and nobody can be asked here", safe(what));
+        return Err(Trouble::new(Exit::Refused, "unconfirmed", message)
+            .hint("say --yes if that is meant; --dry-run shows what would be done")
+            .into());
+    }
+    confirm(question, yes)
+}
+
 /// Asks on a terminal; elsewhere there is nobody to ask, and whoever wrote the command meant it.
 ///
 /// # Errors
 /// The answer was no.
 pub fn confirm(question: &str, yes: bool) -> Result<()> {
-    if yes || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+    if yes || !is_answered() {
         return Ok(());
     }
     eprint!("{} [y/N] ", safe(question));

@@ -10,12 +10,12 @@ use snaptree_drivers::esx::EsxDriver;
 use snaptree_drivers::qemu::QemuDriver;
 use snaptree_drivers::sim::SimDriver;
 use snaptree_drivers::virtualbox::VirtualboxDriver;
-use snaptree_engine::DomainId;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::Hooks;
 use snaptree_engine::engine::Engine;
 use snaptree_engine::log::{ClockOrder, EventFilter};
 use snaptree_engine::project::DomainState;
+use snaptree_engine::{DomainId, StreamId};
 use snaptree_store::{DATABASE_FILE, LockWait, Store, StoreError};
 
 use crate::args::{Global, WriterArgs};
@@ -26,7 +26,7 @@ use crate::office::there::{self, There};
 use crate::office::{Here, LogHosts, Office, ReadOut};
 use crate::programs::HookPrograms;
 use crate::render::note;
-use crate::render::text::safe;
+use crate::render::text::{Look, safe};
 use crate::requester::this_user;
 use crate::serve::socket::{SOCKET_FILE, SYSTEM_FOLDER, SYSTEM_STATE};
 use crate::when::{Moment, local_now, moment};
@@ -246,8 +246,7 @@ impl Context {
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
             .tool_times(config.qemu)
-            .job_speed(config.job_speed_bytes)
-            .left_out(config.left_out_disks);
+            .job_speed(config.job_speed_bytes);
         let book = || EsxDriver::new(Arc::new(LogHosts(Arc::clone(engine.log()))), config.esx);
         let hosts = self.hosts.get_or_init(book).clone();
         let virtualbox = VirtualboxDriver::new(config.manage, self.dir.join(RUN_FOLDER));
@@ -323,8 +322,25 @@ impl Reader {
     /// # Errors
     /// There was none of that name, or the log cannot be read.
     pub async fn domain(&self, wanted: &str, prefix: Prefix) -> Result<DomainState> {
-        let id = self.engine.find_domain_at(wanted, prefix.seq).await?;
-        Ok(self.engine.load_at(id, prefix.seq).await?)
+        match self.engine.find_domain_at(wanted, prefix.seq).await {
+            Ok(id) => Ok(self.engine.load_at(id, prefix.seq).await?),
+            Err(unknown) if prefix.is_past() => {
+                Err(self.registered_later(wanted).await?.unwrap_or(unknown.into()))
+            }
+            Err(unknown) => Err(unknown.into()),
+        }
+    }
+
+    /// The refusal where a domain is registered now, and was not at the moment that was asked about.
+    async fn registered_later(&self, wanted: &str) -> Result<Option<anyhow::Error>> {
+        let Ok(id) = self.engine.find_domain(wanted).await else { return Ok(None) };
+        let first = self.engine.log().read_stream(&StreamId::Domain(id), 0, u64::MAX, 1).await?;
+        let Some(first) = first.first() else { return Ok(None) };
+        let since = Look::of_stdout().time(first.at);
+        let message =
+            format!("{} was not registered then: it is since {since} (event {})", safe(wanted), first.seq);
+        let hint = format!("ask about a time after that, or `--at seq:{}`", first.seq);
+        Ok(Some(Trouble::not_found(message).hint(hint).into()))
     }
 
     /// A domain as it is.

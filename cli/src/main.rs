@@ -21,18 +21,21 @@ mod story;
 mod when;
 mod wire;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
+use crate::args::suggest::improved;
 use crate::args::{Cli, Command};
 use crate::context::Context;
 use crate::exit::{Exit, Trouble};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let cli = match Cli::try_parse_from(&words) {
         Ok(cli) => cli,
-        Err(error) => return misused(&error),
+        Err(error) => return misused(&improved(error, &Cli::command(), &words)),
     };
     trace(&cli);
     let json = cli.global.json;
@@ -65,10 +68,9 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
 fn tell(error: &anyhow::Error, json: bool) -> Exit {
     let told = exit::told(error);
     tracing::debug!(error = format!("{error:#}"), "the command failed");
-    if json {
-        // If nobody can read the error, the exit code still tells.
-        let _ = render::print(&format!("{}\n", exit::in_json(&told)));
-    } else {
+    let printed = json && render::print(&format!("{}\n", exit::in_json(&told))).is_ok();
+    // Also where standard output is what failed.
+    if !printed {
         render::note(&exit::in_words(&told));
     }
     told.exit

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use snaptree_engine::driver::{Progress, Watch};
+use snaptree_engine::driver::{Progress, StepProgress, Watch};
 use snaptree_engine::event::{Envelope, Event};
 use snaptree_engine::operation::Request;
 
@@ -58,11 +58,19 @@ impl Shown {
 }
 
 fn spinner() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner())
+    ProgressStyle::with_template("{spinner} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
-fn measured() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {msg} [{bar:30}] {percent:>3}%")
+/// The end of the line, by what is known. What is being done takes what is left of the line, and is cut there: a line
+/// that wraps would be drawn anew below itself each time.
+fn measured(progress: StepProgress) -> ProgressStyle {
+    let template = match progress {
+        StepProgress::Bytes { .. } => {
+            "{spinner} {wide_msg} [{bar:12}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} left"
+        }
+        StepProgress::Percent(_) => "{spinner} {wide_msg} [{bar:12}] {percent:>3}% {eta} left",
+    };
+    ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")
 }
@@ -99,11 +107,17 @@ impl Place {
 }
 
 impl Progress for Shown {
-    fn step_progress(&self, done: u64, total: u64) {
+    fn step_progress(&self, progress: StepProgress) {
         let Some(bar) = &self.bar else { return };
+        let (done, total) = match progress {
+            StepProgress::Bytes { done, total } => (done, total),
+            StepProgress::Percent(percent) => (u64::from(percent), 100),
+        };
         if bar.length() != Some(total) {
             bar.set_length(total);
-            bar.set_style(measured());
+            bar.set_style(measured(progress));
+            // The rate and the time left are those of this step.
+            bar.reset_eta();
         }
         bar.set_position(done);
     }

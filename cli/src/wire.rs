@@ -27,7 +27,7 @@ use snaptree_drivers::esx::{Found, HostConfig, Introduced};
 use snaptree_drivers::qemu::RunsWish;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::{Domain, DriverKind};
-use snaptree_engine::driver::{Head, PowerWish};
+use snaptree_engine::driver::{Head, PowerWish, StepProgress};
 use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin, PolicyRun};
 use snaptree_engine::hosts::Known;
 use snaptree_engine::log::{EventFilter, OperationFilter};
@@ -457,13 +457,8 @@ impl HeadView {
 pub enum Line {
     /// An event was appended.
     Event(Box<EventLine>),
-    /// The step in hand goes on.
-    Progress {
-        /// How many units are done.
-        done: u64,
-        /// Of how many.
-        total: u64,
-    },
+    /// The step in hand has come so far.
+    Progress(StepProgress),
     /// So many lines were left out, since they were not read in time.
     Lagged(u64),
     /// What stands in the way for now; it is gone on when that is gone.

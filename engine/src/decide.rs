@@ -17,6 +17,7 @@ use crate::event::{
     SnapshotRevertRequested, UnregisterWish,
 };
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
+use crate::near::nearest;
 use crate::operation::{Code, Operation, Phase, Verdict};
 use crate::project::DomainState;
 use crate::reconcile::beside::Blocked;
@@ -175,15 +176,24 @@ fn find<'a>(state: &DomainState, tree: &'a Tree, wanted: &SnapshotRef) -> Result
             }
             SnapshotRef::Id(id) => (format!("snapshot {id}"), state.tree.contains(*id)),
             SnapshotRef::Current => {
-                return reject(Code::NotFound, format!("domain '{name}' has no current snapshot"));
+                return reject(Code::NotFound, format!("{name} has no current snapshot"));
             }
         };
         if going {
             return reject(Code::NotFound, format!("{what} of domain '{name}' is being deleted"));
         }
-        reject(Code::NotFound, format!("domain '{name}' has no {what}"))
-            .hint(format!("`snaptree list '{name}'` lists its snapshots"))
+        reject(Code::NotFound, format!("{name} has no {what}")).hint(hint_at_near(name, tree, wanted))
     })
+}
+
+/// Which snapshot was perhaps meant, and where all of them are listed.
+pub fn hint_at_near(domain: &str, tree: &Tree, wanted: &SnapshotRef) -> String {
+    let near = match wanted {
+        SnapshotRef::Name(name) => nearest(name.as_str(), tree.iter().map(|one| one.name.as_str())),
+        SnapshotRef::Id(_) | SnapshotRef::Current => None,
+    };
+    let meant = near.map(|near| format!("did you mean '{near}'? ")).unwrap_or_default();
+    format!("{meant}`snaptree list '{domain}'` lists its snapshots")
 }
 
 fn not_lost(snapshot: &Snapshot) -> Result<(), Rejection> {

@@ -268,8 +268,6 @@ pub struct Plan {
     pub peak_space_bytes: u64,
     /// What is lost for good, in words.
     pub lost: Vec<String>,
-    /// What the machine writes and a snapshot would not hold, since it is no disk of its domain, in words.
-    pub left_out: Vec<String>,
 }
 
 /// What a done step brought.
@@ -303,9 +301,6 @@ pub struct Learnt {
     /// What had to be put right at the hypervisor first, in words; each becomes an event.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repairs: Vec<String>,
-    /// What the machine wrote besides when the snapshot was taken, in words: [`Snapshot::left_out`](crate::tree::Snapshot).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub left_out: Vec<String>,
 }
 
 impl Learnt {
@@ -317,7 +312,6 @@ impl Learnt {
         self.left.extend(later.left);
         self.failed = self.failed.take().or(later.failed);
         self.repairs.extend(later.repairs);
-        self.left_out.extend(later.left_out);
     }
 }
 
@@ -361,10 +355,25 @@ impl Hooks for NoHooks {
     fn reached(&self, _name: &str) {}
 }
 
+/// How far the step in hand has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepProgress {
+    /// `done` of `total` bytes.
+    Bytes {
+        /// How many are done.
+        done: u64,
+        /// Of how many.
+        total: u64,
+    },
+    /// So many of a hundred, where the hypervisor or tool says no more.
+    Percent(u8),
+}
+
 /// Told about progress inside a step, for whoever watches; not for the log.
 pub trait Progress: Send + Sync {
-    /// `done` of `total` units of the step in hand.
-    fn step_progress(&self, done: u64, total: u64);
+    /// The step in hand has come so far.
+    fn step_progress(&self, progress: StepProgress);
 }
 
 /// Told about what happens, for whoever watches.
@@ -378,7 +387,7 @@ pub trait Watch: Progress {
 pub struct NoWatch;
 
 impl Progress for NoWatch {
-    fn step_progress(&self, _done: u64, _total: u64) {}
+    fn step_progress(&self, _progress: StepProgress) {}
 }
 
 impl Watch for NoWatch {

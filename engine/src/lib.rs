@@ -20,6 +20,7 @@ pub mod ids;
 pub mod layer;
 mod loaded;
 pub mod log;
+pub mod near;
 pub mod operation;
 pub mod project;
 pub mod reconcile;

@@ -20,7 +20,6 @@
 //!    [`Plan::deletes`](retention::Plan::deletes) with their reasons.
 
 pub mod file;
-mod near;
 pub mod retention;
 pub mod runner;
 pub mod schedule;

@@ -135,7 +135,6 @@ pub fn created(snapshot: SnapshotId, name: &str, operation: OperationId) -> Even
             made_in: Some(operation),
             lost: false,
             native: None,
-            left_out: Vec::new(),
         },
     }
     .into()

@@ -159,7 +159,7 @@ pub const DELETE_BRANCH: Scenario = Scenario {
     name: "a delete of a branch with several tombstones in a row",
     disks: &DISKS,
     prepare: chain,
-    command: &["delete", "web", "a", "--children"],
+    command: &["delete", "web", "a", "--children", "--yes"],
     apply: |model| ["c", "b", "a"].iter().for_each(|name| model.delete(name)),
 };
 

@@ -182,7 +182,7 @@ fn what_somebody_does_by_hand_is_taken_over_and_a_backups_helper_is_left_alone()
     let list = program.json(0, &["list", "vm"]);
     let top = list["snapshots"].as_array().expect("a list").iter().find(|s| s["name"] == "on top").cloned();
     assert_eq!(top.expect("it is there")["parent"], "by hand", "{list}");
-    program.json(0, &["delete", "vm", "ours", "--children"]);
+    program.json(0, &["delete", "vm", "ours", "--children", "--yes"]);
     let seen = simulator.seen();
     let names: Vec<&Value> =
         seen[machine]["snapshots"].as_array().expect("a list").iter().map(|s| &s["name"]).collect();

@@ -122,8 +122,8 @@ impl Run {
         let all = self.random.chance(15);
         let mut going = if all { self.inside.model.descendants(&name) } else { Default::default() };
         going.insert(name.clone());
-        let scope = if all { "--children" } else { "--yes" };
-        let done = self.inside.running.program.json(0, &["delete", "web", &name, scope]);
+        let scope = if all { &["--children", "--yes"][..] } else { &["--yes"] };
+        let done = self.inside.running.program.json(0, &[&["delete", "web", &*name][..], scope].concat());
         assert_eq!(done["outcome"], "succeeded", "{done}");
         assert_eq!(done["merges"], json!([]), "there is nothing to merge: {done}");
         for gone in &going {

@@ -56,7 +56,7 @@ const REVERT_TO_OFF: Scenario =
 const REVERT_OFF: Scenario =
     Scenario { name: "a revert of a machine that is off", power: Power::Off, ..REVERT_TO_OFF };
 const DELETE: Scenario =
-    Scenario { name: "a delete of two", command: &["delete", "web", "a", "--children"], ..CREATE };
+    Scenario { name: "a delete of two", command: &["delete", "web", "a", "--children", "--yes"], ..CREATE };
 const DELETE_OFF: Scenario =
     Scenario { name: "a delete of two of a machine that is off", power: Power::Off, ..DELETE };
 

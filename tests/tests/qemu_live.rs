@@ -126,11 +126,11 @@ impl Run {
         let mut going = BTreeSet::from([name.clone()]);
         match self.random.below(12) {
             0 => {
-                args.push("--children".to_owned());
+                args.extend(["--children", "--yes"].map(str::to_owned));
                 going.extend(self.alive.model.descendants(&name));
             }
             1 => {
-                args.push("--children-only".to_owned());
+                args.extend(["--children-only", "--yes"].map(str::to_owned));
                 going = self.alive.model.descendants(&name);
             }
             _ => {}

@@ -97,7 +97,7 @@ const CURRENT: Scenario = Scenario {
 };
 const ALL: Scenario = Scenario {
     name: "a delete of all",
-    command: &["delete", "web", "a", "--children"],
+    command: &["delete", "web", "a", "--children", "--yes"],
     apply: Some(|model| ["c", "b", "a"].iter().for_each(|name| model.delete(name))),
     ..COMMIT
 };

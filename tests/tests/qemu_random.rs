@@ -88,11 +88,11 @@ impl Run {
         let mut going = BTreeSet::from([name.clone()]);
         match self.random.below(10) {
             0 => {
-                args.push("--children".to_owned());
+                args.extend(["--children", "--yes"].map(str::to_owned));
                 going.extend(self.lab.model.descendants(&name));
             }
             1 => {
-                args.push("--children-only".to_owned());
+                args.extend(["--children-only", "--yes"].map(str::to_owned));
                 going = self.lab.model.descendants(&name);
             }
             2 | 3 => {

@@ -17,12 +17,14 @@ pub const LIST_EXAMPLES: &str = "Examples:
   snaptree list web --all                      also deleted ones whose data is still there, and why
   snaptree list web --at 2d                    as it was two days ago
   snaptree list web --names
+  snaptree list web --sort size                the largest last
 
 SIZE is what a snapshot's layers occupy. FREES is what deleting it would free once its data is merged: exactly, where
 nothing is built upon it; else an estimate, from the least to the most. `--json` has both as `allocated` and `frees`.";
 /// See `snaptree tree --help`.
 pub const TREE_EXAMPLES: &str = "Examples:
   snaptree tree web
+  snaptree tree web --full                     also what is folded on a terminal
   snaptree tree web --at '2026-11-23 04:25'
   snaptree tree web --at seq:120";
 /// See `snaptree show --help`.
@@ -100,6 +102,9 @@ pub struct ListArgs {
     /// Print names alone, one a line
     #[arg(long, visible_alias = "name-only")]
     pub names: bool,
+    /// In which order
+    #[arg(long, value_name = "BY", default_value = "created")]
+    pub sort: SortBy,
     /// Also deleted ones whose data is still there
     #[arg(long)]
     pub all: bool,
@@ -108,11 +113,28 @@ pub struct ListArgs {
     pub at: AtArg,
 }
 
+/// The order of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SortBy {
+    /// The oldest first
+    Created,
+    /// By name
+    Name,
+    /// The smallest first
+    Size,
+}
+
 /// `tree`
 #[derive(Debug, Args)]
 pub struct TreeArgs {
     /// The domain's name or id
     pub domain: String,
+    /// Draw every snapshot, also on a terminal, where long runs are folded otherwise
+    #[arg(long, conflicts_with = "fold")]
+    pub full: bool,
+    /// Fold long runs of snapshots into one line, also where the output is no terminal
+    #[arg(long)]
+    pub fold: bool,
     /// Also deleted ones whose data is still there
     #[arg(long)]
     pub all: bool,

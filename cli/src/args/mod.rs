@@ -7,6 +7,7 @@ pub mod operation;
 pub mod policy;
 pub mod serve;
 pub mod snapshot;
+pub mod suggest;
 pub mod value;
 
 use std::path::PathBuf;

@@ -166,10 +166,10 @@ pub struct DeleteArgs {
     /// The current snapshot
     #[arg(long)]
     pub current: bool,
-    /// And everything below
+    /// And everything below; where nobody can be asked, with --yes only
     #[arg(long, conflicts_with = "children_only")]
     pub children: bool,
-    /// Everything below, but not the named ones
+    /// Everything below, but not the named ones; where nobody can be asked, with --yes only
     #[arg(long)]
     pub children_only: bool,
     /// Only forget the snapshots; their data stays

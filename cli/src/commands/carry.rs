@@ -115,16 +115,29 @@ pub async fn call_off(
     domain: DomainId,
     operation: OperationId,
 ) -> Result<Exit> {
-    let driven = Ok(writer.office.cancel(domain, operation).await?);
-    let exit = report(context, writer, domain, operation, &driven).await?;
-    let carried = driven.iter().flat_map(|driven| &driven.carried);
-    match carried.filter(|carried| carried.operation.id == operation).find_map(|carried| carried.outcome) {
-        Some(Outcome::Cancelled) => Ok(Exit::Done),
-        Some(Outcome::Succeeded) => {
+    let driven = writer.office.cancel(domain, operation).await?;
+    let Some((view, story)) = account(writer, domain, operation, &driven).await? else {
+        return Ok(Exit::Failed);
+    };
+    match story.outcome {
+        // What was asked for here has happened, and is no failure.
+        Some(Outcome::Cancelled) if context.json => render::json(&view).map(|()| Exit::Done),
+        Some(Outcome::Cancelled) => {
+            let (kind, domain) = (view.kind, safe(&view.domain));
+            let id = short(story.id);
+            render::print(&format!(
+                "Cancelled the {kind} of {domain}, which is as it was (operation {id}).\n"
+            ))?;
+            Ok(Exit::Done)
+        }
+        outcome => {
+            let exit = report(context, writer, domain, operation, &Ok(driven)).await?;
+            if outcome != Some(Outcome::Succeeded) {
+                return Ok(exit);
+            }
             render::note("it was past its point of no return, and could only be carried through");
             Ok(Exit::Refused)
         }
-        _ => Ok(exit),
     }
 }
 
@@ -303,14 +316,6 @@ fn view_of(story: &Story, state: &DomainState, carried: &[Carried], known: &Know
         }
         _ => None,
     };
-    let left_out = match &story.request {
-        Request::Create(request) => {
-            state.tree.get(request.snapshot).map(|snapshot| snapshot.left_out.clone())
-        }
-        Request::Revert(request) => Some(state.left_by_revert(request.snapshot)),
-        _ => None,
-    };
-    let left_out = left_out.unwrap_or_default();
     OperationView {
         operation: Some(story.id),
         outcome: story.outcome_word(),
@@ -320,7 +325,6 @@ fn view_of(story: &Story, state: &DomainState, carried: &[Carried], known: &Know
         steps: story.steps.clone(),
         merges: merges(story, state, carried, &name),
         left: story.left.clone(),
-        left_out,
         cost: None,
         error: story.failure.as_ref().map(ErrorView::from),
         kind: story.request.kind(),
@@ -433,7 +437,6 @@ fn dry_view(run: &DryRun) -> OperationView {
         steps: run.plan.steps.iter().map(step).collect(),
         merges,
         left: Vec::new(),
-        left_out: run.plan.left_out.clone(),
         cost: Some(cost),
         error: None,
         kind: run.request.kind(),

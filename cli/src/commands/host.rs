@@ -166,7 +166,7 @@ async fn list(context: &Context) -> Result<Exit> {
             ]
         };
         let rows: Vec<_> = hosts.iter().map(row).collect();
-        render::print(&table(&["HOST", "URL", "USER", "DOMAINS"], &rows, look.paint))?;
+        render::print(&table(&["HOST", "URL", "USER", "DOMAINS"], &rows, &look))?;
     }
     Ok(Exit::Done)
 }
@@ -259,7 +259,7 @@ fn tell(context: &Context, discovered: &Discovered) -> Result<()> {
         render::note("there is no such machine");
     } else {
         let rows: Vec<_> = discovered.machines.iter().map(|machine| row(machine, &look)).collect();
-        render::print(&table(&["NAME", "PATH", "POWER", "DOMAIN"], &rows, look.paint))?;
+        render::print(&table(&["NAME", "PATH", "POWER", "DOMAIN"], &rows, &look))?;
     }
     for NotAdded { name, error } in &discovered.failed {
         render::note(&format!("'{}' was not registered: {}", safe(name), safe(error)));

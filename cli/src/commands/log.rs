@@ -7,6 +7,7 @@ use anyhow::Result;
 use snaptree_engine::engine::Engine;
 use snaptree_engine::event::{Actor, Envelope, Event};
 use snaptree_engine::log::EventFilter;
+use snaptree_engine::near::nearest;
 use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
 
 use super::history::{ALL, find_operation, learn, learn_names};
@@ -160,18 +161,30 @@ fn kind(text: &str) -> Result<String, Trouble> {
     let group = format!("{}.", wanted.trim_end_matches('.'));
     let prefix = Event::KINDS.iter().find(|kind| kind.to_ascii_lowercase().starts_with(&group));
     match (whole, prefix) {
-        (Some(kind), _) => Ok((*kind).to_owned()),
-        (None, Some(kind)) => Ok(kind.chars().take(group.chars().count()).collect()),
-        (None, None) => {
-            let shown: String = text.chars().take(60).collect();
-            let near = Event::KINDS
-                .iter()
-                .min_by_key(|kind| strsim::damerau_levenshtein(&kind.to_ascii_lowercase(), &wanted))
-                .unwrap_or(&"Snapshot.Created");
-            Err(Trouble::usage(format!("there is no kind of event '{shown}'"))
-                .hint(format!("did you mean {near}?")))
-        }
+        (Some(kind), _) => return Ok((*kind).to_owned()),
+        (None, Some(kind)) => return Ok(kind.chars().take(group.chars().count()).collect()),
+        (None, None) => {}
     }
+    // `deleted` alone, without its group.
+    let word = |kind: &str| kind.split_once('.').map(|(_, word)| word.to_ascii_lowercase());
+    let of_word: Vec<&str> =
+        Event::KINDS.iter().copied().filter(|kind| word(kind).as_deref() == Some(&wanted)).collect();
+    if let [kind] = of_word[..] {
+        return Ok(kind.to_owned());
+    }
+    let shown: String = text.chars().take(60).collect();
+    let lowered: Vec<(String, &str)> =
+        Event::KINDS.iter().map(|kind| (kind.to_ascii_lowercase(), *kind)).collect();
+    let near = nearest(&wanted, lowered.iter().map(|(lower, _)| lower.as_str()));
+    let near = near.and_then(|near| lowered.iter().find(|(lower, _)| lower == near));
+    let hint = match (&of_word[..], near) {
+        ([_, ..], _) => format!("did you mean {}?", of_word.join(" or ")),
+        ([], Some((_, kind))) => format!("did you mean {kind}?"),
+        ([], None) => "a kind is a group and what happened, such as Snapshot.Deleted; or a group alone: \
+                       Domain, Snapshot, Operation, Merge, Layer, Drift, Policy, Host, System"
+            .to_owned(),
+    };
+    Err(Trouble::usage(format!("there is no kind of event '{shown}'")).hint(hint))
 }
 
 /// The snapshots that have, or had, the name that was asked for.
@@ -222,10 +235,15 @@ mod tests {
             ("Snapshot.", "Snapshot."),
             ("snapshot", "Snapshot."),
             ("operation", "Operation."),
+            ("deleted", "Snapshot.Deleted"),
+            ("reverted", "Snapshot.Reverted"),
         ] {
             assert_eq!(kind(text).unwrap(), found, "{text}");
         }
         assert_eq!(kind("Snapshot.Creatd").unwrap_err().hint.unwrap(), "did you mean Snapshot.Created?");
+        let several = kind("removed").unwrap_err().hint.unwrap();
+        assert!(several.contains("Policy.Removed") && several.contains(" or "), "{several}");
+        assert!(kind("nonsense").unwrap_err().hint.unwrap().starts_with("a kind is a group"));
         assert_eq!(actor("root").unwrap(), "user:root");
         assert_eq!(actor("engine").unwrap(), "engine");
         assert!(actor("alien:x").is_err());

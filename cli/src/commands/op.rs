@@ -113,7 +113,7 @@ async fn list(context: &Context, domain: Option<&str>, open: bool, limit: usize)
         return Ok(Exit::Done);
     }
     let heads = ["ID", "REQUESTED", "KIND", "DOMAIN", "SNAPSHOT", "OUTCOME", "TOOK"];
-    render::print(&table(&heads, &cells, look.paint))?;
+    render::print(&table(&heads, &cells, &look))?;
     Ok(Exit::Done)
 }
 

@@ -6,17 +6,19 @@ use anyhow::Result;
 use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_engine::command::SnapshotRef;
+use snaptree_engine::decide::hint_at_near;
 use snaptree_engine::log::ClockOrder;
 use snaptree_engine::project::DomainState;
 use snaptree_engine::tree::Snapshot;
 use snaptree_engine::xml;
 
-use crate::args::inspect::{CurrentArgs, ListArgs, ShowArgs, TreeArgs};
+use crate::args::inspect::{CurrentArgs, ListArgs, ShowArgs, SortBy, TreeArgs};
 use crate::args::value::labels;
 use crate::context::{Context, Prefix};
 use crate::exit::{Exit, Trouble};
 use crate::render;
 use crate::render::text::{Look, safe};
+use crate::render::tree::Runs;
 use crate::render::view::{
     AtView, Files, ListView, MemoryView, PhaseWord, ShowView, SnapshotView, Which, current_name, disks,
     domain_name, live, occupied, snapshots,
@@ -55,6 +57,12 @@ pub async fn list(context: &Context, args: ListArgs) -> Result<Exit> {
     let (state, prefix) = domain_at(context, &args.domain, args.at.at.as_deref()).await?;
     let mut view = list_view(&state, prefix, if args.all { Which::All } else { Which::Live });
     view.snapshots.retain(|snapshot| wanted(snapshot, &args));
+    match args.sort {
+        // They come in this order.
+        SortBy::Created => {}
+        SortBy::Name => view.snapshots.sort_by(|a, b| a.name.cmp(&b.name)),
+        SortBy::Size => view.snapshots.sort_by_key(|snapshot| snapshot.allocated),
+    }
     if context.json {
         render::json(&view)?;
     } else if args.names {
@@ -91,7 +99,8 @@ pub async fn tree(context: &Context, args: TreeArgs) -> Result<Exit> {
     } else {
         let mut look = Look::of_stdout();
         look.now = prefix.at;
-        render::print(&render::tree::tree(&view, &look))?;
+        let runs = if args.fold || look.columns.is_some() && !args.full { Runs::Folded } else { Runs::Drawn };
+        render::print(&render::tree::tree(&view, runs, &look))?;
     }
     Ok(Exit::Done)
 }
@@ -108,8 +117,7 @@ pub fn one<'a>(state: &'a DomainState, wanted: &SnapshotRef) -> Result<&'a Snaps
     };
     found.ok_or_else(|| {
         let domain = domain_name(state);
-        Trouble::not_found(format!("domain '{domain}' has no {what}"))
-            .hint(format!("`snaptree list '{domain}' --all` lists its snapshots"))
+        Trouble::not_found(format!("{domain} has no {what}")).hint(hint_at_near(&domain, &state.tree, wanted))
     })
 }
 
@@ -124,7 +132,6 @@ pub fn show_view(state: &DomainState, snapshot: &Snapshot, prefix: Option<Prefix
         memory: snapshot.memory,
         memory_file: MemoryView::of(state, snapshot.id, files),
         disks: disks(state, snapshot, files),
-        left_out: snapshot.left_out.clone(),
         made_by: snapshot.made_by.clone(),
         operation: snapshot.made_in,
         hold: snapshot.hold.clone(),

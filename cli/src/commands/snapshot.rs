@@ -7,17 +7,18 @@ use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::engine::{Engine, Submitted};
 use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish, Place};
+use snaptree_engine::tree::Snapshot;
 use snaptree_engine::{OperationId, xml};
 
 use super::carry::{Asked, carry, dry_run, giving_up, open, report};
 use super::query::{one, show_view};
 use crate::args::snapshot::{CreateArgs, DeleteArgs, EditArgs, HoldArgs, ReleaseArgs, RevertArgs};
 use crate::args::value::labels;
-use crate::confirm::confirm;
+use crate::confirm::{confirm, confirm_unnamed};
 use crate::context::{Context, Writer};
 use crate::exit::{Exit, Trouble};
 use crate::render;
-use crate::render::text::safe;
+use crate::render::text::{count, safe};
 use crate::render::view::domain_name;
 use crate::when::{Direction, local_now, time};
 
@@ -128,13 +129,12 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
 /// It was rejected or called off, or the state cannot be used.
 pub async fn delete(context: &Context, args: DeleteArgs) -> Result<Exit> {
     let snapshots = if args.current { vec![SnapshotRef::Current] } else { args.name };
-    let names: Vec<String> = snapshots.iter().map(ref_words).collect();
-    let (scope, below) = match (args.children, args.children_only) {
-        (true, _) => (DeleteScope::Children, " and everything below"),
-        (false, true) => (DeleteScope::ChildrenOnly, ": everything below, not itself"),
-        (false, false) => (DeleteScope::Named, ""),
+    let scope = match (args.children, args.children_only) {
+        (true, _) => DeleteScope::Children,
+        (false, true) => DeleteScope::ChildrenOnly,
+        (false, false) => DeleteScope::Named,
     };
-    let question = format!("Delete {} of {}{below}?", names.join(", "), safe(&args.domain));
+    let going = Going::of(context, &args.domain, &snapshots, scope).await?;
     let merge = match (args.now, args.defer) {
         (true, _) => MergeWish::Now,
         (false, true) => MergeWish::Defer,
@@ -147,8 +147,69 @@ pub async fn delete(context: &Context, args: DeleteArgs) -> Result<Exit> {
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }
-    confirm(&question, args.yes)?;
+    let question = format!("Delete {}?", going.words(&args.domain));
+    if going.unnamed == 0 {
+        confirm(&question, args.yes)?;
+    } else {
+        confirm_unnamed(&format!("this deletes {}", going.words(&args.domain)), &question, args.yes)?;
+    }
     carry(context, &open(context, &args.writer).await?, &asked).await
+}
+
+/// The snapshots that a delete takes.
+struct Going {
+    names: Vec<String>,
+    /// How many of them the command does not name.
+    unnamed: usize,
+}
+
+/// So many names are told; of the rest the number.
+const NAMES_TOLD: usize = 10;
+
+impl Going {
+    /// As the log has them now; whether they may go is decided later.
+    async fn of(context: &Context, domain: &str, named: &[SnapshotRef], scope: DeleteScope) -> Result<Self> {
+        if scope == DeleteScope::Named {
+            return Ok(Self { names: named.iter().map(ref_words).collect(), unnamed: 0 });
+        }
+        let reader = context.reader().await?;
+        let prefix = reader.prefix(None).await?;
+        let state = reader.domain(domain, prefix).await?;
+        let mut going: Vec<&Snapshot> = Vec::new();
+        let mut unnamed = 0;
+        for snapshot in named {
+            let snapshot = one(&state, snapshot)?;
+            let below = state.tree.descendants(snapshot.id);
+            let mut below: Vec<&Snapshot> = below.into_iter().filter_map(|id| state.tree.get(id)).collect();
+            below.sort_by_key(|one| one.created);
+            let itself = (scope == DeleteScope::Children).then_some(snapshot);
+            for one in itself.into_iter().chain(below) {
+                if going.iter().all(|known| known.id != one.id) {
+                    unnamed += usize::from(one.id != snapshot.id);
+                    going.push(one);
+                }
+            }
+        }
+        Ok(Self {
+            names: going.iter().map(|one| format!("'{}'", safe(one.name.as_str()))).collect(),
+            unnamed,
+        })
+    }
+
+    /// `2 snapshots of web: 'a', 'b'`
+    fn words(&self, domain: &str) -> String {
+        let (domain, number) = (safe(domain), self.names.len());
+        match &self.names[..] {
+            [name] => format!("{name} of {domain}"),
+            names if number <= NAMES_TOLD => {
+                format!("{} of {domain}: {}", count(number, "snapshot"), names.join(", "))
+            }
+            names => {
+                let told = names.iter().take(NAMES_TOLD).cloned().collect::<Vec<_>>().join(", ");
+                format!("{number} snapshots of {domain}: {told}, and {} more", number - NAMES_TOLD)
+            }
+        }
+    }
 }
 
 fn ref_words(snapshot: &SnapshotRef) -> String {

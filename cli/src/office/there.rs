@@ -140,7 +140,7 @@ impl There {
                             shown.happened(&envelope);
                         }
                     }
-                    Line::Progress { done, total } => shown.step_progress(done, total),
+                    Line::Progress(progress) => shown.step_progress(progress),
                     Line::Lagged(_) => {}
                     Line::Waits(why) => shown.say(&why),
                     Line::Driven(driven) => return Ok(Some(*driven)),

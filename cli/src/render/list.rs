@@ -18,7 +18,7 @@ pub fn list(view: &ListView, look: &Look) -> String {
         return String::new();
     }
     let rows: Vec<Vec<Cell>> = view.snapshots.iter().map(|snapshot| row(snapshot, look)).collect();
-    table(&["", "NAME", "CREATED", "STATE", "PARENT", "SIZE", "FREES", "NOTES"], &rows, look.paint)
+    table(&["", "NAME", "CREATED", "STATE", "PARENT", "SIZE", "FREES", "NOTES", "DESCRIPTION"], &rows, look)
 }
 
 fn row(snapshot: &SnapshotView, look: &Look) -> Vec<Cell> {
@@ -37,7 +37,15 @@ fn row(snapshot: &SnapshotView, look: &Look) -> Vec<Cell> {
         Cell::plain(snapshot.allocated.map(human_bytes).unwrap_or_default()),
         Cell::plain(snapshot.frees.map(freed).unwrap_or_default()),
         Cell::painted(&notes(snapshot), |text| paint.dim(text)),
+        Cell::plain(first_line(snapshot.description.as_deref().unwrap_or_default())),
     ]
+}
+
+/// The first line of a text, with a sign if there are more.
+fn first_line(text: &str) -> String {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().map(safe).unwrap_or_default();
+    if lines.next().is_some() { format!("{first} …") } else { first.into_owned() }
 }
 
 /// What a delete frees, in words: `3.0 MiB`, `up to 3.0 MiB`, `1.0 MiB to 3.0 MiB`.
@@ -135,9 +143,6 @@ pub fn show(view: &ShowView, look: &Look) -> String {
         let taken = taken(frees).map(|taken| format!(", {taken}")).unwrap_or_default();
         lines.push(("Frees", format!("{} if it is deleted{taken}", freed(frees))));
     }
-    for medium in &view.left_out {
-        lines.push(("Left out", format!("{}, which a revert leaves as it is", safe(medium))));
-    }
     for disk in &view.disks {
         let size = disk.allocated.map(|bytes| format!(" ({} used)", human_bytes(bytes))).unwrap_or_default();
         let file = disk.file.as_ref().map_or_else(String::new, |file| format!(" in {}", file.display()));
@@ -170,7 +175,7 @@ pub fn domains(views: &[DomainView], look: &Look) -> String {
             ]
         })
         .collect();
-    table(&["NAME", "DRIVER", "SNAPSHOTS", "CURRENT", "OPEN", "LABELS"], &rows, look.paint)
+    table(&["NAME", "DRIVER", "SNAPSHOTS", "CURRENT", "OPEN", "LABELS"], &rows, look)
 }
 
 /// A domain that could not be looked at, as a line among those of others.

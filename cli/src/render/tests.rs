@@ -1,6 +1,5 @@
 //! What is printed, as golden text. Everything comes from events, as in the program.
 
-use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 use snaptree_engine::command::SnapshotRef;
@@ -19,7 +18,8 @@ use snaptree_engine::{DomainId, OperationId, SnapshotId};
 use uuid::Uuid;
 
 use super::operation::{Cost, MergeView, OperationView, done, planned};
-use super::text::{Look, Paint};
+use super::text::Look;
+use super::tree::Runs;
 use super::view::{DomainView, Files, FreesView, ListView, Which, current_name, domain_name, snapshots};
 use super::words::{Known, line};
 use super::{list, tree};
@@ -40,7 +40,7 @@ fn start() -> Timestamp {
 }
 
 fn look() -> Look {
-    Look { paint: Paint::PLAIN, zone: TimeZone::UTC, now: start() + SignedDuration::from_hours(2) }
+    Look { now: start() + SignedDuration::from_hours(2), ..Look::plain() }
 }
 
 /// Writes events as the store would, a minute apart.
@@ -218,19 +218,19 @@ fn view(log: &Log, which: Which) -> ListView {
 
 #[test]
 fn the_tree() {
-    insta::assert_snapshot!(tree::tree(&view(&grown(), Which::Live), &look()));
+    insta::assert_snapshot!(tree::tree(&view(&grown(), Which::Live), Runs::Drawn, &look()));
 }
 
 #[test]
 fn the_tree_with_tombstones() {
-    insta::assert_snapshot!(tree::tree(&view(&grown_and_deleted(), Which::All), &look()));
+    insta::assert_snapshot!(tree::tree(&view(&grown_and_deleted(), Which::All), Runs::Drawn, &look()));
 }
 
 #[test]
 fn an_empty_tree_is_the_domain_alone() {
     let mut log = Log::default();
     log.add(None, registered());
-    assert_eq!(tree::tree(&view(&log, Which::All), &look()), "web\n");
+    assert_eq!(tree::tree(&view(&log, Which::All), Runs::Folded, &look()), "web\n");
 }
 
 #[test]
@@ -357,7 +357,6 @@ fn operation() -> OperationView {
             },
         ],
         left: vec![],
-        left_out: vec![],
         cost: None,
         error: None,
         kind: "delete",

@@ -100,12 +100,25 @@ pub struct Look {
     pub zone: TimeZone,
     /// Now.
     pub now: Timestamp,
+    /// How many columns a line has; none where the output is no terminal.
+    pub columns: Option<usize>,
 }
 
 impl Look {
     /// For this process's standard output.
     pub fn of_stdout() -> Self {
-        Self { paint: Paint::of_stdout(), zone: local_zone(), now: Timestamp::now() }
+        Self {
+            paint: Paint::of_stdout(),
+            zone: local_zone(),
+            now: Timestamp::now(),
+            columns: columns_of_stdout(),
+        }
+    }
+
+    /// Without colours and without an end of the line.
+    #[cfg(test)]
+    pub fn plain() -> Self {
+        Self { paint: Paint::PLAIN, zone: TimeZone::UTC, now: Timestamp::UNIX_EPOCH, columns: None }
     }
 
     /// A time of day with its date, in the reader's zone.
@@ -122,6 +135,12 @@ impl Look {
     pub fn age(&self, at: Timestamp) -> String {
         age(self.now, at)
     }
+}
+
+/// The width of the terminal that standard output is; none if it is none.
+fn columns_of_stdout() -> Option<usize> {
+    let (_rows, columns) = console::Term::stdout().size_checked()?;
+    Some(usize::from(columns)).filter(|columns| *columns > 0)
 }
 
 /// How long before `now` something was, as people say it.

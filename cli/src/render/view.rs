@@ -114,7 +114,7 @@ pub struct ListView {
     pub domain: String,
     /// The current snapshot's name.
     pub current: Option<String>,
-    /// The snapshots, in the order of their names.
+    /// The snapshots, in the order in which they were taken, or as was asked for.
     pub snapshots: Vec<SnapshotView>,
     /// The moment asked about.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -178,9 +178,6 @@ pub struct ShowView {
     pub memory_file: Option<MemoryView>,
     /// The disks that it holds.
     pub disks: Vec<DiskView>,
-    /// What the machine wrote besides when it was taken.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub left_out: Vec<String>,
     /// Who asked for it.
     pub made_by: Actor,
     /// The operation that made it.
@@ -341,7 +338,7 @@ pub enum Files {
     Unseen,
 }
 
-/// The snapshots of a domain, in the order of their names.
+/// The snapshots of a domain, in the order in which they were taken.
 pub fn snapshots(state: &DomainState, at: Timestamp, which: Which, files: Files) -> Vec<SnapshotView> {
     let index = state.tree.children_index();
     let occupied = occupied(state, files);
@@ -356,8 +353,13 @@ pub fn snapshots(state: &DomainState, at: Timestamp, which: Which, files: Files)
     if which == Which::All {
         views.extend(tombstones(state, &occupied));
     }
-    views.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
+    views.sort_by(|a, b| taken(a).cmp(&taken(b)).then(a.name.cmp(&b.name)).then(a.id.cmp(&b.id)));
     views
+}
+
+/// When a snapshot was taken; of a tombstone, when it was deleted.
+fn taken(snapshot: &SnapshotView) -> Option<Timestamp> {
+    snapshot.created.or(snapshot.deleted)
 }
 
 /// A live snapshot.

@@ -198,8 +198,8 @@ impl Telling<'_> {
                         return Ok(News::Ended(envelope.seq));
                     }
                 }
-                Ok(Notice::Progress { done, total }) => {
-                    self.lines.send(&Line::Progress { done, total }).await?;
+                Ok(Notice::Progress(progress)) => {
+                    self.lines.send(&Line::Progress(progress)).await?;
                 }
                 Ok(Notice::Rested(pass)) if pass.came_to.is_err() => return Ok(News::Failed(pass)),
                 Ok(Notice::Rested(_)) | Err(RecvError::Closed) => return Ok(News::Look),

@@ -20,9 +20,10 @@ use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use snaptree_engine::engine::{EngineError, Submitted};
 use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
-use snaptree_engine::reconcile::dispatch::Wish;
+use snaptree_engine::reconcile::dispatch::{Wish, account_since};
 use snaptree_engine::reconcile::recovery::{accounts, unrecovered};
 use snaptree_engine::{DomainId, DomainName, OperationId};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -48,6 +49,8 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(10);
 const READ_MAX: Duration = Duration::from_secs(60);
 /// How many connections are served at once.
 const CONNECTIONS_MAX: usize = 512;
+/// How many at once are told that those are too many.
+const TURNED_AWAY_MAX: usize = 128;
 /// How many lines wait for whoever asked.
 const LINES_MAX: usize = 16;
 
@@ -86,6 +89,7 @@ async fn accept(
     slots: Arc<Semaphore>,
     ending: watch::Receiver<bool>,
 ) {
+    let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -97,7 +101,13 @@ async fn accept(
             }
         };
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-            tokio::spawn(turn_away(stream));
+            // Whoever comes when so many are being turned away finds the connection closed.
+            if let Ok(turn) = Arc::clone(&turned_away).try_acquire_owned() {
+                tokio::spawn(async move {
+                    turn_away(stream).await;
+                    drop(turn);
+                });
+            }
             continue;
         };
         let router = router.clone();
@@ -140,9 +150,23 @@ async fn asked_to_end(ending: &mut watch::Receiver<bool>) {
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
-/// Tells one too many, without reading what it asks.
-async fn turn_away(mut stream: UnixStream) {
-    use tokio::io::AsyncWriteExt as _;
+/// Tells one too many that it is one too many.
+///
+/// A client takes no answer before it has asked, and one that is still writing when the connection is closed may never
+/// see what was answered. So the head is read first, and what follows is read and thrown away until the client is done.
+async fn turn_away(stream: UnixStream) {
+    if let Err(error) = tokio::time::timeout(ARRIVAL_MAX, answer_busy(stream)).await {
+        tracing::debug!(%error, "one too many did not ask in time");
+    }
+}
+
+async fn answer_busy(mut stream: UnixStream) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while head.len() < HEAD_BYTES_MAX && !head.windows(4).any(|end| end == b"\r\n\r\n") {
+        if stream.read_buf(&mut head).await? == 0 {
+            return Ok(());
+        }
+    }
     let failed = Failed { error: busy() };
     let body = serde_json::to_string(&failed).unwrap_or_default();
     let answer = format!(
@@ -150,7 +174,11 @@ async fn turn_away(mut stream: UnixStream) {
          content-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let _ = tokio::time::timeout(ARRIVAL_MAX, stream.write_all(answer.as_bytes())).await;
+    stream.write_all(answer.as_bytes()).await?;
+    stream.shutdown().await?;
+    let mut rest = stream.take(BODY_BYTES_MAX as u64);
+    tokio::io::copy(&mut rest, &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 fn busy() -> WireError {
@@ -376,15 +404,23 @@ async fn recover(State(daemon): Shared) -> Answer<Accounts> {
     let mut passes = Vec::with_capacity(domains.len());
     for (domain, name) in domains {
         match daemon.engine.load(domain).await {
-            Ok(state) => passes.push((name, state, daemon.dispatcher.run(domain, Wish::Drive))),
+            Ok(state) => passes.push((name, domain, state, daemon.dispatcher.run(domain, Wish::Drive))),
             Err(error) if error.spares_others() => came_to.left_out.push(LeftOut::new(name, error)),
             Err(error) => return Err(error.into()),
         }
     }
-    for (name, state, pass) in passes {
+    for (name, domain, state, pass) in passes {
         let Some(pass) = pass.await else { return Err(stopping().into()) };
         let recovered = match &pass.came_to {
-            Ok(driven) => accounts(&state, driven),
+            Ok(driven) => {
+                // What was under way already when this was asked is not in the account of the pass, but in the log.
+                let mut since = account_since(&daemon.engine, domain, state.seq + 1, u64::MAX).await?;
+                for carried in &mut since.carried {
+                    let of_pass = driven.carried.iter().find(|one| one.operation.id == carried.operation.id);
+                    carried.found = of_pass.and_then(|one| one.found.clone());
+                }
+                accounts(&state, &since)
+            }
             Err(EngineError::Driver(error)) => unrecovered(&state, &error.failure),
             Err(error) if error.spares_others() => {
                 came_to.left_out.push(LeftOut::new(name, PassFailed(pass)));

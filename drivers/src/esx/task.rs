@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress};
+use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepProgress};
 use snaptree_engine::operation::Code;
 use tokio::time::{Instant, sleep};
 use tracing::instrument;
@@ -69,9 +69,9 @@ pub async fn end(client: &Client, task: &Moref, watched: Watched<'_>) -> Result<
                     }
                     Some(TaskState::Queued | TaskState::Running) | None => {}
                 }
-                let percent = info.text_of("progress").and_then(|text| text.parse::<u64>().ok());
+                let percent = info.text_of("progress").and_then(|text| text.parse::<u8>().ok());
                 if let Some(percent) = percent.filter(|percent| *percent <= 100) {
-                    watched.progress.step_progress(percent, 100);
+                    watched.progress.step_progress(StepProgress::Percent(percent));
                 }
                 if !cancelled && watched.call_off.is_asked() && info.flag_of("cancelable") == Some(true) {
                     cancelled = true;

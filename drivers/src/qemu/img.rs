@@ -10,7 +10,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
-use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepContext};
+use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepContext, StepProgress};
 use snaptree_engine::operation::Code;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
@@ -476,7 +476,7 @@ async fn read_limited(stream: Option<impl AsyncRead + Unpin>, progress: Option<&
             && told != Some(percent)
         {
             told = Some(percent);
-            progress.step_progress(percent, 100);
+            progress.step_progress(StepProgress::Percent(percent));
         }
         let room = OUTPUT_BYTES_MAX.saturating_sub(kept.len());
         kept.extend_from_slice(&chunk[..read.min(room)]);
@@ -485,7 +485,7 @@ async fn read_limited(stream: Option<impl AsyncRead + Unpin>, progress: Option<&
 }
 
 /// The last `(12.34/100%)` of a piece of output, in whole percent.
-fn last_percentage(chunk: &[u8]) -> Option<u64> {
+fn last_percentage(chunk: &[u8]) -> Option<u8> {
     let text = std::str::from_utf8(chunk).ok()?;
     let end = text.rfind("/100%)")?;
     let number = text.get(..end)?.rsplit('(').next()?;

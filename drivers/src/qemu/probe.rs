@@ -31,19 +31,19 @@ const FILE_NAME_BYTES: usize = 64;
 const NAME_BYTES_MAX: usize = 255;
 
 /// Files that belong to somebody, told by path and by inode.
-pub(super) struct Owned {
+struct Owned {
     paths: BTreeMap<PathBuf, DomainName>,
     inodes: BTreeMap<(u64, u64), DomainName>,
 }
 
 impl Owned {
-    pub(super) fn new(paths: &BTreeMap<PathBuf, DomainName>) -> Self {
+    fn new(paths: &BTreeMap<PathBuf, DomainName>) -> Self {
         let inode = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
         let inodes = paths.iter().filter_map(|(path, owner)| Some((inode(path)?, owner.clone()))).collect();
         Self { paths: paths.clone(), inodes }
     }
 
-    pub(super) fn owner(&self, path: &Path, metadata: &Metadata) -> Option<&DomainName> {
+    fn owner(&self, path: &Path, metadata: &Metadata) -> Option<&DomainName> {
         self.paths.get(path).or_else(|| self.inodes.get(&(metadata.dev(), metadata.ino())))
     }
 }
@@ -68,7 +68,6 @@ pub(super) async fn probe(
         layers: PathBuf::new(),
         keep_path: options.keep_path,
         disks: BTreeMap::new(),
-        removed: BTreeMap::new(),
         runs: Runs::of(&options.runs, &names, &run_dir.join(registration.id.to_string()))?,
         agent: options.agent.clone(),
     };
@@ -91,12 +90,21 @@ pub(super) async fn probe(
         if config.disks.contains_key(name) {
             return Err(invalid(format!("disk '{name}' is given twice")));
         }
-        let (disk, paths) = disk(img, (name, given, resolved), (options.raw, &taken), &mut notes).await?;
-        disks.push(disk);
-        config.disks.insert(name.clone(), paths);
+        let header = header(img, &resolved, options.raw, &mut notes).await?;
+        let bases = chain(&resolved, &header, &taken)?;
+        check_images(img, &resolved, &bases, &mut notes).await?;
+        note_internal_snapshots(&resolved, &header, &mut notes);
+        disks.push(Disk {
+            name: name.clone(),
+            path: Some(given.clone()),
+            virtual_size_bytes: header.virtual_size_bytes,
+        });
+        let inside = Some(foreign_snapshots(&resolved)?);
+        config.disks.insert(name.clone(), DiskPaths { given, resolved, bases, inside });
     }
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
+    note_running(&registration.name, &config, &mut notes)?;
     let capabilities = capabilities(config.agent.as_ref(), &config.runs);
     Ok(Probe { disks, config: config.to_value()?, capabilities, notes })
 }
@@ -117,21 +125,23 @@ pub(super) async fn check_monitor(runs: &Runs) -> Result<(), DriverError> {
     }
 }
 
-/// The image of a disk and all that it is built upon.
-pub(super) async fn disk(
-    img: &QemuImg,
-    (name, given, resolved): (&DiskName, PathBuf, PathBuf),
-    (raw, taken): (RawWish, &Owned),
-    notes: &mut Vec<String>,
-) -> Result<(Disk, DiskPaths), DriverError> {
-    let header = header(img, &resolved, raw, notes).await?;
-    let bases = chain(&resolved, &header, taken)?;
-    check_images(img, &resolved, &bases, notes).await?;
-    note_internal_snapshots(&resolved, &header, notes);
-    let disk =
-        Disk { name: name.clone(), path: Some(given.clone()), virtual_size_bytes: header.virtual_size_bytes };
-    let inside = Some(foreign_snapshots(&resolved)?);
-    Ok((disk, DiskPaths { given, resolved, bases, inside }))
+/// A machine that runs, and that nothing was said about reaching: nothing can be done with it until it is off.
+fn note_running(name: &DomainName, config: &QemuConfig, notes: &mut Vec<String>) -> Result<(), DriverError> {
+    if config.runs.qmp().is_some() {
+        return Ok(());
+    }
+    for disk in config.disks.values() {
+        let holder = writer(&disk.resolved).doing("ask for the locks of", &disk.resolved)?;
+        let Some(holder) = holder else { continue };
+        let by = holder.pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
+        notes.push(format!(
+            "the machine runs now ({by} writes {}), and without its QMP socket snapshots can be taken only while it is \
+             off; `snaptree domain set {name} --qmp SOCKET` says where it is reached",
+            disk.resolved.display()
+        ));
+        return Ok(());
+    }
+    Ok(())
 }
 
 /// A guest is quiesced for the moment in which its machine is stopped, and that is done by QMP.
@@ -154,7 +164,7 @@ pub(super) fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
     Ok(())
 }
 
-pub(super) fn invalid(message: String) -> DriverError {
+fn invalid(message: String) -> DriverError {
     DriverError::from(Failure::new(Code::Invalid, message).refused())
 }
 
@@ -171,7 +181,7 @@ fn options(registration: &Registration) -> Result<QemuOptions, DriverError> {
 }
 
 /// The path made absolute, and where it leads.
-pub(super) fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
+fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     let given = std::path::absolute(given).doing("make absolute", given)?;
     let error = match fs::canonicalize(&given) {
         Ok(resolved) => return Ok((given, resolved)),
@@ -192,7 +202,7 @@ pub(super) fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     Err(Failure::new(Code::NotFound, message).refused().into())
 }
 
-pub(super) fn check_file(path: &Path) -> Result<Metadata, DriverError> {
+fn check_file(path: &Path) -> Result<Metadata, DriverError> {
     let metadata = fs::metadata(path).doing("look at", path)?;
     let shown = path.display();
     if !metadata.is_file() {
@@ -428,7 +438,7 @@ fn note_internal_snapshots(path: &Path, header: &Header, notes: &mut Vec<String>
 }
 
 /// No disk is built upon another disk of the domain.
-pub(super) fn check_own_bases(config: &QemuConfig) -> Result<(), DriverError> {
+fn check_own_bases(config: &QemuConfig) -> Result<(), DriverError> {
     let disks: BTreeMap<&Path, &DiskName> =
         config.disks.iter().map(|(name, paths)| (paths.resolved.as_path(), name)).collect();
     for (name, paths) in &config.disks {
@@ -463,31 +473,20 @@ fn layers_folder(
             ))
             .hint("all disks of a domain must be on one file system; --layers names a folder there"));
         }
-        check_place(&layers, options.keep_path, name, paths)?;
+        if options.keep_path == PathWish::Follow {
+            check_writable(&folder_of(&paths.resolved))?;
+        }
+        let bytes = layers.as_os_str().len() + name.as_str().len() + FILE_NAME_BYTES;
+        if bytes > BACKING_PATH_BYTES_MAX || name.as_str().len() + FILE_NAME_BYTES > NAME_BYTES_MAX {
+            return Err(invalid(format!("the path of the layers folder {} is too long", layers.display())));
+        }
     }
     check_writable(&existing)?;
     Ok(layers)
 }
 
-/// Whether the layers of a disk can be made and named.
-pub(super) fn check_place(
-    layers: &Path,
-    keep_path: PathWish,
-    name: &DiskName,
-    paths: &DiskPaths,
-) -> Result<(), DriverError> {
-    if keep_path == PathWish::Follow {
-        check_writable(&folder_of(&paths.resolved))?;
-    }
-    let bytes = layers.as_os_str().len() + name.as_str().len() + FILE_NAME_BYTES;
-    if bytes > BACKING_PATH_BYTES_MAX || name.as_str().len() + FILE_NAME_BYTES > NAME_BYTES_MAX {
-        return Err(invalid(format!("the path of the layers folder {} is too long", layers.display())));
-    }
-    Ok(())
-}
-
 /// The part of a path that is there, resolved, and the rest.
-pub(super) fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
+fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     for folder in path.ancestors() {
         match fs::canonicalize(folder) {
             Ok(existing) => {
@@ -504,7 +503,7 @@ pub(super) fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverErr
     Err(invalid(format!("no part of {} exists", path.display())))
 }
 
-pub(super) fn check_writable(folder: &Path) -> Result<(), DriverError> {
+fn check_writable(folder: &Path) -> Result<(), DriverError> {
     use rustix::fs::{Access, AtFlags, CWD};
     let access = Access::WRITE_OK | Access::EXEC_OK;
     rustix::fs::accessat(CWD, folder, access, AtFlags::EACCESS).map_err(|error| {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use snaptree_engine::driver::{DriverError, ErrorClass, Progress};
+use snaptree_engine::driver::{DriverError, ErrorClass, Progress, StepProgress};
 use snaptree_engine::operation::{Code, Failure};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
@@ -185,20 +185,20 @@ async fn kept(stream: Option<impl AsyncRead + Unpin>, progress: Option<&dyn Prog
         if let Some(progress) = progress
             && let Some(percent) = last_percent(&all)
         {
-            progress.step_progress(percent, 100);
+            progress.step_progress(StepProgress::Percent(percent));
         }
     }
     String::from_utf8_lossy(&all).into_owned()
 }
 
 /// The last `NN%` that was written. More than a hundred was seen.
-fn last_percent(written: &[u8]) -> Option<u64> {
+fn last_percent(written: &[u8]) -> Option<u8> {
     let tail = &written[written.len().saturating_sub(64)..];
     let end = tail.iter().rposition(|byte| *byte == b'%')?;
     let digits: Vec<u8> =
         tail[..end].iter().rev().take_while(|byte| byte.is_ascii_digit()).copied().collect();
     let text: String = digits.into_iter().rev().map(char::from).collect();
-    text.parse::<u64>().ok().map(|percent| percent.min(100))
+    text.parse::<u8>().ok().map(|percent| percent.min(100))
 }
 
 /// What a failed call means.

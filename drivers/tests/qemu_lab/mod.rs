@@ -16,7 +16,7 @@ use snaptree_drivers::qemu::{PathWish, QemuConfig, QemuDriver, QemuOptions};
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::{
     CallOff, Driver, DriverError, ErrorClass, Head, Hooks, Learnt, Observation, Progress, Registration,
-    Remedy, Resolution, StepContext, StepReport,
+    Remedy, Resolution, StepContext, StepProgress, StepReport,
 };
 use snaptree_engine::event::*;
 use snaptree_engine::operation::{Failure, Poison, Request, Step};
@@ -51,8 +51,11 @@ impl Hooks for CrashAt {
 }
 
 impl Progress for CrashAt {
-    fn step_progress(&self, done: u64, total: u64) {
-        assert!(done <= total);
+    fn step_progress(&self, progress: StepProgress) {
+        match progress {
+            StepProgress::Bytes { done, total } => assert!(done <= total),
+            StepProgress::Percent(percent) => assert!(percent <= 100),
+        }
     }
 }
 
@@ -537,7 +540,6 @@ impl Lab {
                     made_in: Some(operation),
                     lost: false,
                     native: None,
-                    left_out: Vec::new(),
                 };
                 self.apply(Some(operation), SnapshotCreated { snapshot }.into());
             }

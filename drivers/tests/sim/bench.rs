@@ -11,7 +11,7 @@ use snaptree_drivers::sim::SimDriver;
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::{
     CallOff, Driver, DriverError, Head, Hooks, Learnt, NoHooks, Observation, Probe, Progress, Registration,
-    Resolution, StepContext, StepReport,
+    Resolution, StepContext, StepProgress, StepReport,
 };
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainRegistered, DomainUnregisterRequested, Envelope, Event, Hash,
@@ -43,7 +43,7 @@ pub(crate) struct Planned {
 pub(crate) struct Silent;
 
 impl Progress for Silent {
-    fn step_progress(&self, _done: u64, _total: u64) {}
+    fn step_progress(&self, _progress: StepProgress) {}
 }
 
 /// Ends the caller at that place, as a kill would.

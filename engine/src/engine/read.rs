@@ -9,11 +9,22 @@ use crate::driver::Observation;
 use crate::event::Envelope;
 use crate::ids::{DomainId, DomainName, OperationId, StreamId};
 use crate::log::{Checkpoint, DomainRow, EventFilter, SeqAt};
+use crate::near::nearest;
 use crate::operation::Code;
 use crate::project::{DomainState, PROJECTOR};
 
 /// How many events are read from a stream at once.
 const PAGE_EVENTS: usize = 4_096;
+
+/// There is no domain of that name, and which one was perhaps meant.
+fn unknown_domain(wanted: &str, known: &[DomainRow]) -> EngineError {
+    let shown: String = wanted.chars().filter(|c| !c.is_control()).take(60).collect();
+    let hint = match nearest(wanted, known.iter().map(|row| row.name.as_str())) {
+        Some(near) => format!("did you mean '{near}'? `snaptree domain list` lists all of them"),
+        None => "`snaptree domain list` lists them, `snaptree domain add` registers one".to_owned(),
+    };
+    reject(Code::NotFound, format!("there is no domain '{shown}'")).hint(hint).into()
+}
 
 impl Engine {
     /// The registered domains, in the order of their names.
@@ -37,24 +48,22 @@ impl Engine {
     /// # Errors
     /// `NotFound`, or the store failed.
     pub async fn find_domain_at(&self, wanted: &str, seq_max: u64) -> Result<DomainId, EngineError> {
-        let unknown = || {
-            let shown: String = wanted.chars().filter(|c| !c.is_control()).take(60).collect();
-            EngineError::Rejected(
-                reject(Code::NotFound, format!("there is no domain '{shown}'"))
-                    .hint("`snaptree domain list` lists them, `snaptree domain add` registers one"),
-            )
-        };
         if let Ok(id) = wanted.parse::<DomainId>() {
-            let known = self.log.domains(seq_max).await?.iter().any(|row| row.id == id);
-            return known.then_some(id).ok_or_else(unknown);
+            let known = self.log.domains(seq_max).await?;
+            return match known.iter().any(|row| row.id == id) {
+                true => Ok(id),
+                false => Err(unknown_domain(wanted, &known)),
+            };
         }
-        let name = DomainName::new(wanted).map_err(|_| unknown())?;
-        let found = if seq_max == u64::MAX {
-            self.log.domain_by_name(&name).await?
-        } else {
-            self.log.domains(seq_max).await?.into_iter().find(|row| row.name == name)
-        };
-        found.map(|row| row.id).ok_or_else(unknown)
+        if seq_max == u64::MAX
+            && let Ok(name) = DomainName::new(wanted)
+            && let Some(row) = self.log.domain_by_name(&name).await?
+        {
+            return Ok(row.id);
+        }
+        let known = self.log.domains(seq_max).await?;
+        let found = known.iter().find(|row| row.name.as_str() == wanted);
+        found.map(|row| row.id).ok_or_else(|| unknown_domain(wanted, &known))
     }
 
     /// The domain as the log tells it.

@@ -24,7 +24,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 
 use crate::command::{Command, reject};
-use crate::driver::{Progress, Watch};
+use crate::driver::{Progress, StepProgress, Watch};
 use crate::engine::{Engine, EngineError, Requester, Submitted};
 use crate::event::{Actor, Envelope, Event, UnregisterWish};
 use crate::ids::{DomainId, OperationId, StreamId};
@@ -52,13 +52,8 @@ pub enum Wish {
 pub enum Notice {
     /// An event was appended.
     Happened(Arc<Envelope>),
-    /// `done` of `total` units of the step in hand.
-    Progress {
-        /// How many are done.
-        done: u64,
-        /// Of how many.
-        total: u64,
-    },
+    /// The step in hand has come so far.
+    Progress(StepProgress),
     /// The worker is at rest, or waits before it tries again.
     Rested(Arc<Pass>),
 }
@@ -458,8 +453,8 @@ struct Published<'a> {
 }
 
 impl Progress for Published<'_> {
-    fn step_progress(&self, done: u64, total: u64) {
-        self.inner.publish(self.domain, || Notice::Progress { done, total });
+    fn step_progress(&self, progress: StepProgress) {
+        self.inner.publish(self.domain, || Notice::Progress(progress));
     }
 }
 

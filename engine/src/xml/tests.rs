@@ -67,7 +67,6 @@ fn snapshot(name: &str, disks: &[&str]) -> Snapshot {
         made_in: Some(OperationId::from_uuid(Uuid::from_u128(2))),
         lost: false,
         native: None,
-        left_out: Vec::new(),
     }
 }
 

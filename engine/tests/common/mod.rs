@@ -165,7 +165,6 @@ impl History {
             made_in: Some(OperationId::from_uuid(uuid(7))),
             lost: false,
             native: None,
-            left_out: Vec::new(),
         }
     }
 

@@ -16,10 +16,10 @@ use super::policy::{
     CommandLine, DEPTH_MAX_DEFAULT, Hook, Hooks, Notify, Occasion, Policy, SUSPEND_AFTER_DEFAULT, Selection,
     SnapshotSpec,
 };
-use crate::near::nearest;
 use crate::retention::{Keep, Limit, Per, Rule, count_key, within_key};
 use crate::schedule::CatchUp;
 use crate::span::Elapsed;
+use snaptree_engine::near::nearest;
 
 /// The largest policy file, in bytes.
 pub const FILE_BYTES_MAX: usize = 64 * 1024;

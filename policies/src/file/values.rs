@@ -9,7 +9,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::{DomainName, NameError, PolicyName, SnapshotName};
 
-use crate::near::nearest;
+use snaptree_engine::near::nearest;
 
 /// The longest glob, in bytes.
 const GLOB_BYTES_MAX: usize = 256;

@@ -13,7 +13,7 @@ use snaptree_engine::{DomainId, DomainName, PolicyName, StreamId};
 
 use super::project::PolicyState;
 use crate::file::Policy;
-use crate::near::nearest;
+use snaptree_engine::near::nearest;
 
 /// How many events are read at once.
 const PAGE_EVENTS: usize = 4_096;

@@ -323,7 +323,7 @@ fn weekday_of(name: &str) -> Result<i16, String> {
 /// What a word that is neither a weekday nor a shorthand was perhaps meant to be.
 fn near_word(name: &str) -> String {
     let known = SHORTHANDS.iter().map(|(name, _)| *name).chain(WEEKDAYS);
-    match crate::near::nearest(name, known) {
+    match snaptree_engine::near::nearest(name, known) {
         Some(near) => format!("there is no '{name}'; did you mean '{near}'?"),
         None => format!("'{name}' is neither a weekday nor a shorthand such as hourly or daily"),
     }

@@ -133,13 +133,13 @@ fn act(program: &Program, host: &mut Host, random: &mut Random, index: u64) -> S
         8 => {
             let name = random.pick(&names).clone();
             host.below(&name).iter().for_each(|below| host.remove(below));
-            ask(&["delete", "vm", &name, "--children-only"])
+            ask(&["delete", "vm", &name, "--children-only", "--yes"])
         }
         9 => {
             let name = random.pick(&names).clone();
             host.below(&name).iter().for_each(|below| host.remove(below));
             host.remove(&name);
-            ask(&["delete", "vm", &name, "--children"])
+            ask(&["delete", "vm", &name, "--children", "--yes"])
         }
         10 => {
             let name = random.pick(&names).clone();

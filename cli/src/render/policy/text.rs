@@ -77,7 +77,7 @@ pub fn list(views: &[PolicyView], look: &Look) -> String {
         ]
     };
     let rows: Vec<_> = views.iter().map(row).collect();
-    table(&["NAME", "SCHEDULE", "ZONE", "DOMAINS", "LAST", "NEXT", ""], &rows, look.paint)
+    table(&["NAME", "SCHEDULE", "ZONE", "DOMAINS", "LAST", "NEXT", ""], &rows, look)
 }
 
 /// A plan, snapshot by snapshot.
@@ -90,7 +90,7 @@ pub fn plan(view: &PlanView, look: &Look) -> String {
         if rows.is_empty() {
             text.push_str("no snapshots\n");
         } else {
-            text.push_str(&table(&["", "SNAPSHOT", "CREATED", "FREES", "WHY"], &rows, look.paint));
+            text.push_str(&table(&["", "SNAPSHOT", "CREATED", "FREES", "WHY"], &rows, look));
         }
         let going = domain.snapshots.iter().filter(|verdict| verdict.verdict != "keep").count();
         let freed = domain.snapshots.iter().filter_map(|verdict| verdict.bytes_freed).sum();
@@ -192,7 +192,7 @@ pub fn runs(views: &[EntryView], look: &Look) -> String {
         ]
     };
     let rows: Vec<_> = views.iter().map(row).collect();
-    table(&["PLANNED", "POLICY", "DOMAIN", "OUTCOME", ""], &rows, look.paint)
+    table(&["PLANNED", "POLICY", "DOMAIN", "OUTCOME", ""], &rows, look)
 }
 
 /// What will run.
@@ -205,7 +205,7 @@ pub fn next(views: &[NextView], look: &Look) -> String {
         ]
     };
     let rows: Vec<_> = views.iter().map(row).collect();
-    table(&["AT", "POLICY", "DOMAIN"], &rows, look.paint)
+    table(&["AT", "POLICY", "DOMAIN"], &rows, look)
 }
 
 /// What of a policy changes, for people.

@@ -10,7 +10,7 @@
 
 use std::path::{Path, PathBuf};
 
-use snaptree_engine::driver::{DriverError, StepReport};
+use snaptree_engine::driver::{DriverError, StepProgress, StepReport};
 use snaptree_engine::operation::Code;
 
 use super::monitor::{Job, Monitor};
@@ -45,7 +45,8 @@ impl JobWork {
     ) -> Result<(), DriverError> {
         loop {
             let job = monitor.job(&self.id).await?.ok_or_else(|| self.gone())?;
-            work.context.progress.step_progress(job.done, job.total.max(1));
+            let progress = StepProgress::Bytes { done: job.done, total: job.total.max(1) };
+            work.context.progress.step_progress(progress);
             if work.context.call_off.is_asked() {
                 return Err(DriverError::permanent(Code::Cancelled, "it was called off while QEMU merged"));
             }

@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use snaptree_engine::domain::RunState;
-use snaptree_engine::driver::{DriverError, ErrorClass, Learnt, StepReport};
+use snaptree_engine::driver::{DriverError, ErrorClass, Learnt, StepProgress, StepReport};
 use snaptree_engine::operation::{Code, Failure};
 use tokio::time::Instant;
 
@@ -261,7 +261,8 @@ impl LoadMemory {
                 }
                 Migration::Failed(why) => return Err(not_loaded(&why)),
                 Migration::Active { done_bytes, total_bytes, .. } => {
-                    work.context.progress.step_progress(done_bytes, total_bytes);
+                    let progress = StepProgress::Bytes { done: done_bytes, total: total_bytes };
+                    work.context.progress.step_progress(progress);
                     if done_bytes > moved.0 {
                         moved = (done_bytes, Instant::now());
                     }

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use snaptree_engine::driver::{DriverError, ErrorClass};
+use snaptree_engine::driver::{DriverError, ErrorClass, StepProgress};
 use snaptree_engine::layer::MemoryWay;
 use snaptree_engine::operation::{Code, Failure};
 use tokio::time::Instant;
@@ -228,7 +228,8 @@ impl Monitor {
                 Migration::Failed(why) => return Ok(Some(not_written(&why))),
                 Migration::Setup => (TAKEN_BY, 0),
                 Migration::Active { done_bytes, total_bytes, .. } => {
-                    work.context.progress.step_progress(done_bytes, total_bytes);
+                    let progress = StepProgress::Bytes { done: done_bytes, total: total_bytes };
+                    work.context.progress.step_progress(progress);
                     (if way == MemoryWay::Background { TAKEN_BY } else { STALLED }, done_bytes)
                 }
             };
@@ -256,7 +257,8 @@ impl Monitor {
                 Migration::Failed(why) => return Ok(Some(not_written(&why))),
                 Migration::Setup => {}
                 Migration::Active { done_bytes, total_bytes, .. } => {
-                    work.context.progress.step_progress(done_bytes, total_bytes);
+                    let progress = StepProgress::Bytes { done: done_bytes, total: total_bytes };
+                    work.context.progress.step_progress(progress);
                     if done_bytes > moved.0 {
                         moved = (done_bytes, Instant::now());
                     }

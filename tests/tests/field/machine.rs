@@ -1,0 +1,1 @@
+//! M: what a machine consists of.
