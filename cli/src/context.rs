@@ -122,8 +122,9 @@ impl Context {
         Ok(Self { socket: dir.join(SOCKET_FILE), dir, json, hosts: Arc::default() })
     }
 
+    /// Where that cannot be told, opening it tells why.
     fn exists(&self) -> bool {
-        self.dir.join(DATABASE_FILE).exists()
+        self.dir.join(DATABASE_FILE).try_exists().unwrap_or(true)
     }
 
     fn no_state(&self) -> Trouble {
@@ -143,8 +144,13 @@ impl Context {
             }
             Err(error) => error,
         };
-        let unreadable =
-            matches!(error, StoreError::Missing { .. } | StoreError::Io { .. } | StoreError::Database { .. });
+        let unreadable = matches!(
+            error,
+            StoreError::Missing { .. }
+                | StoreError::NotReadable { .. }
+                | StoreError::Io { .. }
+                | StoreError::Database { .. }
+        );
         if unreadable && let Ok(Some(daemon)) = self.daemon().await {
             return Ok(Reader { engine: Engine::new(Arc::new(ReadOut(daemon))), files: None });
         }

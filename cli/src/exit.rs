@@ -238,6 +238,17 @@ fn of_store(error: &StoreError) -> Option<(Exit, String, Option<String>)> {
             "permission",
             Some("reading works; to write, make it writable or choose another with --state"),
         ),
+        StoreError::Untrusted(error) => {
+            return Some((Exit::Refused, Code::Permission.as_str().to_owned(), error.mend()));
+        }
+        StoreError::NotReadable { .. } => (
+            Exit::Failed,
+            "permission",
+            Some(
+                "run it as one of them; or have a daemon run on the state (`snaptree serve`), which answers \
+                 members of the group snaptree",
+            ),
+        ),
         StoreError::Foreign { .. } => {
             (Exit::Failed, "foreign", Some("choose another directory with --state"))
         }

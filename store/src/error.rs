@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rusqlite::ErrorCode;
 use snaptree_engine::log::LogError;
+use snaptree_files::FolderError;
 
 use crate::lock::Holder;
 
@@ -37,6 +38,17 @@ pub enum StoreError {
         /// What the operating system said.
         #[source]
         source: std::io::Error,
+    },
+    /// Somebody else may put anything into the state directory.
+    #[error("the state directory cannot be trusted")]
+    Untrusted(#[from] FolderError),
+    /// This user may not read it.
+    #[error("you may not read the state in {}; {who} may", dir.display())]
+    NotReadable {
+        /// The state directory.
+        dir: PathBuf,
+        /// Who may.
+        who: String,
     },
     /// The file is something else.
     #[error("{} is not a Snaptree database: {why}", file.display())]

@@ -83,7 +83,7 @@ impl Holder {
 /// # Errors
 /// The file cannot be opened for another reason than that it is not there.
 pub fn holder(dir: &Path) -> Result<Option<Holder>, StoreError> {
-    let mut file = match File::open(dir.join(LOCK_FILE)) {
+    let mut file = match snaptree_files::open(&dir.join(LOCK_FILE), OpenOptions::new().read(true)) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(cannot(dir, source)),
@@ -104,14 +104,10 @@ pub(crate) struct Lock {
 impl Lock {
     /// Takes the lock of `dir`, or says who has it.
     pub(crate) fn take(dir: &Path, wait: LockWait) -> Result<Self, StoreError> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(dir.join(LOCK_FILE))
-            .map_err(|source| cannot(dir, source))?;
+        let mut how = OpenOptions::new();
+        how.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut file =
+            snaptree_files::open(&dir.join(LOCK_FILE), &mut how).map_err(|source| cannot(dir, source))?;
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {

@@ -1,13 +1,14 @@
 //! The event log in a state directory.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use nix::unistd::{Gid, Group, Uid};
 use rusqlite::{Connection, ErrorCode};
 use sha2::{Digest, Sha256};
 use snaptree_engine::driver::Head;
@@ -75,6 +76,7 @@ impl Store {
     /// Those of [`Store::open_writer`].
     pub fn open_writer_with(dir: &Path, wait: LockWait, commits: Commits) -> Result<Self, StoreError> {
         make_dir(dir)?;
+        snaptree_files::check_folder(dir)?;
         let lock = Lock::take(dir, wait)?;
         let file = dir.join(DATABASE_FILE);
         make_file(&file)?;
@@ -312,7 +314,10 @@ fn make_dir(dir: &Path) -> Result<(), StoreError> {
 fn make_file(file: &Path) -> Result<(), StoreError> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(file) {
         Ok(_) => sync_parent(file),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        // SQLite would follow a link.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            snaptree_files::open(file, OpenOptions::new().read(true)).map(|_| ())
+        }
         Err(error) => Err(error),
     }
     .map_err(|source| StoreError::Io { what: format!("cannot make {}", file.display()), source })
@@ -413,9 +418,15 @@ fn connect_reader(dir: &Path) -> Result<(Connection, ReadAccess), StoreError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Err(StoreError::Missing { dir: dir.to_owned() });
         }
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            return Err(not_readable(dir));
+        }
         Err(source) => {
             return Err(StoreError::Io { what: format!("cannot read {}", file.display()), source });
         }
+    }
+    if nix::unistd::access(&file, nix::unistd::AccessFlags::R_OK) == Err(nix::errno::Errno::EACCES) {
+        return Err(not_readable(dir));
     }
     let first = recognised(&file, ReadAccess::Shared);
     let no_index = match &first {
@@ -435,6 +446,31 @@ fn connect_reader(dir: &Path) -> Result<(Connection, ReadAccess), StoreError> {
         return Err(StoreError::UnreadableWal { dir: dir.to_owned() });
     }
     Ok((recognised(&file, ReadAccess::Immutable)?, ReadAccess::Immutable))
+}
+
+/// Who may read the state, by the owners and modes that this user can see.
+fn not_readable(dir: &Path) -> StoreError {
+    let file = dir.join(DATABASE_FILE);
+    // Where the directory is closed to this user, it is what keeps them out.
+    let (found, group_may) = match (file.metadata(), dir.metadata()) {
+        (Ok(file), _) => (Some(file), 0o040),
+        (Err(_), Ok(dir)) => (Some(dir), 0o050),
+        (Err(_), Err(_)) => (None, 0),
+    };
+    let who = found.map_or_else(
+        || "its owner".to_owned(),
+        |found| {
+            let owner = snaptree_files::user(Uid::from_raw(found.uid()));
+            let gid = Gid::from_raw(found.gid());
+            let group =
+                Group::from_gid(gid).ok().flatten().map_or_else(|| gid.to_string(), |group| group.name);
+            match found.mode() & group_may == group_may {
+                true => format!("user {owner} and members of the group {group}"),
+                false => format!("user {owner}"),
+            }
+        },
+    );
+    StoreError::NotReadable { dir: dir.to_owned(), who }
 }
 
 fn recognised(file: &Path, access: ReadAccess) -> Result<Connection, StoreError> {

@@ -54,14 +54,14 @@ pub async fn find(socket: &Path) -> Result<Option<There>> {
     let socket = real_place(socket);
     match UnixStream::connect(&socket).await {
         Ok(_) => Ok(Some(There { socket, ending: AtomicBool::new(false) })),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied && socket.exists() => {
             let message =
                 format!("a daemon has the state, and its socket {} is not for you", socket.display());
             Err(Trouble::new(Exit::Refused, "permission", message)
                 .hint("members of the group snaptree may use it")
                 .into())
         }
-        // Gone, stale, or a path that no socket can have.
+        // Gone, stale, or a path that no socket can have; or in a folder that is closed to this user.
         Err(_) => Ok(None),
     }
 }

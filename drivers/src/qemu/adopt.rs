@@ -304,7 +304,7 @@ fn remove_empty_folder(layers: &Path, previous: Option<&str>) -> Result<(), Driv
 
 /// Removes a layers folder that is empty, and the `.snaptree` around it if that is empty as well.
 pub(super) fn remove_if_empty(layers: &Path) -> Result<(), DriverError> {
-    let around = layers.parent().filter(|parent| parent.ends_with(".snaptree"));
+    let around = layers.parent().filter(|parent| parent.ends_with(files::LAYERS_FOLDER));
     for folder in [Some(layers), around].into_iter().flatten() {
         match if_there(fs::remove_dir(folder)) {
             Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => return Ok(()),

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use snaptree_engine::driver::{DriverError, FileFacts};
 use snaptree_engine::layer::FileStamp;
-use snaptree_engine::operation::Code;
+use snaptree_engine::operation::{Code, Failure};
+use snaptree_files::FolderError;
 
 use super::qcow2::{Header, ReadError};
 pub(super) use crate::failing::{Doing, if_there, io_error};
@@ -16,6 +17,8 @@ pub(super) use crate::failing::{Doing, if_there, io_error};
 pub(super) const WRITE_BITS: u32 = 0o222;
 /// The permission bits that Snaptree keeps and gives back.
 pub(super) const MODE_BITS: u32 = 0o7777;
+/// Where layers are kept beside the images.
+pub(super) const LAYERS_FOLDER: &str = ".snaptree";
 const SELINUX: &str = "security.selinux";
 const LABEL_BYTES_MAX: usize = 4096;
 
@@ -120,6 +123,31 @@ fn copy_label(path: &Path, like: &Path) -> Result<(), DriverError> {
     match rustix::fs::setxattr(path, SELINUX, &label, rustix::fs::XattrFlags::empty()) {
         Err(rustix::io::Errno::NOTSUP) => Ok(()),
         set => set.doing("label", path),
+    }
+}
+
+/// Whether the layers folder, as far as it is there, is ours alone: neither it nor the `.snaptree` that it is in is a
+/// link or can be changed by others. The images beside it may be anybody's, and Snaptree often runs as root.
+pub(super) fn check_layers(layers: &Path) -> Result<(), DriverError> {
+    let Some(id) = layers.file_name().map(Path::new) else { return Ok(()) };
+    let around = folder_of(layers);
+    let checked = if around.ends_with(LAYERS_FOLDER) {
+        snaptree_files::check_folders(&folder_of(&around), &Path::new(LAYERS_FOLDER).join(id))
+    } else {
+        snaptree_files::check_folders(&around, id)
+    };
+    match checked {
+        Err(FolderError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
+        Err(FolderError::Io { path, source }) => Err(io_error("look at the folder", &path, source)),
+        Err(error) => {
+            let failure = Failure::new(Code::Permission, error.to_string()).refused();
+            Err(match error.mend() {
+                Some(mend) => failure.hint(mend),
+                None => failure.hint("layers are kept in folders of Snaptree's own; move it out of the way"),
+            }
+            .into())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

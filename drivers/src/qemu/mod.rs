@@ -152,6 +152,7 @@ impl Driver for QemuDriver {
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
         let state = state.clone();
+        files::check_layers(&QemuConfig::of(&state)?.1.layers)?;
         let machine = live::look(&state).await?;
         // A file system that hangs must not hang everything else.
         match tokio::task::spawn_blocking(move || observe::observe(&state, Timestamp::now(), machine)).await {
@@ -175,6 +176,7 @@ impl Driver for QemuDriver {
 
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
+        files::check_layers(&QemuConfig::of(context.state)?.1.layers)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
         let work = Work { context, img: &self.img, lock: &lock };
         let done = match &step {
@@ -210,6 +212,7 @@ impl Driver for QemuDriver {
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let step = QemuStep::of(step)?;
+        files::check_layers(&QemuConfig::of(context.state)?.1.layers)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
         let work = Work { context, img: &self.img, lock: &lock };
         let undone = match &step {

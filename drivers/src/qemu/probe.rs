@@ -458,9 +458,11 @@ fn layers_folder(
     let first = registration.disks.first().and_then(|(name, _)| config.disks.get(name));
     let around = match (&options.layers_dir, first) {
         (Some(folder), _) => std::path::absolute(folder).doing("make absolute", folder)?,
-        (None, Some(disk)) => folder_of(&disk.resolved).join(".snaptree"),
+        (None, Some(disk)) => folder_of(&disk.resolved).join(files::LAYERS_FOLDER),
         (None, None) => return Err(invalid("a QEMU domain needs at least one disk".to_owned())),
     };
+    // Before links are resolved: one in the place of our folder leads who knows where.
+    files::check_layers(&around.join(registration.id.to_string()))?;
     let (existing, rest) = existing_part(&around)?;
     let layers = existing.join(rest).join(registration.id.to_string());
     let device = fs::metadata(&existing).doing("look at", &existing)?.dev();

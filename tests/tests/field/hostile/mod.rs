@@ -1,3 +1,4 @@
 //! H: somebody else at work on the same files, and hostile hands.
 
 mod beside;
+mod state;
