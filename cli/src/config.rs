@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use snaptree_drivers::esx::CallTimes;
-use snaptree_drivers::qemu::ToolTimes;
+use snaptree_drivers::qemu::{LeftOut, ToolTimes};
 use snaptree_drivers::virtualbox::PROGRAM;
 use snaptree_engine::engine::{Foreign, Settings};
 use snaptree_engine::near::nearest;
@@ -33,6 +33,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
     ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
     ("qemu", "job-speed", "a size a second, such as \"100 MiB/s\"; 0 for no limit"),
+    ("qemu", "left-out-disks", "\"warn\" or \"refuse\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
     ("retry", "attempts", "a number from 1"),
     ("retry", "delay-min", "a duration, such as \"200ms\""),
@@ -53,6 +54,8 @@ pub struct Config {
     pub esx: CallTimes,
     /// How many bytes a second a merge may move; 0 for no limit.
     pub job_speed_bytes: u64,
+    /// What is done about media that a machine writes and that are no disks of its domain.
+    pub left_out_disks: LeftOut,
     /// The VBoxManage that is called.
     pub manage: PathBuf,
     /// Where the daemon listens, if it is said.
@@ -70,6 +73,7 @@ impl Default for Config {
             qemu: ToolTimes::default(),
             esx: CallTimes::default(),
             job_speed_bytes: 0,
+            left_out_disks: LeftOut::default(),
             manage: PathBuf::from(std::env::var_os("VBOXMANAGE").unwrap_or_else(|| PROGRAM.into())),
             socket: None,
             drift_every: Some(DRIFT_EVERY_DEFAULT),
@@ -167,6 +171,13 @@ impl Config {
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
             ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
+            ("qemu", "left-out-disks") => {
+                self.left_out_disks = match value.as_str()? {
+                    "warn" => LeftOut::Warn,
+                    "refuse" => LeftOut::Refuse,
+                    _ => return None,
+                }
+            }
             ("esx", "connect-timeout") => self.esx.connect = wait_of(value)?,
             ("esx", "call-timeout") => self.esx.call = wait_of(value)?,
             ("space", "margin") => settings.space_margin_bytes = size_of(value)?,

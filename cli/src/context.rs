@@ -252,7 +252,8 @@ impl Context {
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
             .tool_times(config.qemu)
-            .job_speed(config.job_speed_bytes);
+            .job_speed(config.job_speed_bytes)
+            .left_out(config.left_out_disks);
         let book = || EsxDriver::new(Arc::new(LogHosts(Arc::clone(engine.log()))), config.esx);
         let hosts = self.hosts.get_or_init(book).clone();
         let virtualbox = VirtualboxDriver::new(config.manage, self.dir.join(RUN_FOLDER));

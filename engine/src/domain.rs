@@ -16,6 +16,9 @@ pub struct Access {
     pub config: serde_json::Value,
     /// What can be done with the machine then.
     pub capabilities: Capabilities,
+    /// The disks that it has then; none if they are the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<Disk>>,
 }
 
 /// Whether the machine runs.

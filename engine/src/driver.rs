@@ -268,6 +268,8 @@ pub struct Plan {
     pub peak_space_bytes: u64,
     /// What is lost for good, in words.
     pub lost: Vec<String>,
+    /// What the machine writes and a snapshot would not hold, since it is no disk of its domain, in words.
+    pub left_out: Vec<String>,
 }
 
 /// What a done step brought.
@@ -301,6 +303,9 @@ pub struct Learnt {
     /// What had to be put right at the hypervisor first, in words; each becomes an event.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repairs: Vec<String>,
+    /// What the machine wrote besides when the snapshot was taken, in words: [`Snapshot::left_out`](crate::tree::Snapshot).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 impl Learnt {
@@ -312,6 +317,7 @@ impl Learnt {
         self.left.extend(later.left);
         self.failed = self.failed.take().or(later.failed);
         self.repairs.extend(later.repairs);
+        self.left_out.extend(later.left_out);
     }
 }
 

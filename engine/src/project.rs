@@ -12,7 +12,7 @@ use crate::around::HookStages;
 use crate::domain::Domain;
 use crate::driver::{Learnt, SeenSnapshot};
 use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, Place, SnapshotDeleted, SystemRestored};
-use crate::ids::{OperationId, SnapshotId, SnapshotName};
+use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{IllegalHistory, Operation, Phase, Poison, Request, Verdict};
 use crate::reconcile::drift::Finding;
@@ -102,6 +102,19 @@ pub struct DomainState {
 }
 
 impl DomainState {
+    /// What a revert to a snapshot leaves as it is, in words: disks that came to the domain, or were taken from it, since.
+    pub fn left_by_revert(&self, snapshot: SnapshotId) -> Vec<String> {
+        let (Some(domain), Some(snapshot)) = (&self.domain, self.tree.get(snapshot)) else {
+            return Vec::new();
+        };
+        let has = |name: &DiskName| domain.disks.iter().any(|disk| disk.name == *name);
+        let added = domain.disks.iter().filter(|disk| !snapshot.disks.contains(&disk.name));
+        let added = added.map(|disk| format!("disk '{}', which the snapshot does not hold", disk.name));
+        let removed = snapshot.disks.iter().filter(|name| !has(name));
+        let removed = removed.map(|name| format!("disk '{name}', which the domain has no more"));
+        added.chain(removed).collect()
+    }
+
     /// Applies the next event of the stream.
     pub fn apply(&mut self, envelope: &Envelope) {
         self.version = envelope.version;
@@ -126,6 +139,9 @@ impl DomainState {
                     if let Some(access) = &e.access {
                         domain.config.clone_from(&access.config);
                         domain.capabilities.clone_from(&access.capabilities);
+                        if let Some(disks) = &access.disks {
+                            domain.disks.clone_from(disks);
+                        }
                     }
                 }
             }

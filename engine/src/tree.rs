@@ -109,6 +109,10 @@ pub struct Snapshot {
     /// The hypervisor's own id, where it keeps a list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native: Option<String>,
+    /// What the machine wrote besides when it was taken, in words: media that are no disk of the domain, and that a
+    /// revert leaves as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 /// All live snapshots of one domain, and which of them is current.

@@ -135,6 +135,7 @@ pub fn created(snapshot: SnapshotId, name: &str, operation: OperationId) -> Even
             made_in: Some(operation),
             lost: false,
             native: None,
+            left_out: Vec::new(),
         },
     }
     .into()

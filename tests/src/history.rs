@@ -127,6 +127,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         made_in: Some(OperationId::from_uuid(Uuid::now_v7())),
         lost: false,
         native: None,
+        left_out: Vec::new(),
     };
     operation(domain, request.into(), SnapshotCreated { snapshot }.into())
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use snaptree_engine::domain::DriverKind;
-use snaptree_engine::{DomainName, HostName};
+use snaptree_engine::{DiskName, DomainName, HostName};
 
 use super::WriterArgs;
 use super::value::{DiskArg, Label, disk, label, new_label, path_or_none};
@@ -48,6 +48,17 @@ const START_EXAMPLES: &str = "Example:
 const STOP_EXAMPLES: &str = "Examples:
   snaptree domain stop web
   snaptree domain stop web --force";
+const DISK_ADD_EXAMPLES: &str = "Examples:
+  snaptree domain disk add web vdb=/vm/data.qcow2
+  snaptree domain disk add ci vdb=data.qcow2 --launch 'qemu-system-x86_64 ... -drive file={vdb},format={vdb.format}'
+
+Snapshots that were taken before do not hold the disk: a revert to one leaves it as it is, and says so. No operation may
+be open.";
+const DISK_REMOVE_EXAMPLES: &str = "Examples:
+  snaptree domain disk remove web vdb                   a disk that was in no snapshot
+  snaptree domain disk remove web vdb --keep-layers     leave every file as it is; snapshots go on holding the disk
+
+A revert leaves alone what the domain has no more. `domain disk add` with the same name and path puts it back.";
 const REMOVE_EXAMPLES: &str = "Examples:
   snaptree domain remove web                   a domain without snapshots
   snaptree domain remove web --flatten         end its snapshots and put one plain image back
@@ -95,9 +106,51 @@ pub enum DomainCommand {
         #[command(flatten)]
         writer: WriterArgs,
     },
+    /// Disks that come to a machine, or go from it
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Let go of a machine
     #[command(after_help = REMOVE_EXAMPLES)]
     Remove(RemoveArgs),
+}
+
+/// `domain disk`
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Register a disk that the machine has, too
+    #[command(after_help = DISK_ADD_EXAMPLES)]
+    Add {
+        /// The domain's name or id
+        #[arg(value_name = "NAME")]
+        domain: String,
+        /// The disk and its image, as vdb=FILE
+        #[arg(value_name = "DISK=FILE", value_parser = disk)]
+        disk: DiskArg,
+        /// The launch command that has it
+        #[arg(long, value_name = "CMD")]
+        launch: Option<String>,
+        /// Waiting for the state.
+        #[command(flatten)]
+        writer: WriterArgs,
+    },
+    /// Forget a disk that the machine has no more
+    #[command(after_help = DISK_REMOVE_EXAMPLES)]
+    Remove {
+        /// The domain's name or id
+        #[arg(value_name = "NAME")]
+        domain: String,
+        /// The disk
+        disk: DiskName,
+        /// Leave its layers as they are, where it has any
+        #[arg(long)]
+        keep_layers: bool,
+        /// The launch command that has it no more
+        #[arg(long, value_name = "CMD")]
+        launch: Option<String>,
+        /// Waiting for the state.
+        #[command(flatten)]
+        writer: WriterArgs,
+    },
 }
 
 /// `domain add`

@@ -316,6 +316,14 @@ fn view_of(story: &Story, state: &DomainState, carried: &[Carried], known: &Know
         }
         _ => None,
     };
+    let left_out = match &story.request {
+        Request::Create(request) => {
+            state.tree.get(request.snapshot).map(|snapshot| snapshot.left_out.clone())
+        }
+        Request::Revert(request) => Some(state.left_by_revert(request.snapshot)),
+        _ => None,
+    };
+    let left_out = left_out.unwrap_or_default();
     OperationView {
         operation: Some(story.id),
         outcome: story.outcome_word(),
@@ -325,6 +333,7 @@ fn view_of(story: &Story, state: &DomainState, carried: &[Carried], known: &Know
         steps: story.steps.clone(),
         merges: merges(story, state, carried, &name),
         left: story.left.clone(),
+        left_out,
         cost: None,
         error: story.failure.as_ref().map(ErrorView::from),
         kind: story.request.kind(),
@@ -437,6 +446,7 @@ fn dry_view(run: &DryRun) -> OperationView {
         steps: run.plan.steps.iter().map(step).collect(),
         merges,
         left: Vec::new(),
+        left_out: run.plan.left_out.clone(),
         cost: Some(cost),
         error: None,
         kind: run.request.kind(),

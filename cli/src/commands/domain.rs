@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::Serialize;
-use snaptree_drivers::qemu::{AccessWish, RunsWish};
+use snaptree_drivers::qemu::{AccessWish, DisksWish, KeptLayers, RunsWish};
 use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
@@ -16,12 +16,13 @@ use snaptree_engine::reconcile::recovery;
 
 use super::carry::{Asked, carry, giving_up, open};
 use crate::args::WriterArgs;
-use crate::args::domain::{AccessArgs, AddArgs, DomainCommand, RemoveArgs, SetArgs};
+use crate::args::domain::{AccessArgs, AddArgs, DiskCommand, DomainCommand, RemoveArgs, SetArgs};
 use crate::args::snapshot::Wait;
 use crate::args::value::labels;
 use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
 use crate::exit::{Exit, Trouble};
+use crate::office::owned_files;
 use crate::render;
 use crate::render::text::{Look, count, safe, short};
 use crate::render::view::{DomainView, domain_name};
@@ -66,6 +67,7 @@ pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
         DomainCommand::Stop { domain, force: true, writer } => {
             power(context, &domain, PowerWish::End, &writer).await
         }
+        DomainCommand::Disk(command) => disk(context, command).await,
         DomainCommand::Remove(args) => remove(context, args).await,
     }
 }
@@ -210,11 +212,37 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     tell(context, &engine.load(domain).await?)
 }
 
+async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
+    let mut disks = DisksWish::default();
+    let (domain, launch, writer) = match command {
+        DiskCommand::Add { domain, disk, launch, writer } => {
+            if disk.path.as_os_str().is_empty() {
+                return Err(Trouble::usage("which image is it?").hint("a disk is written vdb=FILE").into());
+            }
+            disks.add.insert(disk.name, absolute(disk.path)?);
+            (domain, launch, writer)
+        }
+        DiskCommand::Remove { domain, disk, keep_layers, launch, writer } => {
+            disks.remove.insert(disk, if keep_layers { KeptLayers::All } else { KeptLayers::None });
+            (domain, launch, writer)
+        }
+    };
+    let Writer { engine, office } = open(context, &writer).await?;
+    let domain = engine.find_domain(&domain).await?;
+    (disks.taken, disks.bases) = owned_files(&engine).await?;
+    let runs = RunsWish { launch, ..RunsWish::default() };
+    let wish = AccessWish { runs, disks, ..AccessWish::default() };
+    let access = Some(serde_json::to_value(wish)?);
+    let command = Command::Set { name: None, labels: labels(&[]), access };
+    office.submit(domain, &command, None).await?;
+    tell(context, &engine.load(domain).await?)
+}
+
 /// None if nothing is said of it.
 fn access(args: AccessArgs) -> Result<Option<serde_json::Value>> {
     let AccessArgs { qmp, start, stop, launch, agent } = args;
     let runs = RunsWish { qmp: qmp.map(absolute).transpose()?, start, stop, launch };
-    let wish = AccessWish { runs, agent: agent.map(absolute).transpose()? };
+    let wish = AccessWish { runs, agent: agent.map(absolute).transpose()?, ..AccessWish::default() };
     Ok(if wish == AccessWish::default() { None } else { Some(serde_json::to_value(wish)?) })
 }
 

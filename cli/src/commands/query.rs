@@ -132,6 +132,7 @@ pub fn show_view(state: &DomainState, snapshot: &Snapshot, prefix: Option<Prefix
         memory: snapshot.memory,
         memory_file: MemoryView::of(state, snapshot.id, files),
         disks: disks(state, snapshot, files),
+        left_out: snapshot.left_out.clone(),
         made_by: snapshot.made_by.clone(),
         operation: snapshot.made_in,
         hold: snapshot.hold.clone(),

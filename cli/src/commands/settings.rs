@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use snaptree_drivers::qemu::LeftOut;
 use snaptree_engine::engine::Foreign;
 use snaptree_engine::reconcile::merge::human_bytes;
 
@@ -52,6 +53,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
                     "tool-timeout-ms": millis(config.qemu.header),
                     "copy-timeout-ms": millis(config.qemu.copy),
                     "job-speed": config.job_speed_bytes,
+                    "left-out-disks": config.left_out_disks,
                 },
                 "operation": { "deadline-s": settings.first_step_s_max },
                 "retry": {
@@ -73,7 +75,7 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
     }
     text.push_str(&format!("# state: {}\n\n", context.dir.display()));
     text.push_str(&format!(
-        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[esx]\nconnect-timeout = \"{}\"\ncall-timeout = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\njob-speed = {}    # {}\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n\n[space]\nmargin = {}    # {}\n",
+        "[concurrency]\noverall = {}\nper-connection = {}\n\n[drift]\nevery = \"{}\"\nforeign = \"{}\"\n\n[esx]\nconnect-timeout = \"{}\"\ncall-timeout = \"{}\"\n\n[merge]\ncopy-max = {}    # {}\n\n[qemu]\ntool-timeout = \"{}\"\ncopy-timeout = \"{}\"\njob-speed = {}    # {}\nleft-out-disks = \"{}\"\n\n[operation]\ndeadline = \"{}s\"\n\n[retry]\nattempts = {}\ndelay-min = \"{}\"\ndelay-max = \"{}\"\n\n[space]\nmargin = {}    # {}\n",
         settings.concurrency_max,
         settings.concurrency_per_connection_max,
         duration_words(config.drift_every.map_or(0, millis)),
@@ -91,6 +93,10 @@ fn show(context: &Context, config: &Config) -> Result<Exit> {
         match config.job_speed_bytes {
             0 => "no limit".to_owned(),
             bytes => format!("{}/s", human_bytes(bytes)),
+        },
+        match config.left_out_disks {
+            LeftOut::Warn => "warn",
+            LeftOut::Refuse => "refuse",
         },
         settings.first_step_s_max.unwrap_or(0),
         settings.attempts_max,

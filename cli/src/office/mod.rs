@@ -189,6 +189,17 @@ async fn esx_options(engine: &Engine, registering: &Registering) -> Result<serde
     Ok(serde_json::to_value(EsxOptions { host, vm, taken })?)
 }
 
+/// The files of all domains, and those that `qemu` domains are built upon, with their domains' names.
+///
+/// # Errors
+/// The log cannot be read.
+pub async fn owned_files(
+    engine: &Engine,
+) -> Result<(BTreeMap<PathBuf, DomainName>, BTreeMap<PathBuf, DomainName>)> {
+    let own = |state: &DomainState| files_of(state).into_iter().chain(virtualbox::file_of(state)).collect();
+    Ok((files_of_all(engine, own).await?, files_of_all(engine, bases_of).await?))
+}
+
 /// Files of the registered domains, with the owner's name.
 async fn files_of_all(
     engine: &Engine,

@@ -143,6 +143,9 @@ pub fn show(view: &ShowView, look: &Look) -> String {
         let taken = taken(frees).map(|taken| format!(", {taken}")).unwrap_or_default();
         lines.push(("Frees", format!("{} if it is deleted{taken}", freed(frees))));
     }
+    for medium in &view.left_out {
+        lines.push(("Left out", format!("{}, which a revert leaves as it is", safe(medium))));
+    }
     for disk in &view.disks {
         let size = disk.allocated.map(|bytes| format!(" ({} used)", human_bytes(bytes))).unwrap_or_default();
         let file = disk.file.as_ref().map_or_else(String::new, |file| format!(" in {}", file.display()));

@@ -61,6 +61,10 @@ pub struct OperationView {
     /// Files of Snaptree's that stay; only for a domain that was let go.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub left: Vec<PathBuf>,
+    /// What the machine wrote besides when a snapshot was taken, and it does not hold; for a revert, what it leaves as it
+    /// is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     /// Dry run: what it would cost.
     #[serde(flatten)]
     pub cost: Option<Cost>,
@@ -104,6 +108,7 @@ pub fn done(view: &OperationView, look: &Look) -> String {
         "unregister" => format!("Let go of {domain}.\n"),
         _ => String::new(),
     };
+    out.push_str(&left_out(view, look));
     for file in &view.left {
         out.push_str(&format!("  {} stays\n", safe(&file.display().to_string())));
     }
@@ -111,6 +116,20 @@ pub fn done(view: &OperationView, look: &Look) -> String {
         out.push_str(&format!("  {}\n", merged(merge, look)));
     }
     out
+}
+
+fn left_out(view: &OperationView, look: &Look) -> String {
+    let line = |medium: &String| {
+        let tag = look.paint.warn("left out:");
+        match view.kind {
+            "revert" => format!("  {} {}\n", look.paint.warn("left as it is:"), safe(medium)),
+            _ => format!(
+                "  {tag} {}, which the machine writes too: a revert leaves it as it is\n",
+                safe(medium)
+            ),
+        }
+    };
+    view.left_out.iter().map(line).collect()
 }
 
 fn merged(merge: &MergeView, look: &Look) -> String {
@@ -137,6 +156,7 @@ pub fn planned(view: &OperationView, look: &Look) -> String {
     for merge in &view.merges {
         out.push_str(&format!("  {}\n", merged(merge, look)));
     }
+    out.push_str(&left_out(view, look));
     if let Some(cost) = &view.cost {
         for lost in &cost.lost {
             out.push_str(&format!("  {} {}\n", look.paint.warn("lost:"), safe(lost)));

@@ -357,6 +357,7 @@ fn operation() -> OperationView {
             },
         ],
         left: vec![],
+        left_out: vec![],
         cost: None,
         error: None,
         kind: "delete",

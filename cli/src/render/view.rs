@@ -178,6 +178,9 @@ pub struct ShowView {
     pub memory_file: Option<MemoryView>,
     /// The disks that it holds.
     pub disks: Vec<DiskView>,
+    /// What the machine wrote besides when it was taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     /// Who asked for it.
     pub made_by: Actor,
     /// The operation that made it.

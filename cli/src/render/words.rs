@@ -239,7 +239,13 @@ fn domain_words(event: &Event) -> String {
 fn changed_words(changed: &DomainChanged) -> String {
     let named = changed.name.as_ref().map(|name| format!("named the domain '{name}'"));
     let labels = changed.labels.as_ref().map(|_| "changed the domain's labels".to_owned());
-    let access = changed.access.as_ref().map(|_| "changed how the machine is reached".to_owned());
+    let access = changed.access.as_ref().map(|access| match &access.disks {
+        None => "changed how the machine is reached".to_owned(),
+        Some(disks) => {
+            let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+            format!("changed the domain's disks: {}", names.join(", "))
+        }
+    });
     let words: Vec<String> = [named, labels, access].into_iter().flatten().collect();
     words.join(", and ")
 }

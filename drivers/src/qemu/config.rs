@@ -10,6 +10,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, LayerId, OperationId};
 
+use super::disks::DisksWish;
 use super::observe::in_use;
 use super::probe::check_agent;
 use super::runs::{Runs, RunsWish};
@@ -41,6 +42,25 @@ pub enum RawWish {
     Convert,
 }
 
+/// What a snapshot does where the machine writes media that are no disks of its domain: the setting
+/// `qemu.left-out-disks`. One with the machine's memory refuses, whatever is set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeftOut {
+    /// It is taken, and says what it does not hold.
+    #[default]
+    Warn,
+    /// It is refused.
+    Refuse,
+}
+
+impl LeftOut {
+    /// For what is not written down.
+    pub(super) fn is_told(&self) -> bool {
+        *self == Self::Warn
+    }
+}
+
 /// The options of a registration: [`Registration::options`](snaptree_engine::driver::Registration::options).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -69,6 +89,9 @@ pub struct AccessWish {
     pub runs: RunsWish,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
+    /// Which disks it has.
+    #[serde(skip_serializing_if = "DisksWish::is_none")]
+    pub disks: DisksWish,
 }
 
 /// What the driver remembers of a domain: [`Domain::config`].
@@ -80,6 +103,9 @@ pub struct QemuConfig {
     pub keep_path: PathWish,
     /// The registered images.
     pub disks: BTreeMap<DiskName, DiskPaths>,
+    /// Those that were taken from the domain with their layers kept: their registered paths lead to these.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub removed: BTreeMap<DiskName, DiskPaths>,
     /// Who runs the machine.
     #[serde(default, skip_serializing_if = "Runs::is_apart")]
     pub runs: Runs,
@@ -132,6 +158,13 @@ impl QemuConfig {
         let config = Self { runs, agent, ..self };
         check_agent(&config)?;
         Ok(config)
+    }
+
+    /// The file that the machine writes of a disk; none if there is no such disk.
+    pub(super) fn written(&self, disk: &DiskName, state: &DomainState) -> Option<PathBuf> {
+        let active = state.layers.disks.get(disk).and_then(|layers| layers.active_layer());
+        let registered = || self.disks.get(disk).map(|paths| paths.resolved.clone());
+        active.map(|(_, layer)| layer.file.clone()).or_else(registered)
     }
 
     /// As the log keeps it.
@@ -199,7 +232,8 @@ pub fn machine_of(state: &DomainState) -> Option<MachineFacts> {
 pub fn files_of(state: &DomainState) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = state.layers.files().cloned().collect();
     if let Ok((_, config)) = QemuConfig::of(state) {
-        files.extend(config.disks.into_values().flat_map(|disk| [disk.given, disk.resolved]));
+        let disks = config.disks.into_values().chain(config.removed.into_values());
+        files.extend(disks.flat_map(|disk| [disk.given, disk.resolved]));
     }
     files.sort();
     files.dedup();
@@ -209,6 +243,9 @@ pub fn files_of(state: &DomainState) -> Vec<PathBuf> {
 /// Every file that a domain is built upon and that is not its own, for [`QemuOptions::bases`].
 pub fn bases_of(state: &DomainState) -> Vec<PathBuf> {
     QemuConfig::of(state)
-        .map(|(_, config)| config.disks.into_values().flat_map(|disk| disk.bases).collect())
+        .map(|(_, config)| {
+            let disks = config.disks.into_values().chain(config.removed.into_values());
+            disks.flat_map(|disk| disk.bases).collect()
+        })
         .unwrap_or_default()
 }

@@ -170,5 +170,6 @@ fn snapshot(kept: ManifestSnapshot, layers: &LayerGraph) -> Snapshot {
         made_in,
         lost: false,
         native: None,
+        left_out: Vec::new(),
     }
 }

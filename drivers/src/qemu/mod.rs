@@ -30,6 +30,7 @@ mod adopt;
 mod agent;
 mod bitmaps;
 mod config;
+mod disks;
 mod drift;
 mod files;
 mod flatten;
@@ -74,9 +75,10 @@ use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 
 pub use config::{
-    AccessWish, DiskPaths, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of, files_of,
-    machine_of,
+    AccessWish, DiskPaths, LeftOut, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of,
+    files_of, machine_of,
 };
+pub use disks::{DisksWish, KeptLayers};
 pub use img::ToolTimes;
 pub use manifest::{Manifest, ManifestHead, ManifestSnapshot};
 pub use runs::{Runs, RunsWish};
@@ -95,12 +97,18 @@ pub struct QemuDriver {
     run_dir: PathBuf,
     img: QemuImg,
     settle_grace: Duration,
+    left_out: LeftOut,
 }
 
 impl QemuDriver {
     /// A driver that keeps its operations' locks in `run_dir`, which it makes when it needs it.
     pub fn new(run_dir: PathBuf) -> Self {
-        Self { run_dir, img: QemuImg::new("qemu-img".into()), settle_grace: SETTLE_GRACE_DEFAULT }
+        Self {
+            run_dir,
+            img: QemuImg::new("qemu-img".into()),
+            settle_grace: SETTLE_GRACE_DEFAULT,
+            left_out: LeftOut::default(),
+        }
     }
 
     /// With another qemu-img than the one on the path.
@@ -119,6 +127,12 @@ impl QemuDriver {
     #[must_use]
     pub fn settle_grace(self, grace: Duration) -> Self {
         Self { settle_grace: grace, ..self }
+    }
+
+    /// With another way to take media that a machine writes and that are no disks of its domain.
+    #[must_use]
+    pub fn left_out(self, left_out: LeftOut) -> Self {
+        Self { left_out, ..self }
     }
 
     /// With a limit on how many bytes a second a merge may move; 0 for none. It holds for QEMU's jobs and for what
@@ -142,12 +156,13 @@ impl Driver for QemuDriver {
                 .source(error)
         })?;
         let is_other = wish.runs.qmp.is_some();
+        let (config, disks) = config.with_disks(&self.img, state, domain, &wish.disks).await?;
         let config = config.reached(wish, domain, &self.run_dir)?;
         if is_other {
             probe::check_monitor(&config.runs).await?;
         }
         let capabilities = config::capabilities(config.agent.as_ref(), &config.runs);
-        Ok(Access { config: config.to_value()?, capabilities })
+        Ok(Access { config: config.to_value()?, capabilities, disks })
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
@@ -171,7 +186,7 @@ impl Driver for QemuDriver {
         state: &DomainState,
         observation: &Observation,
     ) -> Result<Plan, Failure> {
-        plan::plan(operation, request, state, observation)
+        plan::plan(operation, request, state, observation, self.left_out)
     }
 
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {

@@ -10,9 +10,9 @@ use snaptree_engine::layer::{DiskLayers, Layer, MemoryFile};
 use snaptree_engine::operation::{Code, Failure, Poison, Request, Reversal, STEPS_MAX, Step};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::tree::Snapshot;
-use snaptree_engine::{DiskName, LayerId, OperationId, SnapshotId};
+use snaptree_engine::{DiskName, DomainName, LayerId, OperationId, SnapshotId};
 
-use super::config::QemuConfig;
+use super::config::{LeftOut, QemuConfig};
 use super::generation;
 use super::internal::is_internal;
 use super::live::{LiveMachine, Run};
@@ -29,6 +29,7 @@ pub(super) fn plan(
     request: &Request,
     state: &DomainState,
     observation: &Observation,
+    left_out: LeftOut,
 ) -> Result<Plan, Failure> {
     let (domain, config) = QemuConfig::of(state).map_err(Failure::refused)?;
     let detail = Detail::of(observation).map_err(Failure::refused)?;
@@ -41,6 +42,7 @@ pub(super) fn plan(
         config,
         machine,
         detail,
+        left_out,
         steps: Vec::new(),
         turns: Vec::new(),
         costs: Plan::default(),
@@ -56,6 +58,7 @@ pub(super) struct Planner<'a> {
     pub(super) domain: &'a Domain,
     pub(super) config: QemuConfig,
     pub(super) detail: Detail,
+    pub(super) left_out: LeftOut,
     /// The machine, if it runs; why it cannot be worked with, if it does.
     machine: Result<Option<LiveMachine>, Failure>,
     pub(super) steps: Vec<Step>,
@@ -168,6 +171,32 @@ impl Planner<'_> {
             live: None,
             memory: None,
             next: None,
+            left_out: Vec::new(),
+            beside: LeftOut::Warn,
+        }
+    }
+
+    /// What the machine writes of a disk.
+    pub(super) fn written(&self, disk: &DiskName) -> Result<PathBuf, Failure> {
+        self.config.written(disk, self.state).ok_or_else(|| {
+            Failure::new(Code::NotFound, format!("domain '{}' has no disk '{disk}'", self.domain.name))
+        })
+    }
+
+    /// What the machine, if it runs, writes besides the disks of its domain, in words.
+    pub(super) fn written_beside(&self) -> Result<Vec<String>, Failure> {
+        let mut ours = BTreeSet::new();
+        for disk in &self.domain.disks {
+            ours.insert(self.written(&disk.name)?);
+        }
+        Ok(self.machine()?.map_or_else(Vec::new, |machine| machine.writes_beside(|file| ours.contains(file))))
+    }
+
+    /// Refuses a snapshot, or the return to one, that would put a machine's memory beside disks of another instant.
+    pub(super) fn check_whole(&self, what: &str) -> Result<(), Failure> {
+        match self.written_beside()? {
+            beside if beside.is_empty() => Ok(()),
+            beside => Err(not_whole(&self.domain.name, &beside, what)),
         }
     }
 
@@ -226,10 +255,13 @@ impl Planner<'_> {
         if memory.is_none() {
             self.end_machine()?;
         }
+        if memory.is_some() {
+            self.check_whole("a snapshot with memory does not hold it, and would be loaded beside it")?;
+        }
         let ran = self.machine()?.is_some();
         let (mut drop, mut old) = (Vec::new(), Vec::new());
         let mut switch = self.empty_switch();
-        for disk in &snapshot.disks {
+        for disk in self.reverted_disks(snapshot, memory.as_ref())? {
             let layers = self.disk(disk)?;
             let (target, held) = layers.layer_of(snapshot.id).ok_or_else(|| {
                 Failure::new(
@@ -268,6 +300,37 @@ impl Planner<'_> {
         let load = LoadMemory { next, old, memory: memory.file, stamp: memory.stamp, wish: after };
         self.push("load the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Resume(load))?;
         self.drop_step(drop, Vec::new())
+    }
+
+    /// The disks that a revert puts back: those of the snapshot that the machine still has.
+    fn reverted_disks<'s>(
+        &self,
+        snapshot: &'s Snapshot,
+        memory: Option<&MemoryFile>,
+    ) -> Result<Vec<&'s DiskName>, Failure> {
+        let name = &self.domain.name;
+        let left = self.state.left_by_revert(snapshot.id);
+        if memory.is_some() && !left.is_empty() {
+            return Err(Failure::new(
+                Code::Unsupported,
+                format!(
+                    "the memory of snapshot '{}' is of a machine with other disks than domain '{name}' has now: {}",
+                    snapshot.name,
+                    left.join("; ")
+                ),
+            )
+            .hint("--off reverts the disks alone; or give the domain the disks again that it had"));
+        }
+        let disks: Vec<&DiskName> =
+            snapshot.disks.iter().filter(|disk| self.config.disks.contains_key(*disk)).collect();
+        if disks.is_empty() {
+            return Err(Failure::new(
+                Code::Unsupported,
+                format!("snapshot '{}' holds none of the disks that domain '{name}' has now", snapshot.name),
+            )
+            .hint(format!("snaptree domain disk add {name} NAME=FILE puts a disk back")));
+        }
+        Ok(disks)
     }
 
     /// The memory of a snapshot, if it has one in a file of its own; as it was when it was kept.
@@ -372,4 +435,15 @@ impl Planner<'_> {
         let memory: Vec<(SnapshotId, PathBuf)> = unique.iter().filter_map(kept).collect();
         self.drop_step(Vec::new(), memory)
     }
+}
+
+/// The refusal of a snapshot that would not hold all that the machine writes.
+pub(super) fn not_whole(domain: &DomainName, beside: &[String], what: &str) -> Failure {
+    Failure::new(
+        Code::Unsupported,
+        format!("the machine also writes {}, no disk of domain '{domain}': {what}", beside.join(" and ")),
+    )
+    .hint(format!(
+        "snaptree domain disk add {domain} NAME=FILE registers a disk; or take it from the machine"
+    ))
 }

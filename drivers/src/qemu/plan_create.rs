@@ -8,12 +8,14 @@ use snaptree_engine::layer::Layer;
 use snaptree_engine::operation::{Code, Failure, Poison, Reversal};
 use snaptree_engine::{DiskName, LayerId};
 
-use super::config::{DEPTH_MAX, DiskPaths, PathWish, memory_file};
+use super::config::{DEPTH_MAX, DiskPaths, LeftOut, PathWish, memory_file};
 use super::live::Run;
 use super::observe::Entry;
 use super::plan::Planner;
 use super::runs::Runs;
-use super::step::{Adopt, Expect, Freeze, Fresh, Guard, KeepMemory, OwnBacking, QemuStep, TakeMemory};
+use super::step::{
+    Adopt, Expect, Freeze, Fresh, Guard, KeepMemory, OwnBacking, QemuStep, Switch, TakeMemory,
+};
 use super::switch::no_memory;
 
 /// About what an empty overlay occupies.
@@ -76,6 +78,7 @@ impl Planner<'_> {
             switch.memory = Some(TakeMemory { file: file.clone(), like: top.file.clone(), mode: top.mode });
             keep = Some((file, top.mode, live));
         }
+        self.leave_out(&mut switch)?;
         for (disk, top) in tops {
             switch.fresh.push(self.fresh(&disk, (top.layer.clone(), top.file.clone()), top.mode, &top.facts));
             if switch.live.is_none() {
@@ -93,6 +96,20 @@ impl Planner<'_> {
         let Some((file, mode, live)) = keep else { return Ok(()) };
         let keep = KeepMemory { turn: self.turn(), snapshot: request.snapshot, file, mode, live };
         self.push("keep the memory", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Keep(keep))
+    }
+
+    /// What the machine writes besides is told, or is a reason not to take the snapshot.
+    fn leave_out(&mut self, switch: &mut Switch) -> Result<(), Failure> {
+        if switch.live.is_none() {
+            return Ok(());
+        }
+        switch.beside = if switch.memory.is_some() { LeftOut::Refuse } else { self.left_out };
+        if switch.beside == LeftOut::Refuse {
+            self.check_whole(switch.not_held())?;
+        }
+        switch.left_out = self.written_beside()?;
+        self.costs.left_out.clone_from(&switch.left_out);
+        Ok(())
     }
 
     /// Whether the machine has a memory that can be kept, and what room that takes.

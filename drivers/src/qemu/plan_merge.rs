@@ -263,6 +263,16 @@ impl Planner<'_> {
         }
         self.check_sound()?;
         self.check_off()?;
+        let kept = adopted.iter().find(|(disk, _)| !self.config.disks.contains_key(disk));
+        if let Some((disk, _)) = kept {
+            return Err(Failure::new(
+                Code::Unsupported,
+                format!(
+                    "disk '{disk}' was taken from the domain with its layers kept, and they would be lost"
+                ),
+            )
+            .hint("--keep-layers leaves all files; or put the disk back first: snaptree domain disk add"));
+        }
         let mut placed = Vec::new();
         let mut drop = Vec::new();
         let mut keep = Vec::new();

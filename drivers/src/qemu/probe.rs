@@ -31,19 +31,19 @@ const FILE_NAME_BYTES: usize = 64;
 const NAME_BYTES_MAX: usize = 255;
 
 /// Files that belong to somebody, told by path and by inode.
-struct Owned {
+pub(super) struct Owned {
     paths: BTreeMap<PathBuf, DomainName>,
     inodes: BTreeMap<(u64, u64), DomainName>,
 }
 
 impl Owned {
-    fn new(paths: &BTreeMap<PathBuf, DomainName>) -> Self {
+    pub(super) fn new(paths: &BTreeMap<PathBuf, DomainName>) -> Self {
         let inode = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
         let inodes = paths.iter().filter_map(|(path, owner)| Some((inode(path)?, owner.clone()))).collect();
         Self { paths: paths.clone(), inodes }
     }
 
-    fn owner(&self, path: &Path, metadata: &Metadata) -> Option<&DomainName> {
+    pub(super) fn owner(&self, path: &Path, metadata: &Metadata) -> Option<&DomainName> {
         self.paths.get(path).or_else(|| self.inodes.get(&(metadata.dev(), metadata.ino())))
     }
 }
@@ -68,6 +68,7 @@ pub(super) async fn probe(
         layers: PathBuf::new(),
         keep_path: options.keep_path,
         disks: BTreeMap::new(),
+        removed: BTreeMap::new(),
         runs: Runs::of(&options.runs, &names, &run_dir.join(registration.id.to_string()))?,
         agent: options.agent.clone(),
     };
@@ -90,17 +91,9 @@ pub(super) async fn probe(
         if config.disks.contains_key(name) {
             return Err(invalid(format!("disk '{name}' is given twice")));
         }
-        let header = header(img, &resolved, options.raw, &mut notes).await?;
-        let bases = chain(&resolved, &header, &taken)?;
-        check_images(img, &resolved, &bases, &mut notes).await?;
-        note_internal_snapshots(&resolved, &header, &mut notes);
-        disks.push(Disk {
-            name: name.clone(),
-            path: Some(given.clone()),
-            virtual_size_bytes: header.virtual_size_bytes,
-        });
-        let inside = Some(foreign_snapshots(&resolved)?);
-        config.disks.insert(name.clone(), DiskPaths { given, resolved, bases, inside });
+        let (disk, paths) = disk(img, (name, given, resolved), (options.raw, &taken), &mut notes).await?;
+        disks.push(disk);
+        config.disks.insert(name.clone(), paths);
     }
     check_own_bases(&config)?;
     config.layers = layers_folder(registration, &options, &config)?;
@@ -123,6 +116,23 @@ pub(super) async fn check_monitor(runs: &Runs) -> Result<(), DriverError> {
         }
         _ => Ok(()),
     }
+}
+
+/// The image of a disk and all that it is built upon.
+pub(super) async fn disk(
+    img: &QemuImg,
+    (name, given, resolved): (&DiskName, PathBuf, PathBuf),
+    (raw, taken): (RawWish, &Owned),
+    notes: &mut Vec<String>,
+) -> Result<(Disk, DiskPaths), DriverError> {
+    let header = header(img, &resolved, raw, notes).await?;
+    let bases = chain(&resolved, &header, taken)?;
+    check_images(img, &resolved, &bases, notes).await?;
+    note_internal_snapshots(&resolved, &header, notes);
+    let disk =
+        Disk { name: name.clone(), path: Some(given.clone()), virtual_size_bytes: header.virtual_size_bytes };
+    let inside = Some(foreign_snapshots(&resolved)?);
+    Ok((disk, DiskPaths { given, resolved, bases, inside }))
 }
 
 /// A machine that runs, and that nothing was said about reaching: nothing can be done with it until it is off.
@@ -164,7 +174,7 @@ pub(super) fn check_agent(config: &QemuConfig) -> Result<(), DriverError> {
     Ok(())
 }
 
-fn invalid(message: String) -> DriverError {
+pub(super) fn invalid(message: String) -> DriverError {
     DriverError::from(Failure::new(Code::Invalid, message).refused())
 }
 
@@ -181,7 +191,7 @@ fn options(registration: &Registration) -> Result<QemuOptions, DriverError> {
 }
 
 /// The path made absolute, and where it leads.
-fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
+pub(super) fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     let given = std::path::absolute(given).doing("make absolute", given)?;
     let error = match fs::canonicalize(&given) {
         Ok(resolved) => return Ok((given, resolved)),
@@ -202,7 +212,7 @@ fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     Err(Failure::new(Code::NotFound, message).refused().into())
 }
 
-fn check_file(path: &Path) -> Result<Metadata, DriverError> {
+pub(super) fn check_file(path: &Path) -> Result<Metadata, DriverError> {
     let metadata = fs::metadata(path).doing("look at", path)?;
     let shown = path.display();
     if !metadata.is_file() {
@@ -438,7 +448,7 @@ fn note_internal_snapshots(path: &Path, header: &Header, notes: &mut Vec<String>
 }
 
 /// No disk is built upon another disk of the domain.
-fn check_own_bases(config: &QemuConfig) -> Result<(), DriverError> {
+pub(super) fn check_own_bases(config: &QemuConfig) -> Result<(), DriverError> {
     let disks: BTreeMap<&Path, &DiskName> =
         config.disks.iter().map(|(name, paths)| (paths.resolved.as_path(), name)).collect();
     for (name, paths) in &config.disks {
@@ -475,20 +485,31 @@ fn layers_folder(
             ))
             .hint("all disks of a domain must be on one file system; --layers names a folder there"));
         }
-        if options.keep_path == PathWish::Follow {
-            check_writable(&folder_of(&paths.resolved))?;
-        }
-        let bytes = layers.as_os_str().len() + name.as_str().len() + FILE_NAME_BYTES;
-        if bytes > BACKING_PATH_BYTES_MAX || name.as_str().len() + FILE_NAME_BYTES > NAME_BYTES_MAX {
-            return Err(invalid(format!("the path of the layers folder {} is too long", layers.display())));
-        }
+        check_place(&layers, options.keep_path, name, paths)?;
     }
     check_writable(&existing)?;
     Ok(layers)
 }
 
+/// Whether the layers of a disk can be made and named.
+pub(super) fn check_place(
+    layers: &Path,
+    keep_path: PathWish,
+    name: &DiskName,
+    paths: &DiskPaths,
+) -> Result<(), DriverError> {
+    if keep_path == PathWish::Follow {
+        check_writable(&folder_of(&paths.resolved))?;
+    }
+    let bytes = layers.as_os_str().len() + name.as_str().len() + FILE_NAME_BYTES;
+    if bytes > BACKING_PATH_BYTES_MAX || name.as_str().len() + FILE_NAME_BYTES > NAME_BYTES_MAX {
+        return Err(invalid(format!("the path of the layers folder {} is too long", layers.display())));
+    }
+    Ok(())
+}
+
 /// The part of a path that is there, resolved, and the rest.
-fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
+pub(super) fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     for folder in path.ancestors() {
         match fs::canonicalize(folder) {
             Ok(existing) => {
@@ -505,7 +526,7 @@ fn existing_part(path: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     Err(invalid(format!("no part of {} exists", path.display())))
 }
 
-fn check_writable(folder: &Path) -> Result<(), DriverError> {
+pub(super) fn check_writable(folder: &Path) -> Result<(), DriverError> {
     use rustix::fs::{Access, AtFlags, CWD};
     let access = Access::WRITE_OK | Access::EXEC_OK;
     rustix::fs::accessat(CWD, folder, access, AtFlags::EACCESS).map_err(|error| {

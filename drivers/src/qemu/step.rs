@@ -10,7 +10,7 @@ use snaptree_engine::layer::FileStamp;
 use snaptree_engine::operation::{Code, Failure, Step};
 use snaptree_engine::{DiskName, LayerId, SnapshotId};
 
-use super::config::PathWish;
+use super::config::{LeftOut, PathWish};
 use super::internal::{Erase, Load, Save};
 use super::live::Run;
 use super::qcow2::Backing;
@@ -203,6 +203,12 @@ pub(super) struct Switch {
     /// The next QEMU is started before the switch, and waits for its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) next: Option<Next>,
+    /// What the machine wrote besides at planning, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) left_out: Vec<String>,
+    /// What is done if it writes anything besides at the moment of the snapshot.
+    #[serde(default, skip_serializing_if = "LeftOut::is_told")]
+    pub(super) beside: LeftOut,
 }
 
 /// Where a machine's memory goes.

@@ -66,6 +66,9 @@ impl Switch {
             if let Some(quiesced) = beside.quiesced {
                 learnt.insert("quiesced".to_owned(), serde_json::json!(quiesced));
             }
+            if let Some(left_out) = beside.left_out {
+                learnt.insert("left_out".to_owned(), serde_json::json!(left_out));
+            }
             if let Some(memory) = beside.memory {
                 learnt.insert("memory".to_owned(), serde_json::json!(memory));
                 if let Some(failed) = memory.failed {
@@ -114,6 +117,7 @@ impl Switch {
                         Some(_) => SnapshotState::DiskSnapshot,
                         None => SnapshotState::Shutoff,
                     }),
+                    left_out: self.left_out.clone(),
                     ..Learnt::default()
                 };
                 serde_json::to_value(learnt)
@@ -122,6 +126,14 @@ impl Switch {
             _ => serde_json::Value::Null,
         };
         Ok(StepReport { changes: self.changes(stamp_of)?, learnt })
+    }
+
+    /// Why a snapshot is refused that would not hold all that the machine writes.
+    pub(super) const fn not_held(&self) -> &'static str {
+        match self.memory {
+            Some(_) => "a snapshot with memory has to hold all of it",
+            None => "the snapshot would not hold it, and qemu.left-out-disks says to refuse it then",
+        }
     }
 
     /// Brings all content to where it shall be, and ends with locks on what nobody may write until the rename.

@@ -540,6 +540,7 @@ impl Lab {
                     made_in: Some(operation),
                     lost: false,
                     native: None,
+                    left_out: Vec::new(),
                 };
                 self.apply(Some(operation), SnapshotCreated { snapshot }.into());
             }

@@ -272,6 +272,9 @@ impl Engine {
         let observation = driver.observe(&state).await.map_err(EngineError::Driver)?;
         let mut plan =
             driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
+        if let Request::Revert(revert) = &request {
+            plan.left_out = state.left_by_revert(revert.snapshot);
+        }
         let policy = self.settings.merge_policy();
         space::check_plan(&request, &plan, &observation, policy.margin_bytes)?;
         for before in &requests {
@@ -286,6 +289,7 @@ impl Engine {
                 bytes_freed: 0,
                 peak_space_bytes: plan.peak_space_bytes.saturating_add(first.peak_space_bytes),
                 lost: first.lost,
+                left_out: plan.left_out.into_iter().chain(first.left_out).collect(),
             };
         }
         let (mut after, mut merges, mut frees) = (state.clone(), Vec::new(), None);

@@ -86,6 +86,7 @@ impl SnapshotCreateRequested {
             made_in: Some(operation.id),
             lost: false,
             native: operation.learnt.native.clone(),
+            left_out: operation.learnt.left_out.clone(),
         }
     }
 }

@@ -164,6 +164,7 @@ impl<'a> Adopter<'a> {
             made_in: None,
             lost: false,
             native: Some(listed.native.clone()),
+            left_out: Vec::new(),
         };
         Some(SnapshotAdopted { snapshot, listed_as: listed.name.clone(), children }.into())
     }

@@ -67,6 +67,7 @@ fn snapshot(name: &str, disks: &[&str]) -> Snapshot {
         made_in: Some(OperationId::from_uuid(Uuid::from_u128(2))),
         lost: false,
         native: None,
+        left_out: Vec::new(),
     }
 }
 

@@ -165,6 +165,7 @@ impl History {
             made_in: Some(OperationId::from_uuid(uuid(7))),
             lost: false,
             native: None,
+            left_out: Vec::new(),
         }
     }
 

@@ -1,25 +1,27 @@
 //! Planning internal snapshots. Pure.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use snaptree_engine::SnapshotId;
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::{Observation, SeenSnapshot};
 use snaptree_engine::event::{DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotRevertRequested};
 use snaptree_engine::operation::{Code, Failure, Poison, Reversal};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::tree::Snapshot;
-use snaptree_engine::{DiskName, SnapshotId};
 
 use super::table::Entry;
 use super::{Erase, Image, Load, Memory, Runs, Save, has_memory, tag};
-use crate::qemu::live::{LiveMachine, Run};
+use crate::qemu::live::Run;
 use crate::qemu::plan::Planner;
 use crate::qemu::runs::Runs as RunBy;
 use crate::qemu::step::{Expect, QemuStep};
 
 /// What QEMU keeps beside the memory itself: devices, tables.
 const DEVICES_BYTES: u64 = 16 << 20;
+/// QEMU would pass over a disk that it is not told of, and the snapshot would be of two instants.
+pub(super) const NOT_HELD: &str = "an internal snapshot would not hold it";
 
 /// Whether a snapshot is an internal one: none of the layers reads as it.
 pub(in crate::qemu) fn is_internal(state: &DomainState, snapshot: SnapshotId) -> bool {
@@ -49,15 +51,6 @@ impl Planner<'_> {
             images.push(Image { disk: disk.name.clone(), file, expect });
         }
         Ok(images)
-    }
-
-    /// What the machine writes of a disk.
-    fn written(&self, disk: &DiskName) -> Result<PathBuf, Failure> {
-        let active = self.state.layers.disks.get(disk).and_then(|layers| layers.active_layer());
-        let registered = || self.config.disks.get(disk).map(|paths| paths.resolved.clone());
-        active.map(|(_, layer)| layer.file.clone()).or_else(registered).ok_or_else(|| {
-            Failure::new(Code::NotFound, format!("domain '{}' has no disk '{disk}'", self.domain.name))
-        })
     }
 
     /// Takes an internal snapshot.
@@ -94,7 +87,7 @@ impl Planner<'_> {
                 ));
             }
             Some(machine) => {
-                self.check_whole(machine, &images)?;
+                self.check_whole(NOT_HELD)?;
                 Some(Runs { was: self.may_be_saved(machine.run)?, ram_bytes: machine.ram_bytes })
             }
         };
@@ -117,27 +110,6 @@ impl Planner<'_> {
                     self.domain.name
                 ),
                 "QEMU's query-status tells which; put it right, let it go on, and try again",
-            )),
-        }
-    }
-
-    /// QEMU would pass over a disk that it is not told of, and the snapshot would be of two instants.
-    fn check_whole(&self, machine: &LiveMachine, images: &[Image]) -> Result<(), Failure> {
-        let ours = |file: &Path| images.iter().any(|image| image.file == file);
-        let mut foreign = machine.chains.iter().filter_map(|chain| match chain.nodes.first() {
-            Some(node) if node.read_only || ours(&node.file) => None,
-            Some(node) => Some(node.file.display().to_string()),
-            None => Some(format!("block node {}", chain.root)),
-        });
-        match foreign.next() {
-            None => Ok(()),
-            Some(foreign) => Err(refused(
-                Code::Unsupported,
-                format!(
-                    "the machine writes {foreign}, which is no disk of domain '{}': an internal snapshot would not hold it",
-                    self.domain.name
-                ),
-                "register all disks that the machine writes, or shut it down for the snapshot",
             )),
         }
     }
@@ -213,7 +185,7 @@ impl Planner<'_> {
         };
         let was = match self.machine()? {
             Some(machine) => {
-                self.check_whole(machine, &images)?;
+                self.check_whole(NOT_HELD)?;
                 machine.run.state()
             }
             None => RunState::Off,

@@ -6,12 +6,14 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::tree::SnapshotState;
 
 use super::erase::erase;
+use super::plan::NOT_HELD;
 use super::table::Entry;
 use super::{Image, Job, Runs, Save, busy, entries, job_id, tag};
 use crate::qemu::adopt::Work;
 use crate::qemu::files::{stamp_of, sync};
 use crate::qemu::live::{self, Monitor, Run};
 use crate::qemu::lock::check_unused;
+use crate::qemu::plan::not_whole;
 use crate::qemu::switch::written_meanwhile;
 
 /// Why a snapshot that was cut off is not taken later: it would be of another instant.
@@ -83,6 +85,7 @@ impl Save {
         } else {
             if !known {
                 monitor.dismiss_concluded().await?;
+                check_whole(work, &mut monitor, &self.images).await?;
                 let nodes = nodes(&mut monitor, &self.images).await?;
                 let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
                 let memory = nodes.first().copied();
@@ -121,6 +124,16 @@ impl Save {
         work.reached("qemu.save.undo.ended");
         erase(work, &self.images, self.snapshot, ram_bytes).await?;
         Ok(StepReport::default())
+    }
+}
+
+/// A disk may have been plugged in since the snapshot was planned.
+async fn check_whole(work: Work<'_>, monitor: &mut Monitor, images: &[Image]) -> Result<(), DriverError> {
+    let machine = monitor.look().await?;
+    let beside = machine.writes_beside(|file| images.iter().any(|image| image.file == file));
+    match (&work.context.state.domain, beside.is_empty()) {
+        (Some(domain), false) => Err(not_whole(&domain.name, &beside, NOT_HELD).into()),
+        _ => Ok(()),
     }
 }
 

@@ -1,5 +1,8 @@
 //! What a machine writes is exchanged under it: by new layers (a snapshot), or by the end of an active commit.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::Code;
 
@@ -8,11 +11,14 @@ use tokio::time::Instant;
 use super::jobs::JobWork;
 use super::memory::{Ready, Taken};
 use super::monitor::Monitor;
+use super::options::Options;
 use super::quiesce::{Quiesced, Rest};
-use super::seen::{LiveMachine, Run};
+use super::seen::{LiveMachine, Run, writes_beside};
 use super::{check_name, node_name};
 use crate::qemu::adopt::Work;
+use crate::qemu::config::{LeftOut, QemuConfig};
 use crate::qemu::files::{set_mode, sync};
+use crate::qemu::plan::not_whole;
 use crate::qemu::step::{Fresh, Live, Push, Switch, Writer};
 
 /// What went with a switch.
@@ -22,6 +28,8 @@ pub(in crate::qemu) struct Beside {
     pub(in crate::qemu) quiesced: Option<Quiesced>,
     /// How its memory was taken, if it was.
     pub(in crate::qemu) memory: Option<Taken>,
+    /// What the machine wrote besides at that moment, in words; none if it was not looked at.
+    pub(in crate::qemu) left_out: Option<Vec<String>>,
 }
 
 /// What waits for the switch.
@@ -30,11 +38,18 @@ struct Exchanged {
     memory: Option<Ready>,
     /// When the guest was told to stop.
     stopped: Instant,
+    left_out: Option<Vec<String>>,
+}
+
+/// The guest is stopped, and writes the new layers from now on.
+struct AtRest {
+    rest: Option<Rest>,
+    left_out: Vec<String>,
 }
 
 impl Exchanged {
     fn now() -> Self {
-        Self { rest: None, memory: None, stopped: Instant::now() }
+        Self { rest: None, memory: None, stopped: Instant::now(), left_out: None }
     }
 }
 
@@ -73,7 +88,7 @@ impl Switch {
             Some(rest) => Some(rest.end(work, &self.turn).await.map_err(in_effect)?),
             None => None,
         };
-        Ok(Beside { quiesced, memory })
+        Ok(Beside { quiesced, memory, left_out: exchanged.left_out })
     }
 
     /// QEMU saves the machine, whose disks were exchanged; then the guest goes on. What it writes must not be lost to a
@@ -130,12 +145,14 @@ impl Switch {
         live: Live,
     ) -> Result<Exchanged, DriverError> {
         let done = self.fresh.iter().any(|fresh| machine.node_of(&fresh.file).is_some());
+        let mut known = Vec::new();
         let exchanged = if done {
             self.write_generation(work).await.map_err(in_effect)?;
             monitor.stop().await.map_err(in_effect)?;
             Exchanged::now()
         } else {
-            let pairs = self.open_fresh(work, monitor, machine).await?;
+            let (pairs, options) = self.open_fresh(work, monitor, machine).await?;
+            known = options;
             self.write_generation(work).await?;
             let mut memory = match &self.memory {
                 Some(memory) => Some(memory.prepare(work, monitor, live).await?),
@@ -148,14 +165,16 @@ impl Switch {
             work.reached("qemu.live.prepared");
             let rest = self.freeze(work, live).await?;
             let stopped = Instant::now();
-            let rest = self.exchange_at_rest(work, (monitor, live), (&pairs, rest), &mut memory).await?;
-            Exchanged { rest, memory, stopped }
+            let AtRest { rest, left_out } =
+                self.exchange_at_rest(work, (monitor, live), (&pairs, rest), &mut memory).await?;
+            Exchanged { rest, memory, stopped, left_out: Some(left_out) }
         };
         work.reached("qemu.live.exchanged");
         for (index, fresh) in self.fresh.iter().enumerate() {
             // By its own name a layer was known before, and is after it.
             if done || machine.root_of(&fresh.on_file).is_none_or(|node| node.named != fresh.on_file) {
-                self.name_frozen(work, monitor, fresh, index).await.map_err(in_effect)?;
+                let layer = (fresh, index, known.get(index));
+                self.name_frozen(work, monitor, layer).await.map_err(in_effect)?;
             }
         }
         work.reached("qemu.live.named");
@@ -169,23 +188,15 @@ impl Switch {
         (monitor, live): (&mut Monitor, Live),
         (pairs, rest): (&[(String, String)], Option<Rest>),
         memory: &mut Option<Ready>,
-    ) -> Result<Option<Rest>, DriverError> {
+    ) -> Result<AtRest, DriverError> {
         if let Err(error) = self.stop_in_time(work, monitor, live, rest.as_ref()).await {
             return Err(match rest {
                 Some(rest) => rest.give_up(self, work, (monitor, live), error).await,
                 None => error,
             });
         }
-        let begun = match memory {
-            Some(ready) => ready.begin(work, monitor).await,
-            None => Ok(()),
-        };
-        let exchanged = match begun {
-            Ok(()) => monitor.exchange(pairs).await,
-            Err(error) => Err(error),
-        };
-        match (exchanged, rest) {
-            (Ok(()), rest) => Ok(rest),
+        match (self.exchange_stopped(work, monitor, pairs, memory).await, rest) {
+            (Ok(left_out), rest) => Ok(AtRest { rest, left_out }),
             (Err(error), Some(rest)) if error.class == ErrorClass::Permanent => {
                 Err(rest.give_up(self, work, (monitor, live), error).await)
             }
@@ -195,6 +206,35 @@ impl Switch {
             }
             (Err(error), _) => Err(error),
         }
+    }
+
+    /// The exchange itself; what else the machine writes.
+    async fn exchange_stopped(
+        &self,
+        work: Work<'_>,
+        monitor: &mut Monitor,
+        pairs: &[(String, String)],
+        memory: &mut Option<Ready>,
+    ) -> Result<Vec<String>, DriverError> {
+        // A disk may have been plugged in since this was planned.
+        let left_out = self.left_out_now(work, monitor).await?;
+        if let Some(ready) = memory {
+            ready.begin(work, monitor).await?;
+        }
+        monitor.exchange(pairs).await?;
+        Ok(left_out)
+    }
+
+    async fn left_out_now(&self, work: Work<'_>, monitor: &mut Monitor) -> Result<Vec<String>, DriverError> {
+        let (domain, config) = QemuConfig::of(work.context.state)?;
+        let written = config.disks.keys().filter_map(|disk| config.written(disk, work.context.state));
+        let mut ours: BTreeSet<PathBuf> = written.collect();
+        ours.extend(self.fresh.iter().map(|fresh| fresh.on_file.clone()));
+        let left_out = writes_beside(&monitor.chains().await?, |file| ours.contains(file));
+        if self.beside == LeftOut::Refuse && !left_out.is_empty() {
+            return Err(not_whole(&domain.name, &left_out, self.not_held()).into());
+        }
+        Ok(left_out)
     }
 
     async fn stop_in_time(
@@ -214,14 +254,14 @@ impl Switch {
         rest.map_or(Ok(()), Rest::check)
     }
 
-    /// Makes the new layers and opens them: what writes each disk now, and what shall.
+    /// Makes the new layers and opens them: what writes each disk now, and what shall, and how.
     async fn open_fresh(
         &self,
         work: Work<'_>,
         monitor: &mut Monitor,
         machine: &LiveMachine,
-    ) -> Result<Vec<(String, String)>, DriverError> {
-        let mut pairs = Vec::new();
+    ) -> Result<(Vec<(String, String)>, Vec<Options>), DriverError> {
+        let (mut pairs, mut known) = (Vec::new(), Vec::new());
         // A removed layer that is still open could stand upon one of these, which then could not be built upon.
         monitor.close_files(|file| !file.exists()).await?;
         for (index, fresh) in self.fresh.iter().enumerate() {
@@ -229,10 +269,16 @@ impl Switch {
             fresh.make(work).await?;
             let root = machine.root_of(&fresh.on_file).ok_or_else(|| not_written(&fresh.on_file))?;
             let overlay = node_name(work.context.operation, work.context.index, 2 * index);
-            monitor.add_overlay(&overlay, &fresh.file).await?;
+            // To be asked how it writes the layer, QEMU brings it to its file first, and the guest waits for that.
+            sync(&fresh.on_file).await?;
+            let graph = monitor.graph().await?;
+            let image = graph.node(&root.node).ok_or_else(|| not_written(&fresh.on_file))?;
+            let options = monitor.options_of(&graph, image).await?;
+            monitor.add_overlay(&overlay, &fresh.file, &options).await?;
             pairs.push((root.node.clone(), overlay));
+            known.push(options);
         }
-        Ok(pairs)
+        Ok((pairs, known))
     }
 
     /// QEMU may know the layer that is frozen now by the registered path, which leads elsewhere in a moment. A layer
@@ -241,20 +287,22 @@ impl Switch {
         &self,
         work: Work<'_>,
         monitor: &mut Monitor,
-        fresh: &Fresh,
-        index: usize,
+        (fresh, index, known): (&Fresh, usize, Option<&Options>),
     ) -> Result<(), DriverError> {
         let graph = monitor.graph().await?;
         let Some(overlay) = graph.of_file(&fresh.file).find(|node| node.file_node.is_some()) else {
             return Err(not_written(&fresh.file));
         };
-        let chain = graph.chains.iter().find(|chain| chain.first() == Some(&overlay.name));
-        let below = chain.and_then(|chain| chain.get(1)).and_then(|name| graph.node(name));
+        let below = graph.below(&overlay.name);
         let Some(below) = below.filter(|below| below.named != fresh.on_file) else { return Ok(()) };
         let frozen = node_name(work.context.operation, work.context.index, 2 * index + 1);
         monitor.close_file(&fresh.on_file).await?;
-        let named = match monitor.add_frozen(&frozen, &fresh.on_file).await {
-            Ok(()) => monitor.put_upon(overlay, &frozen).await,
+        let options = match known {
+            Some(options) => options.clone(),
+            None => monitor.options_of(&graph, overlay).await?,
+        };
+        let named = match monitor.add_frozen(&frozen, &fresh.on_file, &options).await {
+            Ok(()) => monitor.put_upon(overlay, &frozen, &options).await,
             Err(error) => Err(error),
         };
         match named {
@@ -322,6 +370,7 @@ impl Switch {
             let base = machine.node_of(&push.into_file).ok_or_else(|| not_written(&push.into_file))?;
             check_name(base, &push.into_file)?;
             set_mode(&push.into_file, push.into_mode)?;
+            monitor.write_like(&base.node, &root.node).await?;
             monitor
                 .commit(&job.id, &root.node, None, (&base.node, &push.into_file), work.img.speed_bytes)
                 .await?;

@@ -6,11 +6,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Most nodes that a machine may have.
 const NODES_MAX: usize = 65_536;
+
+/// Drivers of nodes that pass on what is below them: a limit on its speed, reads that are kept, and what jobs put above
+/// a disk while they work (QEMU's `is_filter`).
+const FILTERS: [&str; 9] = [
+    "blkdebug",
+    "blklogwrites",
+    "commit_top",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "mirror_top",
+    "preallocate",
+    "throttle",
+];
 
 /// An open node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +39,54 @@ pub(in crate::qemu) struct Node {
     pub(in crate::qemu) read_only: bool,
     /// Whether it has dirty bitmaps.
     pub(in crate::qemu) has_bitmaps: bool,
+    /// How it is written.
+    pub(in crate::qemu) mode: Mode,
+}
+
+/// How a node is written, as far as QEMU says so without being asked twice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::qemu) struct Mode {
+    /// What becomes of zeroes that are written: `off`, `on` or `unmap`.
+    pub(in crate::qemu) detect_zeroes: String,
+    /// How the host caches it.
+    pub(in crate::qemu) cache: Cache,
+}
+
+/// How the host caches what is written, in the words of QEMU's `cache`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::qemu) struct Cache {
+    /// Past the host's page cache.
+    #[serde(default)]
+    pub(in crate::qemu) direct: bool,
+    /// Flushes are ignored.
+    #[serde(default)]
+    pub(in crate::qemu) no_flush: bool,
+}
+
+/// Whether a machine writes a medium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::qemu) enum Access {
+    /// It may.
+    Writes,
+    /// It only reads it.
+    Reads,
+}
+
+/// A device of the machine, or a chip of its firmware, with a medium in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::qemu) struct Device {
+    /// QEMU's name: that of the drive, or the device's path.
+    pub(in crate::qemu) name: String,
+    /// Whether it writes the medium.
+    pub(in crate::qemu) access: Access,
+    /// The names of the nodes of its images, and of the filters above them, topmost first.
+    pub(in crate::qemu) chain: Vec<String>,
+    /// What is in it, as QEMU names it.
+    pub(in crate::qemu) medium: String,
+    /// The ids of the block jobs that work on one of these nodes.
+    pub(in crate::qemu) jobs: Vec<String>,
 }
 
 /// All that is open.
@@ -32,8 +94,8 @@ pub(in crate::qemu) struct Node {
 pub(in crate::qemu) struct Graph {
     /// Every node that has a file, formats before the files below them.
     pub(in crate::qemu) nodes: Vec<Node>,
-    /// Per device: the names of its images, topmost first.
-    pub(in crate::qemu) chains: Vec<Vec<String>>,
+    /// What they are open for.
+    pub(in crate::qemu) devices: Vec<Device>,
 }
 
 #[derive(Deserialize)]
@@ -45,6 +107,10 @@ struct Named {
     ro: bool,
     #[serde(default)]
     dirty_bitmaps: Vec<serde::de::IgnoredAny>,
+    #[serde(default, rename = "detect_zeroes")]
+    detect_zeroes: String,
+    #[serde(default)]
+    cache: Cache,
 }
 
 #[derive(Deserialize)]
@@ -66,6 +132,8 @@ struct Edge {
     parent: u64,
     child: u64,
     name: String,
+    #[serde(default)]
+    perm: Vec<String>,
 }
 
 impl Graph {
@@ -84,9 +152,8 @@ impl Graph {
         nodes.sort_by_key(|node| node.file_node.is_none());
         let devices =
             edges.nodes.iter().filter(|vertex| vertex.kind == "block-backend" && !vertex.name.is_empty());
-        let chains =
-            devices.filter_map(|device| Some(tree.chain(tree.child(device.id, &["root"])?))).collect();
-        Ok(Self { nodes, chains })
+        let devices = devices.filter_map(|device| tree.device(device, &edges, &named)).collect();
+        Ok(Self { nodes, devices })
     }
 
     /// A node by its name.
@@ -94,9 +161,19 @@ impl Graph {
         self.nodes.iter().find(|node| node.name == name)
     }
 
+    /// The image that a device's image is built upon.
+    pub(in crate::qemu) fn below(&self, name: &str) -> Option<&Node> {
+        self.devices.iter().find_map(|device| {
+            let at = device.chain.iter().position(|in_chain| in_chain == name)?;
+            device.chain.iter().skip(at + 1).find_map(|name| self.node(name))
+        })
+    }
+
     /// Whether a device stands on the node, through whatever is between.
     pub(in crate::qemu) fn is_attached(&self, node: &Node) -> bool {
-        let attached = |name: &str| self.chains.iter().flatten().any(|in_chain| in_chain == name);
+        let attached = |name: &str| {
+            self.devices.iter().flat_map(|device| &device.chain).any(|in_chain| in_chain == name)
+        };
         let above = self.nodes.iter().filter(|above| above.file_node.as_deref() == Some(&node.name));
         attached(&node.name) || above.map(|above| above.name.as_str()).any(attached)
     }
@@ -143,23 +220,45 @@ impl<'a> Tree<'a> {
             file_node: is_format.then(|| below.map(|below| below.node_name.clone()).unwrap_or_default()),
             read_only: found.ro,
             has_bitmaps: !found.dirty_bitmaps.is_empty(),
+            mode: Mode { detect_zeroes: found.detect_zeroes.clone(), cache: found.cache },
+        })
+    }
+
+    /// A device that has a medium.
+    fn device(&self, device: &Vertex, edges: &Edges, named: &BTreeMap<&str, &Named>) -> Option<Device> {
+        let root = edges.edges.iter().find(|edge| edge.parent == device.id && edge.name == "root")?;
+        let ids = self.chain(root.child, named);
+        let name = |id: &u64| self.vertices.get(id).map(|vertex| vertex.name.clone());
+        let is_job = |id: &u64| self.vertices.get(id).is_some_and(|vertex| vertex.kind == "block-job");
+        let on_it = edges.edges.iter().filter(|edge| is_job(&edge.parent) && ids.contains(&edge.child));
+        let jobs: BTreeSet<String> = on_it.filter_map(|edge| name(&edge.parent)).collect();
+        let chain: Vec<String> = ids.iter().filter_map(name).collect();
+        let known = || chain.iter().filter_map(|name| named.get(name.as_str()));
+        let image = known().find(|node| !FILTERS.contains(&node.drv.as_str())).or_else(|| known().next());
+        let writes = root.perm.iter().any(|perm| perm == "write");
+        Some(Device {
+            name: device.name.clone(),
+            access: if writes { Access::Writes } else { Access::Reads },
+            medium: image.map(|node| node.file.clone()).unwrap_or_default(),
+            chain,
+            jobs: jobs.into_iter().collect(),
         })
     }
 
     /// From a device's root down, by what each node is built upon, or is a filter of.
-    fn chain(&self, root: u64) -> Vec<String> {
-        let mut names = Vec::new();
+    fn chain(&self, root: u64, named: &BTreeMap<&str, &Named>) -> Vec<u64> {
+        let mut ids = Vec::new();
         let mut seen = BTreeSet::new();
         let mut next = Some(root);
         while let Some(id) = next.filter(|id| seen.insert(*id)) {
-            if let Some(vertex) = self.vertices.get(&id) {
-                names.push(vertex.name.clone());
-            }
+            ids.push(id);
+            let node = self.vertices.get(&id).and_then(|vertex| named.get(vertex.name.as_str()));
             let children = self.children.get(&id);
-            let is_filter = children.is_some_and(|children| children.len() == 1) && !self.is_leaf_format(id);
+            let is_filter = node.is_some_and(|node| FILTERS.contains(&node.drv.as_str()))
+                || (children.is_some_and(|children| children.len() == 1) && !self.is_leaf_format(id));
             next = self.child(id, if is_filter { &["backing", "file"] } else { &["backing"] });
         }
-        names
+        ids
     }
 
     /// Whether what stands below is a file's own node, so that this is an image and no filter.

@@ -8,7 +8,7 @@
 //! A disk's *chain* is what QEMU has open for it, topmost first. Whether a layer is worked on under the running machine
 //! (its node is in a chain) or by qemu-img (it is not) follows from the chain alone.
 //!
-//! `graph` reads the block graph, `seen` compares it with the log, `monitor` is every word that is said to QEMU,
+//! `graph` reads the block graph, `options` how each disk is written, `seen` compares it with the log, `monitor` is every word that is said to QEMU,
 //! `exchange` puts new layers under the guest, `quiesce` has its file systems rest meanwhile, `memory` keeps its memory of
 //! the same instant, `load` brings it back, `jobs` merges under it.
 //!
@@ -21,6 +21,7 @@ mod jobs;
 mod load;
 mod memory;
 mod monitor;
+mod options;
 mod process;
 mod quiesce;
 mod seen;

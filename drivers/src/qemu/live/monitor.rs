@@ -72,6 +72,11 @@ impl Monitor {
         self.qmp.execute_with(command, arguments, file).await.map(|_| ()).map_err(failed)
     }
 
+    /// QEMU's process, as far as the kernel knows who listens.
+    pub(super) fn process(&self) -> Option<i32> {
+        self.qmp.peer()
+    }
+
     /// QEMU's version.
     pub(super) const fn version(&self) -> Version {
         self.qmp.version()
@@ -110,18 +115,27 @@ impl Monitor {
         })
     }
 
+    /// What is open for each device.
+    pub(in crate::qemu) async fn chains(&mut self) -> Result<Vec<Chain>, DriverError> {
+        let graph = self.graph().await?;
+        let chains = graph.devices.iter().map(|device| Chain {
+            nodes: device.chain.iter().filter_map(|name| graph.node(name)).map(LiveNode::of).collect(),
+            device: device.name.clone(),
+            access: device.access,
+            medium: device.medium.clone(),
+            jobs: device.jobs.clone(),
+        });
+        Ok(chains.collect())
+    }
+
     /// The machine as planning and recovery see it.
     pub(in crate::qemu) async fn look(&mut self) -> Result<LiveMachine, DriverError> {
         let run = self.run_state().await?;
-        let graph = self.graph().await?;
-        let chains = graph.chains.iter().map(|names| Chain {
-            nodes: names.iter().filter_map(|name| graph.node(name)).map(LiveNode::of).collect(),
-            root: names.first().cloned().unwrap_or_default(),
-        });
+        let chains = self.chains().await?;
         Ok(LiveMachine {
             qmp: self.socket.clone(),
             run,
-            chains: chains.collect(),
+            chains,
             jobs: self.jobs().await?.into_iter().map(|(id, _)| id).collect(),
             version: self.version(),
             ram_bytes: self.ram_bytes().await?,
@@ -149,34 +163,6 @@ impl Monitor {
     /// Lets the guest go on.
     pub(in crate::qemu) async fn cont(&mut self) -> Result<(), DriverError> {
         self.act("cont", Value::Null).await.map(|_| ())
-    }
-
-    /// Opens an overlay that is to be put upon what the machine writes: two nodes, `node` and `node-f`.
-    pub(in crate::qemu) async fn add_overlay(&mut self, node: &str, file: &Path) -> Result<(), DriverError> {
-        let below = file_node(node);
-        self.act("blockdev-add", json!({ "driver": "file", "node-name": below, "filename": file })).await?;
-        self.act(
-            "blockdev-add",
-            json!({ "driver": "qcow2", "node-name": node, "file": below, "backing": null }),
-        )
-        .await
-        .map(|_| ())
-    }
-
-    /// Opens a frozen layer, and what is below it. Its file is opened for writing only while a job writes it.
-    pub(in crate::qemu) async fn add_frozen(&mut self, node: &str, file: &Path) -> Result<(), DriverError> {
-        let below = file_node(node);
-        let add = json!({ "driver": "file", "node-name": below, "filename": file, "auto-read-only": true });
-        self.act("blockdev-add", add).await?;
-        let add = json!({ "driver": "qcow2", "node-name": node, "file": below, "read-only": true });
-        self.act("blockdev-add", add).await.map(|_| ())
-    }
-
-    /// Puts an overlay of [`add_overlay`](Self::add_overlay) upon another node.
-    pub(in crate::qemu) async fn put_upon(&mut self, node: &Node, backing: &str) -> Result<(), DriverError> {
-        let options = json!({ "driver": "qcow2", "node-name": node.name, "read-only": node.read_only,
-            "file": node.file_node, "backing": backing });
-        self.act("blockdev-reopen", json!({ "options": [options] })).await.map(|_| ())
     }
 
     /// Exchanges what the machine writes on several disks at one instant: (node, overlay).
@@ -397,7 +383,8 @@ impl LiveNode {
     }
 }
 
-fn file_node(node: &str) -> String {
+/// The node of the file of an image that Snaptree opened.
+pub(super) fn file_node(node: &str) -> String {
     format!("{node}-f")
 }
 

@@ -240,9 +240,7 @@ async fn is_there(state: &DomainState, config: &QemuConfig, wish: RunState) -> R
 }
 
 fn current_file(state: &DomainState, config: &QemuConfig, disk: &snaptree_engine::DiskName) -> PathBuf {
-    let active = state.layers.disks.get(disk).and_then(|layers| layers.active_layer());
-    let registered = config.disks.get(disk).map(|paths| paths.resolved.clone());
-    active.map(|(_, layer)| layer.file.clone()).or(registered).unwrap_or_default()
+    config.written(disk, state).unwrap_or_default()
 }
 
 /// The machine outlives Snaptree: a process group of its own, nothing of ours inherited, its words in a file.

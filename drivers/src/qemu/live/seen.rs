@@ -9,8 +9,12 @@ use snaptree_engine::driver::Observation;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
-use crate::qemu::config::QemuConfig;
+use super::graph::Access;
+use crate::qemu::config::{DiskPaths, QemuConfig};
 use crate::qemu::qmp::Version;
+
+/// How the ids of Snaptree's own jobs begin.
+const OWN_JOBS: &str = "st-";
 
 /// Whether a machine runs, and whether it is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,9 +78,22 @@ impl Run {
 pub(in crate::qemu) struct Chain {
     /// The nodes.
     pub(in crate::qemu) nodes: Vec<LiveNode>,
-    /// QEMU's name of the topmost one, also where it is no file.
+    /// The device, by QEMU's name of it.
     #[serde(default)]
-    pub(in crate::qemu) root: String,
+    pub(in crate::qemu) device: String,
+    /// Whether it writes the medium.
+    #[serde(default = "writes")]
+    pub(in crate::qemu) access: Access,
+    /// What is in it, as QEMU names it.
+    #[serde(default)]
+    pub(in crate::qemu) medium: String,
+    /// The block jobs that work on it.
+    #[serde(default)]
+    pub(in crate::qemu) jobs: Vec<String>,
+}
+
+fn writes() -> Access {
+    Access::Writes
 }
 
 /// One open image.
@@ -94,6 +111,22 @@ pub(in crate::qemu) struct LiveNode {
     /// Whether it has dirty bitmaps.
     #[serde(default)]
     pub(in crate::qemu) has_bitmaps: bool,
+}
+
+impl Chain {
+    /// Refuses a disk on which somebody else's block job works: what it copies or merges would be exchanged under it.
+    fn check_jobs(&self, disk: &DiskName) -> Result<(), Failure> {
+        match self.jobs.iter().find(|job| !job.starts_with(OWN_JOBS)) {
+            None => Ok(()),
+            Some(job) => Err(Failure::new(
+                Code::InUse,
+                format!("block job '{job}', which is not Snaptree's, works on disk '{disk}'"),
+            )
+            .hint(format!(
+                "wait for its end and try again, or end it: block-job-cancel with device '{job}' (QMP),                  block_job_cancel {job} (HMP)"
+            ))),
+        }
+    }
 }
 
 impl LiveMachine {
@@ -122,16 +155,44 @@ impl LiveMachine {
         self.chains.iter().filter_map(|chain| chain.nodes.first()).find(|node| node.file == file)
     }
 
+    /// The refusal of a machine that has a disk no more, or never had any.
+    fn without(
+        &self,
+        disk: &DiskName,
+        paths: &DiskPaths,
+        (state, config): (&DomainState, &QemuConfig),
+    ) -> Failure {
+        let name = state.domain.as_ref().map_or("NAME", |domain| domain.name.as_str());
+        let is_it = config.disks.keys().any(|other| self.chain(other, state, config).is_some());
+        let socket = self.qmp.display();
+        let message = format!(
+            "the machine behind QMP socket {socket} does not have disk '{disk}' ({}) open",
+            paths.given.display()
+        );
+        Failure::new(Code::Drift, message).hint(if is_it {
+            format!(
+                "if it was taken from the machine: snaptree domain disk remove {name} {disk}; if not, start the machine \
+                 from the registered path"
+            )
+        } else {
+            format!(
+                "it has none of the domain's disks: if it is another machine, snaptree domain set {name} --qmp SOCKET; \
+                 if not, start it from the registered paths"
+            )
+        })
+    }
+
+    /// What else the machine writes than such images, in words.
+    pub(in crate::qemu) fn writes_beside(&self, is_ours: impl Fn(&Path) -> bool) -> Vec<String> {
+        writes_beside(&self.chains, is_ours)
+    }
+
     /// Refuses a machine that has other files open than the log says.
     pub(in crate::qemu) fn check(&self, state: &DomainState, config: &QemuConfig) -> Result<(), Failure> {
         for (disk, paths) in &config.disks {
-            let open = self.chain(disk, state, config).ok_or_else(|| {
-                Failure::new(
-                    Code::Drift,
-                    format!("QEMU at {} does not have disk '{disk}' open", self.qmp.display()),
-                )
-                .hint("is it the right QMP socket? The machine must be started from the registered paths")
-            })?;
+            let open =
+                self.chain(disk, state, config).ok_or_else(|| self.without(disk, paths, (state, config)))?;
+            open.check_jobs(disk)?;
             let layers = state.layers.disks.get(disk);
             let expected: Vec<&Path> = match layers.and_then(|layers| Some((layers, layers.active.as_ref()?)))
             {
@@ -160,6 +221,19 @@ impl LiveMachine {
         }
         Ok(())
     }
+}
+
+/// What else such a machine writes than such images, in words: a disk that is not registered, a floppy, the firmware's
+/// variables.
+pub(super) fn writes_beside(chains: &[Chain], is_ours: impl Fn(&Path) -> bool) -> Vec<String> {
+    let beside = chains.iter().filter(|chain| {
+        chain.access == Access::Writes && !chain.nodes.first().is_some_and(|node| is_ours(&node.file))
+    });
+    let medium = |chain: &Chain| match chain.nodes.first() {
+        Some(node) => node.file.display().to_string(),
+        None => chain.medium.clone(),
+    };
+    beside.map(|chain| format!("{} ({})", medium(chain), chain.device)).collect()
 }
 
 impl Machine {

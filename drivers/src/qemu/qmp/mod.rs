@@ -169,6 +169,11 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// The process that listens.
+    pub(super) fn peer(&self) -> Option<i32> {
+        self.stream.peer_cred().ok()?.pid()
+    }
+
     /// Reads up to the greeting. The answer to a command of the client before may come first.
     async fn greeting(&mut self) -> Result<(), QmpError> {
         for _ in 0..STRAYS_MAX {

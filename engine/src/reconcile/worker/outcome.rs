@@ -48,6 +48,7 @@ impl Worker<'_> {
                 snapshot.created = learnt.taken.unwrap_or_else(|| self.engine.clock.now());
                 snapshot.state = learnt.state.unwrap_or(SnapshotState::Shutoff);
                 snapshot.native = learnt.native;
+                snapshot.left_out = learnt.left_out;
                 if matches!(snapshot.state, SnapshotState::Shutoff | SnapshotState::DiskSnapshot) {
                     snapshot.memory = MemoryKind::No;
                 }

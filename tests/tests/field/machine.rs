@@ -1,1 +1,0 @@
-//! M: what a machine consists of.

@@ -1,0 +1,10 @@
+//! M: what a machine consists of.
+
+#[cfg(feature = "lab")]
+mod disks;
+#[cfg(feature = "lab")]
+mod left_out;
+#[cfg(feature = "lab")]
+mod options;
+#[cfg(feature = "lab")]
+mod rig;
