@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::exit::{Exit, NO_STATE_HINT, Trouble};
 use crate::hooks;
 use crate::office::there::{self, There};
-use crate::office::{Here, LogHosts, Office, ReadOut};
+use crate::office::{Here, LogHosts, Office, Policies, ReadOut};
 use crate::programs::HookPrograms;
 use crate::render::note;
 use crate::render::text::{Look, safe};
@@ -224,7 +224,8 @@ impl Context {
 
     fn writer_on(&self, store: Store, hooks: Arc<dyn Hooks>) -> Result<Writer> {
         let engine = self.engine_on(store, hooks)?;
-        let office = Box::new(Here { engine: engine.clone(), requester: this_user() });
+        let office =
+            Box::new(Here { engine: engine.clone(), requester: this_user(), policies: Policies::default() });
         Ok(Writer { engine, office })
     }
 

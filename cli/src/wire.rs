@@ -18,6 +18,7 @@
 //! Lines are [`Line`]s, one a line. A domain is named by its id or its name, an operation by its id. What fails is
 //! answered with [`Failed`], as `--json` prints it, and a fitting status.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -35,7 +36,7 @@ use snaptree_engine::reconcile::connection::ConnectionState;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
-use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, StreamId};
+use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, StreamId};
 
 use crate::exit::{ErrorView, Told, told, whole};
 
@@ -306,6 +307,9 @@ pub struct Status {
     pub connections: Vec<ConnectionState>,
     /// The operations without an outcome.
     pub open: Vec<OpenView>,
+    /// The policies that do not run since this program cannot read them, and why.
+    #[serde(default)]
+    pub sick_policies: BTreeMap<PolicyName, String>,
 }
 
 /// How many domains are in work.
@@ -413,6 +417,8 @@ pub enum Question {
         /// Its name.
         name: DomainName,
     },
+    /// `[PolicyName]`
+    Policies,
     /// `[OperationRow]`
     Operations {
         /// Which ones.

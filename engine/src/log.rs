@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::Head;
 use crate::event::{Actor, Envelope, Event, Origin};
-use crate::ids::{DomainId, DomainName, OperationId, StreamId};
+use crate::ids::{DomainId, DomainName, OperationId, PolicyName, StreamId};
 use crate::operation::Outcome;
 
 /// Most events that one append may bring.
@@ -147,6 +147,9 @@ pub struct OperationRow {
     pub outcome: Option<Outcome>,
     /// Whether it needs attention.
     pub needs_attention: bool,
+    /// The place of its request in the log.
+    #[serde(default)]
+    pub seq: u64,
     /// When it was asked.
     pub requested: Timestamp,
     /// When it ended.
@@ -162,6 +165,9 @@ pub struct OperationFilter {
     pub open: Option<OpenOnly>,
     /// This one alone.
     pub operation: Option<OperationId>,
+    /// Those that were requested after this event; the oldest of them, where not all are wanted.
+    #[serde(default)]
+    pub after: Option<u64>,
 }
 
 /// Says that only operations without an outcome are meant.
@@ -253,7 +259,14 @@ pub trait EventLog: Send + Sync {
     /// The store failed.
     async fn domain_by_name(&self, name: &DomainName) -> Result<Option<DomainRow>, LogError>;
 
-    /// Operations, in the order of their requests, at most `count`, the newest of them.
+    /// The policies that the log has ever told of, by name. The cost is that of their number, not of their events'.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn policies(&self) -> Result<Vec<PolicyName>, LogError>;
+
+    /// Operations, in the order of their requests, at most `count`: the newest of them, or the first after
+    /// [`OperationFilter::after`].
     ///
     /// # Errors
     /// The store failed.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use crate::around::Around;
 use crate::command::Command;
@@ -36,12 +37,37 @@ pub enum Decided {
 }
 
 /// The stream of the event that tells of the requests.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Beside {
+pub struct Beside<'a> {
     /// The stream.
     pub stream: StreamId,
-    /// The version that it must be at.
+    /// The version up to which it was thought over.
     pub version: u64,
+    /// Whether an event that stands behind that version changes what was to be done. What does not keeps nobody back.
+    pub matters: &'a (dyn Fn(&Event) -> bool + Send + Sync),
+}
+
+/// So many locks serve all streams beside which something is appended.
+const GATES: usize = 64;
+/// How many events are read from a stream at once.
+const PAGE_EVENTS: usize = 256;
+
+/// Appends beside one stream pass one gate in a process, so that many at once do not use up each other's tries.
+#[derive(Debug)]
+pub(crate) struct Gates([tokio::sync::Mutex<()>; GATES]);
+
+impl Default for Gates {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| tokio::sync::Mutex::default()))
+    }
+}
+
+impl Gates {
+    fn of(&self, stream: &StreamId) -> &tokio::sync::Mutex<()> {
+        let mut hasher = DefaultHasher::new();
+        stream.to_string().hash(&mut hasher);
+        let place = usize::try_from(hasher.finish() % GATES as u64).unwrap_or(0);
+        &self.0[place]
+    }
 }
 
 /// What is to be appended.
@@ -56,18 +82,21 @@ impl Engine {
     /// Decides requests on any number of domains, and appends what follows from them in one piece with the events that
     /// `tell` makes of the decisions. A request that is refused keeps none of the others back.
     ///
-    /// Where somebody else appended to a domain meanwhile, all is decided again.
+    /// Where somebody else appended to a domain meanwhile, all is decided again. `beside` is brought to the version that
+    /// the stream has afterwards.
     ///
     /// # Errors
-    /// `beside` is at another version ([`LogError::Conflict`]: what was to be done has to be thought over), or the
-    /// store failed. Nothing was written then.
+    /// Something that matters was appended to the stream beside ([`LogError::Conflict`]: what was to be done has to be
+    /// thought over), the domains do not come to rest, or the store failed. Nothing was written then.
     pub async fn submit_together(
         &self,
         requester: &Requester,
-        beside: &Beside,
+        beside: &mut Beside<'_>,
         wanted: &[Wanted],
         tell: &(dyn Fn(&[Decided]) -> Vec<Event> + Send + Sync),
     ) -> Result<Vec<Decided>, EngineError> {
+        let _gate = self.gates.of(&beside.stream).lock().await;
+        self.catch_up(beside).await?;
         let mut conflicts = 0;
         loop {
             let mut draft = self.decide_together(requester, wanted).await?;
@@ -85,16 +114,37 @@ impl Engine {
             draft.expect.push((beside.stream.clone(), beside.version));
             self.hooks.reached("append.before");
             match self.append(requester, draft.expect, events).await {
-                Ok(_) => {
+                Ok(appended) => {
                     self.hooks.reached("append.after");
+                    let told = appended.iter().rev().find(|envelope| envelope.stream == beside.stream);
+                    beside.version = told.map_or(beside.version, |envelope| envelope.version);
                     return Ok(draft.decided);
                 }
                 Err(LogError::Conflict { stream, .. } | LogError::KeyUsed { stream, .. })
-                    if stream != beside.stream && conflicts < CONFLICTS_MAX =>
+                    if conflicts < CONFLICTS_MAX =>
                 {
                     conflicts += 1;
+                    if stream == beside.stream {
+                        self.catch_up(beside).await?;
+                    }
                 }
                 Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Reads what was appended to the stream beside, which is little.
+    async fn catch_up(&self, beside: &mut Beside<'_>) -> Result<(), EngineError> {
+        let expected = beside.version;
+        loop {
+            let page = self.log.read_stream(&beside.stream, beside.version, u64::MAX, PAGE_EVENTS).await?;
+            if let Some(found) = page.iter().find(|envelope| (beside.matters)(&envelope.event)) {
+                let (stream, found) = (beside.stream.clone(), found.version);
+                return Err(LogError::Conflict { stream, expected, found }.into());
+            }
+            beside.version = page.last().map_or(beside.version, |last| last.version);
+            if page.len() < PAGE_EVENTS {
+                return Ok(());
             }
         }
     }

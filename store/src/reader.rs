@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 use snaptree_engine::event::{Envelope, Event};
-use snaptree_engine::ids::{DomainId, DomainName, StreamId};
+use snaptree_engine::ids::{DomainId, DomainName, PolicyName, StreamId};
 use snaptree_engine::log::{
     Checkpoint, ClockOrder, DomainRow, EventFilter, LogError, OperationFilter, OperationRow, SeqAt,
 };
@@ -308,18 +308,10 @@ pub(crate) fn domains_now(connection: &Connection) -> Result<Vec<DomainRow>, Log
 
 /// The registered domains as of `seq_max`, from the events themselves.
 pub(crate) fn domains_at(connection: &Connection, seq_max: u64) -> Result<Vec<DomainRow>, LogError> {
-    let events = collect(
-        connection,
-        &format!(
-            "SELECT {SELECT} FROM events INDEXED BY events_domains
-             WHERE kind >= 'Domain.' AND kind < 'Domain/' AND seq <= ?1 ORDER BY seq"
-        ),
-        [integer(seq_max)],
-        decode,
-    )?;
     let mut known: BTreeMap<DomainId, (DomainName, bool)> = BTreeMap::new();
-    for envelope in events {
-        let StreamId::Domain(id) = envelope.stream else { continue };
+    // One after the other: there are more events than domains.
+    let mut learn = |envelope: Envelope| {
+        let StreamId::Domain(id) = envelope.stream else { return };
         match envelope.event {
             Event::DomainRegistered(e) => {
                 known.insert(id, (e.domain.name, true));
@@ -336,7 +328,16 @@ pub(crate) fn domains_at(connection: &Connection, seq_max: u64) -> Result<Vec<Do
             }
             _ => {}
         }
-    }
+    };
+    collect(
+        connection,
+        &format!(
+            "SELECT {SELECT} FROM events INDEXED BY events_domains
+             WHERE kind >= 'Domain.' AND kind < 'Domain/' AND seq <= ?1 ORDER BY seq"
+        ),
+        [integer(seq_max)],
+        |row| decode(row).map(&mut learn),
+    )?;
     let mut rows: Vec<DomainRow> = known
         .into_iter()
         .filter(|(_, (_, registered))| *registered)
@@ -360,6 +361,35 @@ pub(crate) fn domain_by_name(
     .map(|found| found.into_iter().next())
 }
 
+/// The policies that the log has ever told of: from one stream to the next in the index on streams, so that it costs as
+/// much as there are.
+pub(crate) fn policies(connection: &Connection) -> Result<Vec<PolicyName>, LogError> {
+    let found: Vec<String> = collect(
+        connection,
+        "WITH RECURSIVE streams (stream) AS (
+             SELECT min(stream) FROM events WHERE stream > 'policy/' AND stream < 'policy0'
+             UNION ALL
+             SELECT (SELECT min(stream) FROM events WHERE stream > streams.stream AND stream < 'policy0')
+             FROM streams WHERE streams.stream IS NOT NULL
+         )
+         SELECT stream FROM streams WHERE stream IS NOT NULL",
+        [],
+        |row| row.get(0).tried("cannot read the names of the streams"),
+    )?;
+    let mut names: Vec<PolicyName> = found
+        .iter()
+        .filter_map(|stream| match stream.parse() {
+            Ok(StreamId::Policy(name)) => Some(name),
+            _ => {
+                tracing::warn!(stream, "a stream that no policy can have is left alone");
+                None
+            }
+        })
+        .collect();
+    names.sort_unstable();
+    Ok(names)
+}
+
 /// Needs the read model.
 pub(crate) fn operations(
     connection: &Connection,
@@ -381,10 +411,16 @@ pub(crate) fn operations(
     if filter.open.is_some() {
         sql.push_str(" AND outcome IS NULL");
     }
-    sql.push_str(" ORDER BY seq DESC LIMIT ?");
+    if let Some(after) = filter.after {
+        sql.push_str(" AND seq > ?");
+        params.push(integer(after).into());
+    }
+    sql.push_str(if filter.after.is_some() { " ORDER BY seq LIMIT ?" } else { " ORDER BY seq DESC LIMIT ?" });
     params.push(limit(count).into());
     let mut rows = collect(connection, &sql, params_from_iter(params), operation_row)?;
-    rows.reverse();
+    if filter.after.is_none() {
+        rows.reverse();
+    }
     Ok(rows)
 }
 
@@ -400,6 +436,7 @@ fn operation_row(row: &Row<'_>) -> Result<OperationRow, LogError> {
         snapshot: get(row, "snapshot")?,
         outcome: outcome.transpose()?,
         needs_attention: get(row, "needs_attention")?,
+        seq: get(row, "seq")?,
         requested: parsed(row, "requested")?,
         finished: finished.map(|text| text.parse().map_err(|_| damaged("finished"))).transpose()?,
     })

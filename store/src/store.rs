@@ -13,7 +13,7 @@ use rusqlite::{Connection, ErrorCode};
 use sha2::{Digest, Sha256};
 use snaptree_engine::driver::Head;
 use snaptree_engine::event::{Actor, Envelope, Hash, Origin, SystemOpened};
-use snaptree_engine::ids::{DomainName, StreamId};
+use snaptree_engine::ids::{DomainName, PolicyName, StreamId};
 use snaptree_engine::log::{
     Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, NewEvent, OperationFilter, OperationRow,
     SeqAt,
@@ -275,6 +275,10 @@ impl EventLog for Store {
 
     async fn domain_by_name(&self, name: &DomainName) -> Result<Option<DomainRow>, LogError> {
         self.readers.with_model(|c, _| reader::domain_by_name(c, name))
+    }
+
+    async fn policies(&self) -> Result<Vec<PolicyName>, LogError> {
+        self.readers.with(reader::policies)
     }
 
     async fn operations(

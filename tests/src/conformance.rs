@@ -486,7 +486,11 @@ pub async fn operations_are_listed_newest_last(log: &impl EventLog) {
     assert_eq!(list(OperationFilter { open: Some(OpenOnly), ..every }, 100).await, ids[2..]);
     assert_eq!(list(OperationFilter { operation: Some(ids[1]), ..every }, 100).await, ids[1..2]);
     assert_eq!(
-        list(OperationFilter { domain: Some(two), open: Some(OpenOnly), operation: Some(ids[0]) }, 100).await,
+        list(
+            OperationFilter { domain: Some(two), open: Some(OpenOnly), operation: Some(ids[0]), after: None },
+            100
+        )
+        .await,
         vec![]
     );
     let rows = log.operations(&every, 100).await.unwrap();

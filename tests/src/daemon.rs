@@ -34,6 +34,17 @@ impl Daemon {
         Self(child)
     }
 
+    /// The most memory that it has held so far, in bytes (`VmHWM`).
+    ///
+    /// # Panics
+    /// It has ended.
+    pub fn memory_peak_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("it lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+        let kib = line.trim().trim_end_matches("kB").trim().parse::<u64>().expect("a number");
+        kib << 10
+    }
+
     /// Runs `act` while the daemon stands still. Its children do not.
     ///
     /// # Panics

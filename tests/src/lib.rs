@@ -6,6 +6,7 @@ pub mod agent;
 pub mod alive;
 pub mod conformance;
 pub mod daemon;
+pub mod fleet;
 pub mod guest;
 pub mod history;
 pub mod images;

@@ -23,7 +23,7 @@ use snaptree_engine::{DomainId, DomainName, PolicyName};
 use snaptree_policies::file::Policy;
 use snaptree_policies::retention::{LongRun, long_run};
 use snaptree_policies::runner::{
-    Book, Entry, Firing, Notable, Scheduler, chosen, define, fire, plan_of, resume,
+    Book, Entry, Firing, Notable, Scheduler, chosen, define, fire, plan_of, resume, told,
 };
 use snaptree_store::{LockWait, Store};
 use snaptree_tests::daemon::Daemon;
@@ -175,25 +175,28 @@ impl Lab {
 
     /// The planned instants that ran on a domain, in the order of the log.
     async fn ran(&self, domain: usize) -> Vec<String> {
+        let planned = |entry| match entry {
+            Entry::Ran(run) if run.domain == self.domains[domain] => Some(run.planned.to_string()),
+            _ => None,
+        };
+        self.entries().await.into_iter().filter_map(planned).collect()
+    }
+
+    /// What ran and what was skipped, in the order of the log.
+    async fn entries(&self) -> Vec<Entry> {
         let book = self.book().await;
         let state = book.find("p").expect("the policy");
-        let mut runs: Vec<String> = state
-            .runs()
-            .filter(|run| run.domain == self.domains[domain])
-            .map(|run| run.planned.to_string())
-            .collect();
-        runs.reverse();
-        runs
+        let mut told = told(&self.engine(Arc::new(NoHooks)), state, usize::MAX).await.expect("the log");
+        told.reverse();
+        told
     }
 
     async fn skipped(&self) -> Vec<(u32, String)> {
-        let book = self.book().await;
-        let entries = &book.find("p").expect("the policy").entries;
-        let skip = |entry: &Entry| match entry {
-            Entry::Skipped(skip) => Some((skip.skipped.count, skip.skipped.why.clone())),
+        let skip = |entry: Entry| match entry {
+            Entry::Skipped(skip) => Some((skip.skipped.count, skip.skipped.why)),
             Entry::Ran(_) => None,
         };
-        entries.iter().filter_map(skip).collect()
+        self.entries().await.into_iter().filter_map(skip).collect()
     }
 
     async fn snapshots(&self, domain: usize) -> Vec<String> {

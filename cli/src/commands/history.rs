@@ -16,6 +16,29 @@ const ID_CHARS_MIN: usize = 4;
 /// As many as there are.
 pub const ALL: usize = usize::MAX >> 1;
 
+/// How many rows are read at once.
+const PAGE_ROWS: usize = 1_000;
+
+/// Shows `look` the events that `filter` lets through, in their order: however many there are, few are held at once.
+///
+/// # Errors
+/// The log cannot be read.
+pub async fn each_event(
+    engine: &Engine,
+    filter: &EventFilter,
+    mut look: impl FnMut(&Envelope),
+) -> Result<()> {
+    let mut seq = 0;
+    loop {
+        let page = engine.log().read(seq, filter, PAGE_ROWS).await?;
+        seq = page.last().map_or(seq, |last| last.seq);
+        page.iter().for_each(&mut look);
+        if page.len() < PAGE_ROWS {
+            return Ok(());
+        }
+    }
+}
+
 /// Learns what `envelope` names only by id.
 ///
 /// # Errors
@@ -48,9 +71,12 @@ pub async fn learn_names(engine: &Engine, known: &mut Known, domain: DomainId, s
         kind: Some("Snapshot.".to_owned()),
         ..EventFilter::default()
     };
-    let events = engine.log().read(0, &filter, ALL).await?;
-    events.iter().filter(|event| event.seq <= seq).for_each(|event| known.learn(event));
-    Ok(())
+    each_event(engine, &filter, |event| {
+        if event.seq <= seq {
+            known.learn(event);
+        }
+    })
+    .await
 }
 
 async fn name_of_domain(engine: &Engine, domain: DomainId, seq: u64) -> Result<String> {
@@ -59,15 +85,18 @@ async fn name_of_domain(engine: &Engine, domain: DomainId, seq: u64) -> Result<S
         kind: Some("Domain.".to_owned()),
         ..EventFilter::default()
     };
-    let events = engine.log().read(0, &filter, ALL).await?;
     let mut name = domain.to_string();
-    for event in events.iter().filter(|event| event.seq <= seq) {
-        match &event.event {
-            Event::DomainRegistered(e) => name = e.domain.name.to_string(),
-            Event::DomainChanged(e) => name = e.name.as_ref().map_or(name, ToString::to_string),
-            _ => {}
+    each_event(engine, &filter, |event| match &event.event {
+        _ if event.seq > seq => {}
+        Event::DomainRegistered(e) => name = e.domain.name.to_string(),
+        Event::DomainChanged(e) => {
+            if let Some(new) = &e.name {
+                name = new.to_string();
+            }
         }
-    }
+        _ => {}
+    })
+    .await?;
     Ok(name)
 }
 
@@ -91,13 +120,21 @@ pub async fn find_operation(engine: &Engine, wanted: &str) -> Result<OperationRo
     if exact.is_none() && wanted.len() < ID_CHARS_MIN {
         return Err(unknown().into());
     }
-    let mut rows = engine.log().operations(&filter, ALL).await?;
-    if exact.is_none() {
-        let wanted = wanted.to_ascii_lowercase();
-        rows.retain(|row| {
-            let id = row.id.to_string();
-            id.ends_with(&wanted) || id.starts_with(&wanted)
-        });
+    let lower = wanted.to_ascii_lowercase();
+    let is_meant = |row: &OperationRow| {
+        let id = row.id.to_string();
+        exact.is_some() || id.ends_with(&lower) || id.starts_with(&lower)
+    };
+    let mut rows = Vec::new();
+    let mut filter = OperationFilter { after: Some(0), ..filter };
+    loop {
+        let page = engine.log().operations(&filter, PAGE_ROWS).await?;
+        filter.after = page.last().map_or(filter.after, |last| Some(last.seq));
+        let is_last = page.len() < PAGE_ROWS;
+        rows.extend(page.into_iter().filter(is_meant));
+        if is_last {
+            break;
+        }
     }
     let found = rows.pop().ok_or_else(unknown)?;
     if rows.is_empty() {

@@ -10,7 +10,7 @@ use snaptree_engine::log::EventFilter;
 use snaptree_engine::near::nearest;
 use snaptree_engine::{DomainId, OperationId, SnapshotId, StreamId};
 
-use super::history::{ALL, find_operation, learn, learn_names};
+use super::history::{each_event, find_operation, learn, learn_names};
 use crate::args::inspect::LogArgs;
 use crate::context::{Context, Reader};
 use crate::exit::{Exit, Trouble};
@@ -136,15 +136,16 @@ async fn domain_of(engine: &Engine, wanted: &str) -> Result<DomainId> {
         Err(error) => error,
     };
     let filter = EventFilter { kind: Some("Domain.Registered".to_owned()), ..EventFilter::default() };
-    let events = engine.log().read(0, &filter, ALL).await?;
-    let found = events.iter().rev().find_map(|event| match (&event.stream, &event.event) {
+    let mut found = None;
+    each_event(engine, &filter, |event| match (&event.stream, &event.event) {
         (StreamId::Domain(id), Event::DomainRegistered(e))
             if id.to_string() == wanted || e.domain.name.as_str() == wanted =>
         {
-            Some(*id)
+            found = Some(*id);
         }
-        _ => None,
-    });
+        _ => {}
+    })
+    .await?;
     Ok(found.ok_or(unknown)?)
 }
 
@@ -199,9 +200,8 @@ async fn about(reader: &Reader, args: &LogArgs, filter: &EventFilter) -> Result<
         kind: Some("Snapshot.".to_owned()),
         ..EventFilter::default()
     };
-    let events = reader.engine.log().read(0, &names, ALL).await?;
     let mut snapshots: Vec<SnapshotId> = Vec::new();
-    for envelope in &events {
+    each_event(&reader.engine, &names, |envelope| {
         let mut named = |id: SnapshotId, name: &str| {
             if (name == wanted || id.to_string() == *wanted) && !snapshots.contains(&id) {
                 snapshots.push(id);
@@ -216,7 +216,8 @@ async fn about(reader: &Reader, args: &LogArgs, filter: &EventFilter) -> Result<
             }
             _ => {}
         }
-    }
+    })
+    .await?;
     if snapshots.is_empty() {
         return Err(Trouble::not_found(format!("no snapshot was ever named '{wanted}'")).into());
     }

@@ -99,7 +99,7 @@ async fn list(context: &Context, domain: Option<&str>, open: bool, limit: usize)
         Some(domain) => Some(reader.find(domain).await?),
         None => None,
     };
-    let filter = OperationFilter { domain, open: open.then_some(OpenOnly), operation: None };
+    let filter = OperationFilter { domain, open: open.then_some(OpenOnly), operation: None, after: None };
     let rows: Vec<Row> =
         reader.engine.log().operations(&filter, limit).await?.into_iter().map(Row::from).collect();
     if context.json {

@@ -11,14 +11,14 @@ use snaptree_engine::event::PolicyRequest;
 use snaptree_policies::file::{FILE_BYTES_MAX, Policy};
 use snaptree_policies::retention::long_run;
 use snaptree_policies::runner::{
-    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of,
+    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of, told,
 };
 
 use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
 use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
 use crate::exit::{ErrorView, Exit, Trouble, is_of_one_domain};
-use crate::office::{domains_of, in_engine, readable};
+use crate::office::{domains_of, in_engine, readable, sick};
 use crate::render;
 use crate::render::policy::{
     DeleteView, DomainPlanView, EntryView, HookView, NextView, PlanView, PolicyView, RanView, RunView,
@@ -113,7 +113,7 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     };
     let book = Book::read(&engine).await?;
     let known = book.get(&policy.name).and_then(PolicyState::policy);
-    let defined = book.get(&policy.name).is_some_and(|state| state.definition.is_some());
+    let defined = book.get(&policy.name).is_some_and(PolicyState::is_there);
     let view = SetView {
         name: policy.name.clone(),
         change: match known {
@@ -215,14 +215,14 @@ async fn policy_view(engine: &Engine, state: &PolicyState) -> Result<PolicyView>
         None => Vec::new(),
     };
     let next = agenda(engine, [state], Timestamp::now(), 1).await?;
-    let error = state.definition.as_ref().and_then(|defined| defined.policy.as_ref().err().cloned());
+    let error = state.problem().map(str::to_owned);
     Ok(PolicyView {
         name: state.name.clone(),
         schedule: policy.map(|policy| policy.schedule.to_string()),
         timezone: policy.map(|policy| policy.timezone.to_string()),
         domains: domains.into_iter().map(|domain| domain.name).collect(),
         suspended: state.suspended.as_ref().map(|suspended| suspended.reason.clone()),
-        last: state.runs().next().map(|run| run.planned),
+        last: state.last,
         next: next.first().map(|appointment| appointment.at),
         error,
     })
@@ -288,24 +288,27 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
     let writer = open(context, &args.writer).await?;
     let ask = PolicyAsk::Run { name: args.name.clone(), domain: args.domain };
     let answer = writer.office.policy(ask).await?;
-    let (mut runs, mut left_out) = (Vec::new(), Vec::new());
+    let (mut ended, mut left_out) = (Vec::with_capacity(answer.runs.len()), Vec::new());
+    // The deletes of all are asked for before any is waited for: whoever carries them out does so side by side.
     for run in &answer.runs {
         let Some(create) = run.requests.first() else { continue };
-        let outcome = awaited(&writer, run.domain, create).await?;
-        let mut deletes = Vec::new();
+        let outcome = created(&writer, run.domain, create).await?;
+        let mut asked = Vec::new();
         if let Some(planned) = answer.planned.filter(|_| outcome.is_success() && !writer.office.is_ending()) {
             let ask = PolicyAsk::Retain { name: args.name.clone(), planned, domain: run.domain };
-            let asked = match writer.office.policy(ask).await {
-                Ok(answer) => answer.runs,
-                Err(error) if is_of_one_domain(&error) => {
-                    left_out.push(LeftOut::new(&run.name, error));
-                    Vec::new()
-                }
+            match writer.office.policy(ask).await {
+                Ok(answer) => asked = answer.runs.into_iter().flat_map(|run| run.requests).collect(),
+                Err(error) if is_of_one_domain(&error) => left_out.push(LeftOut::new(&run.name, error)),
                 Err(error) => return Err(error),
-            };
-            for request in asked.iter().flat_map(|run| &run.requests) {
-                deletes.push(DeleteView::of(request, awaited(&writer, run.domain, request).await?));
             }
+        }
+        ended.push((run, create, outcome, asked));
+    }
+    let mut runs = Vec::with_capacity(ended.len());
+    for (run, create, outcome, asked) in ended {
+        let mut deletes = Vec::with_capacity(asked.len());
+        for request in &asked {
+            deletes.push(DeleteView::of(request, awaited(&writer, run.domain, request).await?));
         }
         runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
     }
@@ -330,6 +333,18 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
         render::print(&render::policy::run(&view, &Look::of_stdout()))?;
     }
     Ok(exit)
+}
+
+/// Waits for a snapshot; where somebody else has taken it meanwhile, there is nothing to wait for.
+async fn created(
+    writer: &Writer,
+    domain: snaptree_engine::DomainId,
+    request: &PolicyRequest,
+) -> Result<RunOutcome> {
+    match outcome_of(&writer.engine, request).await? {
+        RunOutcome::Open => awaited(writer, domain, request).await,
+        outcome => Ok(outcome),
+    }
 }
 
 /// Waits for a request to end; what it failed with is told with its outcome.
@@ -396,10 +411,10 @@ async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exi
     {
         book.find(name)?;
     }
-    let states = book.all().filter(|state| name.is_none_or(|name| state.name.as_str() == name));
-    let mut entries: Vec<(&PolicyState, &Entry)> = states
-        .flat_map(|state| state.entries.iter().rev().take(count).map(move |entry| (state, entry)))
-        .collect();
+    let mut entries: Vec<(&PolicyState, Entry)> = Vec::new();
+    for state in book.all().filter(|state| name.is_none_or(|name| state.name.as_str() == name)) {
+        entries.extend(told(&engine, state, count).await?.into_iter().map(|entry| (state, entry)));
+    }
     let at = |entry: &Entry| match entry {
         Entry::Ran(run) => run.at,
         Entry::Skipped(skip) => skip.at,
@@ -407,7 +422,7 @@ async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exi
     entries.sort_by_key(|(_, entry)| std::cmp::Reverse(at(entry)));
     let mut views = Vec::new();
     for (state, entry) in entries.into_iter().take(count) {
-        let what = match entry {
+        let what = match &entry {
             Entry::Ran(run) => ran(&engine, run).await?,
             Entry::Skipped(skip) => What::Skipped {
                 domain: skip.skipped.name.clone(),
@@ -418,7 +433,7 @@ async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exi
                 why: skip.skipped.why.clone(),
             },
         };
-        views.push(EntryView { policy: state.name.clone(), at: at(entry), what });
+        views.push(EntryView { policy: state.name.clone(), at: at(&entry), what });
     }
     if context.json {
         render::json(&serde_json::json!({ "runs": views }))?;
@@ -454,8 +469,14 @@ async fn next(context: &Context, count: usize) -> Result<Exit> {
         domain: appointment.domain.name,
     };
     let views: Vec<NextView> = coming.into_iter().map(view).collect();
+    let sick = sick(&book);
+    for (name, problem) in &sick {
+        render::note(&safe(&format!(
+            "policy '{name}' does not run, since it cannot be read: {problem}; `snaptree policy set` defines it anew"
+        )));
+    }
     if context.json {
-        render::json(&serde_json::json!({ "runs": views }))?;
+        render::json(&serde_json::json!({ "runs": views, "sick_policies": sick }))?;
     } else if views.is_empty() {
         render::note("nothing will run; `snaptree policy list` lists the policies");
     } else {

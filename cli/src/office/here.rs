@@ -14,7 +14,7 @@ use snaptree_engine::{DomainId, OperationId};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
-use super::{Office, host, policy, register};
+use super::{Office, Policies, host, policy, register};
 use crate::exit::{Exit, Trouble};
 use crate::progress::Shown;
 use crate::render;
@@ -32,6 +32,8 @@ pub struct Here {
     pub engine: Engine,
     /// Who asks.
     pub requester: Requester,
+    /// What is known of policies.
+    pub policies: Policies,
 }
 
 #[async_trait]
@@ -82,7 +84,7 @@ impl Office for Here {
     }
 
     async fn policy(&self, ask: PolicyAsk) -> Result<PolicyAnswer> {
-        policy(&self.engine, &self.requester, &ask).await
+        policy(&self.engine, &self.policies, &self.requester, &ask).await
     }
 
     fn is_ending(&self) -> bool {

@@ -10,9 +10,10 @@ use snaptree_engine::event::Envelope;
 use snaptree_engine::log::{
     Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, OperationFilter, OperationRow, SeqAt,
 };
-use snaptree_engine::{DomainName, StreamId};
+use snaptree_engine::{DomainName, PolicyName, StreamId};
 
 use super::there::There;
+use crate::exit::FromDaemon;
 use crate::wire::{EventLine, HeadView, Question};
 
 /// A daemon's log, for reading.
@@ -23,13 +24,37 @@ impl ReadOut {
         self.0.ask(Method::POST, "/v1/log", &question).await.map_err(|error| told(&error))
     }
 
-    async fn events(&self, question: Question) -> Result<Vec<Envelope>, LogError> {
-        let lines: Vec<EventLine> = self.ask(question).await?;
-        lines.into_iter().map(|line| line.envelope().map_err(|error| told(&error))).collect()
+    /// Asks page by page: `question` is given the last event of the page before, and how many are wanted.
+    async fn events(
+        &self,
+        count: usize,
+        question: impl Fn(Option<&Envelope>, usize) -> Question,
+    ) -> Result<Vec<Envelope>, LogError> {
+        let mut events: Vec<Envelope> = Vec::new();
+        while events.len() < count {
+            let wanted = (count - events.len()).min(PAGE_ROWS);
+            let lines: Vec<EventLine> = self.ask(question(events.last(), wanted)).await?;
+            let is_last = lines.len() < wanted;
+            for line in lines {
+                events.push(line.envelope().map_err(|error| told(&error))?);
+            }
+            if is_last {
+                break;
+            }
+        }
+        Ok(events)
     }
 }
 
+/// How many rows are asked for at once.
+const PAGE_ROWS: usize = 256;
+
 fn told(error: &anyhow::Error) -> LogError {
+    if let Some(FromDaemon(error)) = error.downcast_ref::<FromDaemon>()
+        && error.code == "damaged"
+    {
+        return LogError::Damaged(error.message.clone());
+    }
     LogError::Backend {
         message: "the daemon could not read its log out".to_owned(),
         source: format!("{error:#}").into(),
@@ -49,11 +74,19 @@ impl EventLog for ReadOut {
         seq_max: u64,
         count: usize,
     ) -> Result<Vec<Envelope>, LogError> {
-        self.events(Question::Stream { stream: stream.clone(), version, seq_max, count }).await
+        self.events(count, |last, count| {
+            let version = last.map_or(version, |last| last.version);
+            Question::Stream { stream: stream.clone(), version, seq_max, count }
+        })
+        .await
     }
 
     async fn read(&self, seq: u64, filter: &EventFilter, count: usize) -> Result<Vec<Envelope>, LogError> {
-        self.events(Question::Events { seq, count, filter: filter.clone() }).await
+        self.events(count, |last, count| {
+            let seq = last.map_or(seq, |last| last.seq);
+            Question::Events { seq, count, filter: filter.clone() }
+        })
+        .await
     }
 
     async fn head(&self) -> Result<Head, LogError> {
@@ -88,12 +121,30 @@ impl EventLog for ReadOut {
         self.ask(Question::DomainByName { name: name.clone() }).await
     }
 
+    async fn policies(&self) -> Result<Vec<PolicyName>, LogError> {
+        self.ask(Question::Policies).await
+    }
+
     async fn operations(
         &self,
         filter: &OperationFilter,
         count: usize,
     ) -> Result<Vec<OperationRow>, LogError> {
-        self.ask(Question::Operations { filter: *filter, count }).await
+        if count <= PAGE_ROWS || filter.after.is_some() {
+            return self.ask(Question::Operations { filter: *filter, count }).await;
+        }
+        let mut rows: Vec<OperationRow> = Vec::new();
+        loop {
+            let after = Some(rows.last().map_or(0, |last| last.seq));
+            let filter = OperationFilter { after, ..*filter };
+            let page: Vec<OperationRow> = self.ask(Question::Operations { filter, count: PAGE_ROWS }).await?;
+            let is_last = page.len() < PAGE_ROWS;
+            rows.extend(page);
+            if is_last {
+                rows.drain(..rows.len().saturating_sub(count));
+                return Ok(rows);
+            }
+        }
     }
 
     async fn seq_at(&self, at: Timestamp) -> Result<SeqAt, LogError> {

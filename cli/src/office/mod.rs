@@ -33,7 +33,7 @@ use uuid::Uuid;
 pub use here::{Here, PARK_AFTER};
 pub use host::{LogHosts, domains_on, host};
 pub use log::ReadOut;
-pub use policy::{domains_of, in_engine, policy, readable};
+pub use policy::{Policies, domains_of, in_engine, policy, readable, sick};
 
 use crate::exit::Trouble;
 use crate::wire::{

@@ -1,16 +1,20 @@
 //! Requests about policies, carried out with the engine of this process.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use anyhow::Result;
 use jiff::{SignedDuration, Timestamp};
-use snaptree_engine::DomainId;
 use snaptree_engine::engine::{Engine, EngineError, Requester};
 use snaptree_engine::event::PolicyRun;
 use snaptree_engine::log::LogError;
+use snaptree_engine::{DomainId, PolicyName};
 use snaptree_policies::file::Policy;
 use snaptree_policies::runner::{
     Book, Chosen, Firing, PolicyRequestError, PolicyState, chosen, define, fire, outcome_of, remove, resume,
     retain, suspend, suspend_if_hopeless,
 };
+use tokio::sync::Mutex;
 
 use crate::exit::{Exit, Trouble};
 use crate::wire::{PolicyAnswer, PolicyAsk};
@@ -18,14 +22,49 @@ use crate::wire::{PolicyAnswer, PolicyAsk};
 /// How often a request is thought over because somebody else wrote about the policy first.
 const CONFLICTS_MAX: u32 = 16;
 
+/// What a process knows of policies from one request to the next, so that each reads only what was appended since.
+#[derive(Default)]
+pub struct Policies(Mutex<Book>);
+
+impl Policies {
+    /// The policy of that name, as the log has it now.
+    async fn find(&self, engine: &Engine, name: &str) -> Result<Arc<PolicyState>> {
+        let mut book = self.0.lock().await;
+        book.refresh(engine).await?;
+        let name = &book.find(name)?.name;
+        Ok(book.shared(name).ok_or_else(|| Trouble::not_found(format!("there is no policy '{name}'")))?)
+    }
+
+    /// Why those policies do not run that this program cannot read, by name.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub async fn sick(&self, engine: &Engine) -> Result<BTreeMap<PolicyName, String>> {
+        let mut book = self.0.lock().await;
+        book.refresh(engine).await?;
+        Ok(sick(&book))
+    }
+}
+
+/// Why those policies do not run that this program cannot read, by name.
+pub fn sick(book: &Book) -> BTreeMap<PolicyName, String> {
+    let told = |state: &PolicyState| Some((state.name.clone(), state.problem()?.to_owned()));
+    book.defined().filter_map(told).collect()
+}
+
 /// Carries out a request about a policy.
 ///
 /// # Errors
 /// It was rejected, or the state cannot be used.
-pub async fn policy(engine: &Engine, requester: &Requester, ask: &PolicyAsk) -> Result<PolicyAnswer> {
+pub async fn policy(
+    engine: &Engine,
+    policies: &Policies,
+    requester: &Requester,
+    ask: &PolicyAsk,
+) -> Result<PolicyAnswer> {
     let mut conflicts = 0;
     loop {
-        match once(engine, requester, ask).await {
+        match once(engine, policies, requester, ask).await {
             Err(error) if conflicts < CONFLICTS_MAX && is_conflict(&error) => conflicts += 1,
             other => return other,
         }
@@ -40,26 +79,36 @@ fn is_conflict(error: &anyhow::Error) -> bool {
     })
 }
 
-async fn once(engine: &Engine, requester: &Requester, ask: &PolicyAsk) -> Result<PolicyAnswer> {
-    let mut book = Book::default();
-    let done = match ask {
-        PolicyAsk::Set { source } => define(engine, requester, &mut book, source).await.map(|_| ()),
-        PolicyAsk::Remove { name } => remove(engine, requester, &mut book, name).await,
-        PolicyAsk::Suspend { name, reason } => suspend(engine, requester, &mut book, name, reason).await,
-        PolicyAsk::Resume { name } => resume(engine, requester, &mut book, name).await,
+async fn once(
+    engine: &Engine,
+    policies: &Policies,
+    requester: &Requester,
+    ask: &PolicyAsk,
+) -> Result<PolicyAnswer> {
+    match ask {
         PolicyAsk::Run { name, domain } => {
-            book.refresh(engine).await?;
-            return run(engine, requester, &book, name, domain.as_deref()).await;
+            let state = policies.find(engine, name).await?;
+            return run(engine, requester, &state, domain.as_deref()).await;
         }
         PolicyAsk::Retain { name, planned, domain } => {
-            book.refresh(engine).await?;
-            return keep(engine, requester, &book, name, *planned, *domain).await;
+            let state = policies.find(engine, name).await?;
+            return keep(engine, requester, &state, *planned, *domain).await;
         }
         PolicyAsk::Review { name } => {
-            book.refresh(engine).await?;
-            let suspended = suspend_if_hopeless(engine, &requester.origin, book.find(name)?).await?;
+            let state = policies.find(engine, name).await?;
+            let suspended = suspend_if_hopeless(engine, &requester.origin, &state).await?;
             return Ok(PolicyAnswer { suspended, ..PolicyAnswer::default() });
         }
+        _ => {}
+    }
+    let mut book = policies.0.lock().await;
+    let book = &mut *book;
+    let done = match ask {
+        PolicyAsk::Set { source } => define(engine, requester, book, source).await.map(|_| ()),
+        PolicyAsk::Remove { name } => remove(engine, requester, book, name).await,
+        PolicyAsk::Suspend { name, reason } => suspend(engine, requester, book, name, reason).await,
+        PolicyAsk::Resume { name } => resume(engine, requester, book, name).await,
+        PolicyAsk::Run { .. } | PolicyAsk::Retain { .. } | PolicyAsk::Review { .. } => Ok(()),
     };
     done.map(|()| PolicyAnswer::default()).map_err(in_engine)
 }
@@ -84,15 +133,14 @@ pub fn in_engine(error: PolicyRequestError) -> anyhow::Error {
 /// # Errors
 /// It cannot.
 pub fn readable(state: &PolicyState) -> Result<&Policy> {
-    let Some(definition) = &state.definition else {
-        return Err(Trouble::not_found(format!("policy '{}' was removed", state.name)).into());
-    };
-    definition.policy.as_ref().map_err(|problem| {
+    if let Some(problem) = state.problem() {
         let message = format!("policy '{}' cannot be read: {problem}", state.name);
-        Trouble::new(Exit::Failed, "version", message)
+        return Err(Trouble::new(Exit::Failed, "version", message)
             .hint("was it defined by a newer snaptree? `snaptree policy set` defines it anew")
-            .into()
-    })
+            .into());
+    }
+    let removed = || Trouble::not_found(format!("policy '{}' was removed", state.name));
+    Ok(state.policy().ok_or_else(removed)?)
 }
 
 /// The domains that a policy is for; or the one of that name or id among them.
@@ -117,11 +165,9 @@ pub async fn domains_of(engine: &Engine, policy: &Policy, wanted: Option<&str>) 
 async fn run(
     engine: &Engine,
     requester: &Requester,
-    book: &Book,
-    name: &str,
+    state: &PolicyState,
     domain: Option<&str>,
 ) -> Result<PolicyAnswer> {
-    let state = book.find(name)?;
     let policy = readable(state)?;
     let domains = domains_of(engine, policy, domain).await?;
     if domains.is_empty() {
@@ -130,7 +176,7 @@ async fn run(
     }
     let mut planned = Timestamp::from_microsecond(engine.now().as_microsecond())?;
     // Its instant is what a run is known by.
-    while state.runs().any(|run| run.planned == planned) {
+    while state.has_run(planned) {
         planned = planned.checked_add(SignedDuration::from_micros(1))?;
     }
     let asked_by = Some(&requester.actor);
@@ -148,15 +194,17 @@ async fn run(
 async fn keep(
     engine: &Engine,
     requester: &Requester,
-    book: &Book,
-    name: &str,
+    state: &PolicyState,
     planned: Timestamp,
     domain: DomainId,
 ) -> Result<PolicyAnswer> {
-    let state = book.find(name)?;
     let policy = readable(state)?;
-    let run = state.runs().find(|run| run.domain == domain && run.planned == planned);
+    let run = state.runs_of(domain).find(|run| run.planned == planned);
     let Some(run) = run else {
+        if state.last_run(domain).is_some_and(|last| last.planned > planned) {
+            // Later runs of the domain came in between, and retention follows each of them.
+            return Ok(PolicyAnswer { planned: Some(planned), ..PolicyAnswer::default() });
+        }
         return Err(Trouble::not_found(format!("policy '{}' had no such run", state.name)).into());
     };
     let requests = match &run.deletes {

@@ -121,8 +121,8 @@ enum News {
 impl Telling<'_> {
     async fn operation(&mut self, operation: OperationId, until: Until) -> Result<Driven, Short> {
         let events = self.daemon.engine.operation_events(operation).await?;
-        let request = events.iter().find_map(|event| Some((event.seq, Request::of(&event.event)?)));
-        let Some((seq, request)) = request else { return Err(Short::Failed(stopping().into())) };
+        let request = events.iter().find_map(|event| Some((event.version, Request::of(&event.event)?)));
+        let Some((version, request)) = request else { return Err(Short::Failed(stopping().into())) };
         let with_merges = until == Until::Settled && matches!(request, Request::Delete(_));
         let wanted = (!with_merges).then_some(operation);
         let mut failed = None;
@@ -131,9 +131,9 @@ impl Telling<'_> {
             let following = self.daemon.dispatcher.follow(self.domain);
             let ended = ended_at(&self.daemon.engine.operation_events(operation).await?);
             match (following, ended) {
-                (_, Some(ended)) if !with_merges => return self.account(operation, seq, ended).await,
+                (_, Some(ended)) if !with_merges => return self.account(operation, version, ended).await,
                 (Following::AtRest | Following::Waiting(_), Some(_)) => {
-                    return self.account(operation, seq, u64::MAX).await;
+                    return self.account(operation, version, u64::MAX).await;
                 }
                 (Following::Waiting(pass), None) => return Err(Short::Failed(PassFailed(pass).into())),
                 (Following::AtRest, None) if self.daemon.dispatcher.is_stopping() => {
@@ -141,10 +141,10 @@ impl Telling<'_> {
                 }
                 (Following::AtRest, None) => match failed {
                     Some(pass) => return Err(Short::Failed(PassFailed(pass).into())),
-                    None => return self.account(operation, seq, u64::MAX).await,
+                    None => return self.account(operation, version, u64::MAX).await,
                 },
                 (Following::Running(notices), _) => match self.relay(notices, wanted).await? {
-                    News::Ended(ended) => return self.account(operation, seq, ended).await,
+                    News::Ended(ended) => return self.account(operation, version, ended).await,
                     News::Failed(pass) => failed = Some(pass),
                     News::Look => {}
                 },
@@ -169,8 +169,9 @@ impl Telling<'_> {
     }
 
     /// The account of an operation and of the merges since its request.
-    async fn account(&self, operation: OperationId, seq: u64, seq_max: u64) -> Result<Driven, Short> {
-        let mut driven = account_since(&self.daemon.engine, self.domain, seq, seq_max).await?;
+    async fn account(&self, operation: OperationId, version: u64, seq_max: u64) -> Result<Driven, Short> {
+        let before = version.saturating_sub(1);
+        let mut driven = account_since(&self.daemon.engine, self.domain, before, seq_max).await?;
         driven.carried.retain(|carried| {
             carried.operation.id == operation || matches!(carried.operation.request, Request::Merge(_))
         });

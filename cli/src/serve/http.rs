@@ -285,6 +285,7 @@ async fn status(State(daemon): Shared) -> Answer<Status> {
         queue: QueueView { running: queue.running, waiting: queue.waiting },
         connections: daemon.engine.connections(),
         open: open(&daemon.engine).await?,
+        sick_policies: daemon.known.sick(&daemon.engine).await?,
     }))
 }
 
@@ -335,9 +336,13 @@ async fn policy(
     headers: HeaderMap,
     Read(ask): Read<PolicyAsk>,
 ) -> Answer<PolicyAnswer> {
-    let answer = office::policy(&daemon.engine, &peer.requester(&headers), &ask).await?;
-    answer.runs.iter().for_each(|run| daemon.dispatcher.wake(run.domain));
-    daemon.policies.look_now();
+    let answer = office::policy(&daemon.engine, &daemon.known, &peer.requester(&headers), &ask).await?;
+    for run in &answer.runs {
+        daemon.work_on(run.domain);
+    }
+    if !matches!(ask, PolicyAsk::Retain { .. }) {
+        daemon.policies.look_now();
+    }
     Ok(Json(answer))
 }
 

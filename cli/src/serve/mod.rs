@@ -18,13 +18,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use snaptree_engine::DomainId;
 use snaptree_engine::engine::{Engine, Requester};
 use snaptree_engine::log::{OpenOnly, OperationFilter};
-use snaptree_engine::reconcile::dispatch::Dispatcher;
+use snaptree_engine::reconcile::dispatch::{Dispatcher, Wish};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::exit::{Exit, Trouble};
-use crate::office::PARK_AFTER;
+use crate::office::{PARK_AFTER, Policies};
 use crate::render;
 use crate::render::text::{Look, count, safe, short};
 use crate::wire::OpenView;
@@ -42,8 +43,22 @@ pub struct Daemon {
     pub dispatcher: Dispatcher,
     /// Wakes whoever runs policies.
     pub policies: schedule::Policies,
+    /// What requests know of policies.
+    pub known: Policies,
     /// Since when it is up.
     pub since: Instant,
+}
+
+impl Daemon {
+    /// Lets a policy's requests on a domain be carried out, and looked at when they are.
+    pub fn work_on(&self, domain: DomainId) {
+        let done = self.dispatcher.run(domain, Wish::Drive);
+        let policies = self.policies.clone();
+        tokio::spawn(async move {
+            done.await;
+            policies.look_now();
+        });
+    }
 }
 
 /// The daemon's own name in the log.
@@ -73,6 +88,7 @@ pub async fn run(
         dir,
         dispatcher: dispatcher.clone(),
         policies: schedule::Policies::default(),
+        known: Policies::default(),
         since: Instant::now(),
     });
     let server = http::Server::start(Arc::clone(&daemon), socket.listener()?);

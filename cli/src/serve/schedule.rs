@@ -1,14 +1,13 @@
 //! What the daemon does by the clock: policies, and looking for drift.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use jiff::{SignedDuration, Timestamp};
 use snaptree_engine::DomainId;
 use snaptree_engine::engine::EngineError;
 use snaptree_engine::log::LogError;
-use snaptree_engine::reconcile::dispatch::Wish;
 use snaptree_policies::file::Policy;
 use snaptree_policies::runner::{Notable, Scheduler, Tick};
 use tokio::sync::Notify;
@@ -17,6 +16,9 @@ use super::{Daemon, notify, own_requester};
 
 /// How long nobody looks at most: a clock that jumps wakes no sleeper.
 const LOOK_EVERY: SignedDuration = SignedDuration::from_secs(30);
+
+/// How long the rest after a look is at most, which else is as long as the look was.
+const REST_MAX: Duration = Duration::from_secs(1);
 
 /// Wakes whoever looks what is due.
 #[derive(Clone, Default)]
@@ -32,11 +34,12 @@ impl Policies {
 /// Runs policies until the log can be written no more.
 ///
 /// # Errors
-/// Another process has taken the state over, or the log is damaged.
+/// Another process has taken the state over.
 pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
     let origin = own_requester().origin;
     let mut scheduler = None;
     loop {
+        let began = Instant::now();
         let looked = match &mut scheduler {
             Some(scheduler) => Scheduler::tick(scheduler).await,
             None => match Scheduler::new(daemon.engine.clone(), origin.clone()).await {
@@ -46,9 +49,7 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
         };
         let tick = match looked {
             Ok(tick) => tick,
-            Err(error @ EngineError::Log(LogError::Fenced { .. } | LogError::Damaged(_))) => {
-                return Err(error);
-            }
+            Err(error @ EngineError::Log(LogError::Fenced { .. })) => return Err(error),
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "policies could not be looked at");
                 // What was not written is due still.
@@ -61,13 +62,10 @@ pub async fn policies(daemon: Arc<Daemon>) -> Result<(), EngineError> {
             tell(notable, policy, daemon.engine.now());
         }
         for domain in tick.woken {
-            let done = daemon.dispatcher.run(domain, Wish::Drive);
-            let policies = daemon.policies.clone();
-            tokio::spawn(async move {
-                done.await;
-                policies.look_now();
-            });
+            daemon.work_on(domain);
         }
+        // Whoever is woken again and again, as by many runs that end at once, leaves half of the time to others.
+        tokio::time::sleep(began.elapsed().min(REST_MAX)).await;
         let now = daemon.engine.now();
         let latest = now.checked_add(LOOK_EVERY).unwrap_or(Timestamp::MAX);
         let until = tick.next_at.map_or(latest, |next| next.min(latest));

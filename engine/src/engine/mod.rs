@@ -22,6 +22,7 @@ use crate::project::DomainState;
 use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
 use crate::reconcile::recovery::{Recovered, Recovery, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
+use crate::together::Gates;
 
 pub use crate::error::EngineError;
 pub use crate::settings::{Clock, Foreign, Settings, Stop, SystemClock};
@@ -52,6 +53,7 @@ pub struct Engine {
     pub(crate) settings: Settings,
     pub(crate) stop: Stop,
     loaded: Arc<Loaded>,
+    pub(crate) gates: Arc<Gates>,
     pub(crate) connections: Arc<Connections>,
     pub(crate) when_suspended: WhenSuspended,
 }
@@ -71,6 +73,7 @@ impl Engine {
             settings,
             stop: Stop::default(),
             loaded: Arc::default(),
+            gates: Arc::default(),
             when_suspended: WhenSuspended::default(),
         }
     }
@@ -293,13 +296,22 @@ impl Engine {
     }
 
     pub(crate) fn driver_of(&self, state: &DomainState) -> Result<Arc<dyn Driver>, EngineError> {
+        self.driver_until(state, self.stop.clone())
+    }
+
+    /// The hypervisor of a domain; calls that wait for their turn are given up when `stop` is asked.
+    pub(crate) fn driver_until(
+        &self,
+        state: &DomainState,
+        stop: Stop,
+    ) -> Result<Arc<dyn Driver>, EngineError> {
         let domain = state.domain.as_ref();
         let domain = domain.ok_or_else(|| reject(Code::NotFound, "the domain is not registered"))?;
         Ok(Arc::new(Bounded {
             driver: self.driver(domain.driver)?,
             connections: Arc::clone(&self.connections),
             clock: Arc::clone(&self.clock),
-            stop: self.stop.clone(),
+            stop,
             when_suspended: self.when_suspended,
         }))
     }

@@ -16,6 +16,9 @@
 //!   +----------+ the hypervisor answers
 //! ```
 //!
+//! The one call that is let through is a look at the machine, whatever was to be asked of it: others wait for what it
+//! comes to, and a step may take hours.
+//!
 //! Only failures of the classes `Transient` and `Unknown` count: a hypervisor that says that it is busy, or that it
 //! will not, has answered. An answer closes the breaker in every state, also one that was asked for before it opened.
 //!
@@ -379,23 +382,40 @@ pub(crate) fn was_not_asked(error: &DriverError) -> bool {
     error.class == ErrorClass::Transient && error.failure.code == Code::Cancelled
 }
 
+/// How long a call may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Length {
+    /// It only looks.
+    Short,
+    /// As long as the work takes, which may be hours.
+    Long,
+}
+
 impl Bounded {
     async fn ask<T>(
         &self,
         state: &DomainState,
         operation: Option<OperationId>,
+        length: Length,
         call: impl Future<Output = Result<T, DriverError>>,
     ) -> Result<T, DriverError> {
         let Some(domain) = &state.domain else { return call.await };
         let line = self.connections.line(self.driver.connection(domain));
-        let turn = tokio::select! {
-            biased;
-            turn = self.turn(&line) => turn?,
-            () = self.stop.interrupts(operation) => return Err(not_asked()),
-        };
-        let done = call.await;
-        turn.end(&done);
-        done
+        loop {
+            let turn = tokio::select! {
+                biased;
+                turn = self.turn(&line) => turn?,
+                () = self.stop.interrupts(operation) => return Err(not_asked()),
+            };
+            if turn.admission == Admission::Probe && length == Length::Long {
+                let seen = self.driver.observe(state).await;
+                turn.end(&seen);
+                continue;
+            }
+            let done = call.await;
+            turn.end(&done);
+            return done;
+        }
     }
 
     /// Waits for slots and for the breaker. No slot is held while the connection is suspended.
@@ -446,7 +466,7 @@ impl Driver for Bounded {
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
-        self.ask(state, None, self.driver.observe(state)).await
+        self.ask(state, None, Length::Short, self.driver.observe(state)).await
     }
 
     async fn observe_all(
@@ -454,7 +474,7 @@ impl Driver for Bounded {
         states: &[&DomainState],
     ) -> Result<Vec<Result<Observation, DriverError>>, DriverError> {
         match states.first() {
-            Some(first) => self.ask(first, None, self.driver.observe_all(states)).await,
+            Some(first) => self.ask(first, None, Length::Short, self.driver.observe_all(states)).await,
             None => Ok(Vec::new()),
         }
     }
@@ -471,7 +491,7 @@ impl Driver for Bounded {
 
     async fn execute(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
         let call = self.driver.execute(context, step);
-        self.ask(context.state, Some(context.operation), call).await
+        self.ask(context.state, Some(context.operation), Length::Long, call).await
     }
 
     fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution {
@@ -491,19 +511,19 @@ impl Driver for Bounded {
     }
 
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError> {
-        self.ask(context.state, None, self.driver.undo(context, step)).await
+        self.ask(context.state, None, Length::Long, self.driver.undo(context, step)).await
     }
 
     async fn access(&self, state: &DomainState, wish: &serde_json::Value) -> Result<Access, DriverError> {
-        self.ask(state, None, self.driver.access(state, wish)).await
+        self.ask(state, None, Length::Long, self.driver.access(state, wish)).await
     }
 
     async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {
-        self.ask(state, None, self.driver.power(state, wish)).await
+        self.ask(state, None, Length::Long, self.driver.power(state, wish)).await
     }
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {
-        self.ask(state, None, self.driver.settle(state, operation)).await
+        self.ask(state, None, Length::Long, self.driver.settle(state, operation)).await
     }
 }
 

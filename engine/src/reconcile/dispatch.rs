@@ -30,6 +30,7 @@ use crate::event::{Actor, Envelope, Event, UnregisterWish};
 use crate::ids::{DomainId, OperationId, StreamId};
 use crate::log::{LogError, OpenOnly, OperationFilter};
 use crate::operation::{Code, Failure, Outcome, Phase, Verdict};
+use crate::project::DomainState;
 use crate::reconcile::connection::WhenSuspended;
 use crate::reconcile::worker::{Carried, Driven};
 
@@ -37,6 +38,8 @@ use crate::reconcile::worker::{Carried, Driven};
 const NOTICES_MAX: usize = 256;
 /// Requests on one domain are decided one after the other; so many locks serve all domains.
 const GATES: usize = 64;
+/// How many events are read from a stream at once.
+const PAGE_EVENTS: usize = 1_024;
 
 /// What is to be done with a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -481,32 +484,40 @@ pub fn ending(event: &Event) -> Option<(Option<Outcome>, Option<Failure>)> {
     Some((outcome, failure))
 }
 
-/// What became of a domain's operations from event `seq` on, up to event `seq_max`, as the log tells it.
+/// What became of the operations of a domain that were requested after version `after` of its stream, up to event
+/// `seq_max`, as the log tells it. What was there before is not read again.
 ///
 /// # Errors
 /// The store failed, or the log contradicts itself.
 pub async fn account_since(
     engine: &Engine,
     domain: DomainId,
-    seq: u64,
+    after: u64,
     seq_max: u64,
 ) -> Result<Driven, EngineError> {
-    let mut state = engine.load_at(domain, seq.saturating_sub(1)).await?;
+    // Operations are told by their events since; what the domain is by then is known, or little is missing of it.
+    let mut told = DomainState { version: after, ..DomainState::default() };
     let stream = StreamId::Domain(domain);
-    let events = engine.log().read_stream(&stream, state.version, seq_max, usize::MAX >> 1).await?;
     let mut carried: Vec<Carried> = Vec::new();
-    for envelope in &events {
-        if let Some(id) = envelope.operation {
-            let ending = ending(&envelope.event);
-            if ending.is_some() || matches!(envelope.event, Event::OperationRetried(_)) {
-                carried.retain(|known| known.operation.id != id);
+    loop {
+        let page = engine.log().read_stream(&stream, told.version, seq_max, PAGE_EVENTS).await?;
+        for envelope in &page {
+            if let Some(id) = envelope.operation {
+                let ending = ending(&envelope.event);
+                if ending.is_some() || matches!(envelope.event, Event::OperationRetried(_)) {
+                    carried.retain(|known| known.operation.id != id);
+                }
+                if let Some(((outcome, failure), operation)) = ending.zip(told.operation(id).cloned()) {
+                    carried.push(Carried { operation, outcome, failure, found: None });
+                }
             }
-            if let Some(((outcome, failure), operation)) = ending.zip(state.operation(id).cloned()) {
-                carried.push(Carried { operation, outcome, failure, found: None });
-            }
+            told.apply(envelope);
         }
-        state.apply(envelope);
+        if page.len() < PAGE_EVENTS {
+            break;
+        }
     }
+    let state = engine.load_at(domain, seq_max).await?;
     Ok(Driven { carried, state })
 }
 
@@ -515,11 +526,7 @@ impl Engine {
     ///
     /// # Errors
     /// It is not open, or needs attention.
-    pub(crate) fn may_cancel(
-        &self,
-        state: &crate::project::DomainState,
-        operation: OperationId,
-    ) -> Result<(), EngineError> {
+    pub(crate) fn may_cancel(&self, state: &DomainState, operation: OperationId) -> Result<(), EngineError> {
         let Some(found) = state.operation(operation) else {
             return Err(reject(Code::NotFound, format!("operation {operation} is not open")).into());
         };

@@ -42,6 +42,7 @@ use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::connection::was_not_asked;
 use crate::reconcile::merge::{MergePolicy, PutOff};
 use crate::reconcile::space;
+use crate::settings::Stop;
 
 use outcome::{Stays, deferrals};
 
@@ -221,8 +222,12 @@ impl<'a> Worker<'a> {
             if let Some(pass) = self.take_back(operation, failure).await? {
                 return Ok(pass);
             }
-        } else if self.engine.stop.asked() && hand == Hand::Found && !self.sees_through(operation) {
-            return self.park_or_cancel(operation).await;
+        } else if self.engine.stop.asked() && hand == Hand::Found {
+            if !self.sees_through(operation) {
+                return self.park_or_cancel(operation).await;
+            }
+            // It waits for its turn as if nothing were to end; who ends the program does not wait for ever.
+            self.driver = self.engine.driver_until(&self.state, Stop::default())?;
         }
         match &operation.phase {
             Phase::Requested => self.plan(operation).await,

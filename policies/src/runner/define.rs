@@ -5,7 +5,7 @@ use snaptree_engine::event::{Event, PolicyDefined, PolicyRemoved, PolicyResumed,
 use snaptree_engine::operation::{Code, Failure};
 
 use super::book::Book;
-use super::fire::beside;
+use super::fire::{beside, is_of_a_run};
 use super::project::PolicyState;
 use crate::file::{FileError, Policy};
 
@@ -45,7 +45,7 @@ pub async fn define(
     let policy = Policy::from_toml(source)?;
     book.refresh(engine).await?;
     let state = book.get(&policy.name).cloned().unwrap_or_else(|| PolicyState::new(policy.name.clone()));
-    let defined = state.definition.as_ref();
+    let defined = state.definition.as_ref().filter(|_| state.sick.is_none());
     if defined.is_some_and(|known| known.policy.as_ref() == Ok(&policy) && known.source == source) {
         return Ok(policy);
     }
@@ -125,6 +125,8 @@ pub(super) async fn write(
     state: &PolicyState,
     event: Event,
 ) -> Result<(), EngineError> {
-    engine.submit_together(requester, &beside(state), &[], &|_| vec![event.clone()]).await?;
+    let matters = |event: &Event| !is_of_a_run(event);
+    let mut beside = beside(state, &matters);
+    engine.submit_together(requester, &mut beside, &[], &|_| vec![event.clone()]).await?;
     Ok(())
 }

@@ -6,6 +6,7 @@ use snaptree_engine::engine::{Engine, EngineError, Requester};
 use snaptree_engine::event::{
     Actor, Event, Origin, Place, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
 };
+use snaptree_engine::log::LogError;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::together::{Beside, Decided, Wanted};
@@ -38,8 +39,17 @@ pub(super) fn requester(state: &PolicyState, origin: &Origin) -> Requester {
     Requester { actor: actor(&state.name), origin: origin.clone() }
 }
 
-pub(super) fn beside(state: &PolicyState) -> Beside {
-    Beside { stream: StreamId::Policy(state.name.clone()), version: state.version }
+/// Beside the stream of a policy that was thought over as `state` has it; `matters` says what changes that.
+pub(super) fn beside<'a>(
+    state: &PolicyState,
+    matters: &'a (dyn Fn(&Event) -> bool + Send + Sync),
+) -> Beside<'a> {
+    Beside { stream: StreamId::Policy(state.name.clone()), version: state.version, matters }
+}
+
+/// Whether an event only tells that a policy is at work.
+pub(super) fn is_of_a_run(event: &Event) -> bool {
+    matches!(event, Event::PolicyFired(_) | Event::PolicySkipped(_))
 }
 
 /// The key of a run's request on a domain.
@@ -66,15 +76,86 @@ pub struct Firing<'a> {
     pub skipped: &'a [PolicySkipped],
 }
 
-/// Asks for a snapshot of each domain, and records the run and what is skipped: one append. A domain that refuses keeps
-/// none of the others back.
+/// Most domains whose requests are one append. The more there are, the likelier one of them is at work and changes
+/// meanwhile, and the longer is the event.
+const APPEND_DOMAINS_MAX: usize = 32;
+
+/// Asks for a snapshot of each domain, and records the run and what is skipped: an append for every few domains, since a
+/// run is known by its instant and each domain. A domain that refuses keeps none of the others back.
 ///
 /// # Errors
-/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+/// The policy was changed meanwhile, before anything was asked of any domain (a conflict: read again), or the store
+/// failed. Where it was changed later, what was asked until then stands and is returned.
 pub async fn fire(
     engine: &Engine,
     origin: &Origin,
     state: &PolicyState,
+    policy: &Policy,
+    firing: Firing<'_>,
+) -> Result<Vec<Ran>, EngineError> {
+    let mut version = state.version;
+    let mut ran = Vec::with_capacity(firing.domains.len());
+    let mut skipped = firing.skipped;
+    let mut left = firing.domains;
+    let mut most = APPEND_DOMAINS_MAX;
+    loop {
+        let (domains, rest) = left.split_at(most.min(left.len()));
+        let matters = |event: &Event| firing.is_changed_by(domains, event);
+        let mut beside = Beside { version, ..beside(state, &matters) };
+        let firing = Firing { domains, skipped, ..firing };
+        match fire_some(engine, origin, state, &mut beside, policy, firing).await {
+            Ok(some) => ran.extend(some),
+            // One of them is hard at work: the fewer they are, the sooner there is a moment at which all of them rest.
+            Err(EngineError::Log(LogError::Conflict { stream, .. }))
+                if stream != beside.stream && domains.len() > 1 =>
+            {
+                most = domains.len() / 2;
+                continue;
+            }
+            // Another run has asked something of them: the snapshots' names are thought over.
+            Err(EngineError::Log(LogError::Conflict { stream, found, .. }))
+                if stream == beside.stream && is_a_run(engine, &stream, found).await? =>
+            {
+                version = found;
+                continue;
+            }
+            Err(EngineError::Log(LogError::Conflict { .. })) if !ran.is_empty() => return Ok(ran),
+            Err(error) => return Err(error),
+        }
+        (version, skipped, left) = (beside.version, &[], rest);
+        if left.is_empty() {
+            return Ok(ran);
+        }
+    }
+}
+
+/// Whether the event of that version only tells that the policy is at work.
+async fn is_a_run(engine: &Engine, stream: &StreamId, version: u64) -> Result<bool, EngineError> {
+    let found = engine.log().read_stream(stream, version.saturating_sub(1), u64::MAX, 1).await?;
+    Ok(found.first().is_some_and(|envelope| is_of_a_run(&envelope.event)))
+}
+
+impl Firing<'_> {
+    /// Whether an event that somebody else has written changes what is to be asked of `domains`.
+    fn is_changed_by(&self, domains: &[Chosen], event: &Event) -> bool {
+        match event {
+            Event::PolicyFired(fired) if fired.part == RunPart::Retention => false,
+            Event::PolicyFired(fired) => {
+                fired.domains.iter().any(|run| domains.iter().any(|domain| domain.id == run.domain))
+            }
+            // What a person asks for is no planned instant, and a suspended policy runs when it is told to.
+            Event::PolicySkipped(_) => false,
+            Event::PolicySuspended(_) | Event::PolicyResumed(_) => self.asked_by.is_none(),
+            _ => true,
+        }
+    }
+}
+
+async fn fire_some(
+    engine: &Engine,
+    origin: &Origin,
+    state: &PolicyState,
+    beside: &mut Beside<'_>,
     policy: &Policy,
     firing: Firing<'_>,
 ) -> Result<Vec<Ran>, EngineError> {
@@ -103,7 +184,7 @@ pub async fn fire(
             }
             events
         };
-    let decided = engine.submit_together(&requester(state, origin), &beside(state), &wanted, &tell).await?;
+    let decided = engine.submit_together(&requester(state, origin), beside, &wanted, &tell).await?;
     let requests = requests(&wishes, &decided);
     Ok(domains.iter().cloned().zip(requests).map(|(domain, request)| Ran { domain, request }).collect())
 }

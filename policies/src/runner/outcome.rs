@@ -1,8 +1,11 @@
 //! How runs ended.
 
+use std::collections::BTreeMap;
+
+use snaptree_engine::OperationId;
 use snaptree_engine::engine::{Engine, EngineError};
 use snaptree_engine::event::PolicyRequest;
-use snaptree_engine::log::OperationFilter;
+use snaptree_engine::log::{OpenOnly, OperationFilter};
 use snaptree_engine::operation::Outcome;
 
 /// How a request of a run ended.
@@ -51,4 +54,41 @@ pub async fn outcome_of(engine: &Engine, request: &PolicyRequest) -> Result<RunO
         },
         None => RunOutcome::Open,
     })
+}
+
+/// The operations that were open at a moment: few, whatever the number of all. Asked about many requests, it is read once.
+#[derive(Debug)]
+pub struct Open(BTreeMap<OperationId, RunOutcome>);
+
+impl Open {
+    /// Those that are open now.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn read(engine: &Engine) -> Result<Self, EngineError> {
+        let filter = OperationFilter { open: Some(OpenOnly), ..OperationFilter::default() };
+        let rows = engine.log().operations(&filter, usize::MAX >> 1).await?;
+        let standing = |attention| if attention { RunOutcome::NeedsAttention } else { RunOutcome::Open };
+        Ok(Self(rows.into_iter().map(|row| (row.id, standing(row.needs_attention))).collect()))
+    }
+
+    /// How a request stood that was in the log before; none if it had ended.
+    pub fn standing(&self, request: &PolicyRequest) -> Option<RunOutcome> {
+        self.0.get(&request.operation?).copied()
+    }
+
+    /// How a request stood that was in the log before, or how it ended.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn outcome_of(
+        &self,
+        engine: &Engine,
+        request: &PolicyRequest,
+    ) -> Result<RunOutcome, EngineError> {
+        match self.standing(request) {
+            Some(standing) => Ok(standing),
+            None => outcome_of(engine, request).await,
+        }
+    }
 }

@@ -3,17 +3,24 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use jiff::Timestamp;
-use snaptree_engine::event::{Actor, Envelope, Event, PolicyFired, PolicyRequest, PolicySkipped, RunPart};
+use serde::{Deserialize, Serialize};
+use snaptree_engine::event::{
+    Actor, Envelope, Event, PolicyFired, PolicyRequest, PolicyRun, PolicySkipped, RunPart,
+};
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
 use crate::file::Policy;
 use crate::schedule::History;
 
-/// How many of the last runs, and of the last skips, are kept to be told of.
-pub const RUNS_KEPT_MAX: usize = 10_000;
+/// The version of this projector. A checkpoint of another version is dropped.
+pub const PROJECTOR: u32 = 1;
+
+/// How many of the last runs are kept of each domain: what the next look needs. Whoever wants to tell of more reads the
+/// log, see [`told`](super::told).
+pub const RUNS_KEPT_MAX: usize = 4;
 
 /// What a policy says, and since when.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Definition {
     /// The policy; or why this program cannot read it.
     pub policy: Result<Policy, String>,
@@ -24,7 +31,7 @@ pub struct Definition {
 }
 
 /// Why a policy does not run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspension {
     /// Why.
     pub reason: String,
@@ -35,7 +42,7 @@ pub struct Suspension {
 }
 
 /// What a run asked of one domain.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// The planned instant, or when it was asked for.
     pub planned: Timestamp,
@@ -72,7 +79,7 @@ pub enum Entry {
 }
 
 /// One policy, as the log tells it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PolicyState {
     /// Its name.
     pub name: PolicyName,
@@ -80,12 +87,19 @@ pub struct PolicyState {
     pub definition: Option<Definition>,
     /// Why it does not run, if it does not.
     pub suspended: Option<Suspension>,
+    /// What of it this program cannot read. It does not run then until it is defined anew.
+    #[serde(skip)]
+    pub sick: Option<String>,
     /// Nothing before this is ever due: when it was defined, last changed, or resumed.
     pub since: Timestamp,
     /// What ran and what was skipped, domain by domain.
+    #[serde(with = "alike")]
     pub histories: BTreeMap<DomainId, History>,
-    /// The last runs and skips, in the order of the log.
-    pub entries: VecDeque<Entry>,
+    /// The last runs of each domain, in the order of the log.
+    #[serde(with = "by_domain")]
+    runs: BTreeMap<DomainId, VecDeque<Run>>,
+    /// The planned instant of the last run.
+    pub last: Option<Timestamp>,
     /// The version of the last event applied.
     pub version: u64,
 }
@@ -97,16 +111,18 @@ impl PolicyState {
             name,
             definition: None,
             suspended: None,
+            sick: None,
             since: Timestamp::MIN,
             histories: BTreeMap::new(),
-            entries: VecDeque::new(),
+            runs: BTreeMap::new(),
+            last: None,
             version: 0,
         }
     }
 
     /// The policy, if it is defined and can be read.
     pub fn policy(&self) -> Option<&Policy> {
-        self.definition.as_ref()?.policy.as_ref().ok()
+        self.definition.as_ref().filter(|_| self.sick.is_none())?.policy.as_ref().ok()
     }
 
     /// The policy, if it runs by itself.
@@ -114,17 +130,46 @@ impl PolicyState {
         self.policy().filter(|_| self.suspended.is_none())
     }
 
-    /// The last runs, the newest first.
-    pub fn runs(&self) -> impl Iterator<Item = &Run> {
-        self.entries.iter().rev().filter_map(|entry| match entry {
-            Entry::Ran(run) => Some(run),
-            Entry::Skipped(_) => None,
-        })
+    /// Whether there is such a policy: one that this program cannot read is one, too.
+    pub fn is_there(&self) -> bool {
+        self.definition.is_some() || self.sick.is_some()
+    }
+
+    /// Why this program cannot read the policy, if it cannot.
+    pub fn problem(&self) -> Option<&str> {
+        let unreadable = || self.definition.as_ref()?.policy.as_ref().err();
+        self.sick.as_ref().or_else(unreadable).map(String::as_str)
+    }
+
+    /// Whether a checkpoint of it is as good as its events: another program may read what this one cannot.
+    pub(super) fn can_be_kept(&self) -> bool {
+        self.problem().is_none()
+    }
+
+    /// The last runs of a domain, the newest first.
+    pub fn runs_of(&self, domain: DomainId) -> impl Iterator<Item = &Run> {
+        self.runs.get(&domain).into_iter().flat_map(|runs| runs.iter().rev())
     }
 
     /// The last run on a domain.
     pub fn last_run(&self, domain: DomainId) -> Option<&Run> {
-        self.runs().find(|run| run.domain == domain)
+        self.runs_of(domain).next()
+    }
+
+    /// The last run on each domain.
+    pub fn last_runs(&self) -> impl Iterator<Item = &Run> {
+        self.runs.values().filter_map(VecDeque::back)
+    }
+
+    /// Whether one of the runs that are kept is of that instant.
+    pub fn has_run(&self, planned: Timestamp) -> bool {
+        self.runs.values().flatten().any(|run| run.planned == planned)
+    }
+
+    /// The event of that version cannot be read.
+    pub(super) fn cannot_read(&mut self, version: u64, why: String) {
+        self.version = version;
+        self.sick = Some(why);
     }
 
     /// Applies the next event of the stream. Total: what is not a policy's changes nothing.
@@ -137,8 +182,10 @@ impl PolicyState {
                     self.since = envelope.at;
                 }
                 self.definition = Some(Definition { policy, source: e.source.clone(), at: envelope.at });
+                self.sick = None;
             }
             Event::PolicyRemoved(_) => {
+                self.sick = None;
                 self.definition = None;
                 self.suspended = None;
             }
@@ -153,7 +200,6 @@ impl PolicyState {
             Event::PolicyFired(e) => self.fired(e, envelope.at),
             Event::PolicySkipped(e) => {
                 self.histories.entry(e.domain).or_default().skipped(e.last, envelope.at);
-                self.keep(Entry::Skipped(Skip { at: envelope.at, skipped: e.clone() }));
             }
             _ => {}
         }
@@ -167,37 +213,97 @@ impl PolicyState {
                     if fired.asked_by.is_none() {
                         self.histories.entry(one.domain).or_default().fired(fired.planned);
                     }
-                    let Some(create) = one.requests.first() else { continue };
-                    self.keep(Entry::Ran(Run {
-                        planned: fired.planned,
-                        at,
-                        asked_by: fired.asked_by.clone(),
-                        domain: one.domain,
-                        name: one.name.clone(),
-                        create: create.clone(),
-                        deletes: None,
-                    }));
+                    self.last = Some(fired.planned);
+                    let Some(run) = Run::of(fired, one, at) else { continue };
+                    let runs = self.runs.entry(one.domain).or_default();
+                    if runs.len() == RUNS_KEPT_MAX {
+                        runs.pop_front();
+                    }
+                    runs.push_back(run);
                 }
                 RunPart::Retention => {
-                    let run = self.entries.iter_mut().rev().find_map(|entry| match entry {
-                        Entry::Ran(run) if run.domain == one.domain && run.planned == fired.planned => {
-                            Some(run)
-                        }
-                        _ => None,
-                    });
-                    if let Some(run) = run {
+                    let runs = self.runs.get_mut(&one.domain);
+                    let mut runs = runs.into_iter().flat_map(|runs| runs.iter_mut().rev());
+                    if let Some(run) = runs.find(|run| run.planned == fired.planned) {
                         run.deletes = Some(one.requests.clone());
                     }
                 }
             }
         }
     }
+}
 
-    fn keep(&mut self, entry: Entry) {
-        if self.entries.len() == RUNS_KEPT_MAX {
-            self.entries.pop_front();
+impl Run {
+    /// What a run asked of one domain, recorded at `at`.
+    pub(super) fn of(fired: &PolicyFired, one: &PolicyRun, at: Timestamp) -> Option<Self> {
+        Some(Self {
+            planned: fired.planned,
+            at,
+            asked_by: fired.asked_by.clone(),
+            domain: one.domain,
+            name: one.name.clone(),
+            create: one.requests.first()?.clone(),
+            deletes: None,
+        })
+    }
+}
+
+/// Histories with their domains: most domains of a policy have the same one, and it is written once.
+mod alike {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use snaptree_engine::DomainId;
+
+    use crate::schedule::History;
+
+    pub(super) fn serialize<S: Serializer>(
+        histories: &BTreeMap<DomainId, History>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let mut alike: BTreeMap<&History, Vec<DomainId>> = BTreeMap::new();
+        for (domain, history) in histories {
+            alike.entry(history).or_default().push(*domain);
         }
-        self.entries.push_back(entry);
+        alike.into_iter().collect::<Vec<_>>().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<DomainId, History>, D::Error> {
+        let alike: Vec<(History, Vec<DomainId>)> = Deserialize::deserialize(deserializer)?;
+        let one = |(history, domains): (History, Vec<DomainId>)| {
+            domains.into_iter().map(move |domain| (domain, history.clone()))
+        };
+        Ok(alike.into_iter().flat_map(one).collect())
+    }
+}
+
+/// Runs by domain: each says which one it is of.
+mod by_domain {
+    use std::collections::{BTreeMap, VecDeque};
+
+    use serde::{Deserialize, Deserializer, Serializer};
+    use snaptree_engine::DomainId;
+
+    use super::Run;
+
+    pub(super) fn serialize<S: Serializer>(
+        runs: &BTreeMap<DomainId, VecDeque<Run>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(runs.values().flatten())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<DomainId, VecDeque<Run>>, D::Error> {
+        let runs: Vec<Run> = Deserialize::deserialize(deserializer)?;
+        let mut by_domain: BTreeMap<DomainId, VecDeque<Run>> = BTreeMap::new();
+        for run in runs {
+            by_domain.entry(run.domain).or_default().push_back(run);
+        }
+        Ok(by_domain)
     }
 }
 

@@ -10,7 +10,7 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::together::{Decided, Wanted};
 
 use super::book::Chosen;
-use super::fire::{beside, key, requester};
+use super::fire::{beside, is_of_a_run, key, requester};
 use super::look::plan_of;
 use super::project::PolicyState;
 use crate::file::Policy;
@@ -22,7 +22,7 @@ use crate::retention::Plan;
 /// The caller knows that the run's snapshot was taken.
 ///
 /// # Errors
-/// Somebody else wrote about the policy meanwhile (a conflict: read again), or the store failed.
+/// The policy was changed meanwhile, or somebody else has asked for them (a conflict: read again), or the store failed.
 pub async fn retain(
     engine: &Engine,
     origin: &Origin,
@@ -62,7 +62,15 @@ pub async fn retain(
         let fired = PolicyFired { planned, part: RunPart::Retention, asked_by: None, domains: vec![run] };
         vec![Event::from(fired)]
     };
-    let decided = engine.submit_together(&requester(state, origin), &beside(state), &wanted, &tell).await?;
+    // Deletes of the domain that another run has asked for make the plan another one.
+    let matters = |event: &Event| match event {
+        Event::PolicyFired(fired) if fired.part == RunPart::Retention => {
+            fired.domains.iter().any(|run| run.domain == domain.id)
+        }
+        event => !is_of_a_run(event),
+    };
+    let mut beside = beside(state, &matters);
+    let decided = engine.submit_together(&requester(state, origin), &mut beside, &wanted, &tell).await?;
     settle(&mut requests, &decided);
     Ok(requests)
 }

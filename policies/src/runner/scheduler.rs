@@ -5,16 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use snaptree_engine::engine::{Engine, EngineError};
 use snaptree_engine::event::{Origin, PolicyRequest, PolicyRun, PolicySkipped, PolicySuspended};
-use snaptree_engine::log::LogError;
+use snaptree_engine::log::{DomainRow, LogError};
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
-use super::book::{Book, Chosen, News, chosen, registered_at};
+use super::book::{Book, Chosen, News, chosen_of, registered_at};
 use super::define::write;
 use super::fire::{Firing, fire, requester};
 use super::notable::{Notable, delete_failure, failure, hooks_failed};
-use super::outcome::{RunOutcome, outcome_of};
-use super::project::{PolicyState, Run};
+use super::outcome::{Open, RunOutcome, outcome_of};
+use super::project::{Entry, PolicyState, Run};
 use super::retain::retain;
+use super::told::Back;
 use crate::file::{Hooks, Policy};
 use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
 
@@ -72,17 +73,15 @@ impl Scheduler {
         let book = Book::read(&engine).await?;
         let (mut watched, mut deletes) = (BTreeMap::new(), Vec::new());
         for state in book.defined() {
-            for run in state.runs() {
-                let is_last = watched.insert((state.name.clone(), run.domain), Watched::Before).is_none();
-                if is_last {
-                    let asked = run.deletes.iter().flatten();
-                    deletes.extend(asked.map(|request| WatchedDelete {
-                        policy: state.name.clone(),
-                        domain: run.name.clone(),
-                        request: request.clone(),
-                        how: Watched::Before,
-                    }));
-                }
+            for run in state.last_runs() {
+                watched.insert((state.name.clone(), run.domain), Watched::Before);
+                let asked = run.deletes.iter().flatten();
+                deletes.extend(asked.map(|request| WatchedDelete {
+                    policy: state.name.clone(),
+                    domain: run.name.clone(),
+                    request: request.clone(),
+                    how: Watched::Before,
+                }));
             }
         }
         Ok(Self { engine, origin, book, watched, deletes, registered: BTreeMap::new() })
@@ -103,8 +102,9 @@ impl Scheduler {
         self.settle(&mut tick).await?;
         self.settle_deletes(&mut tick).await?;
         let names: Vec<PolicyName> = self.book.defined().map(|state| state.name.clone()).collect();
+        let domains = if names.is_empty() { Vec::new() } else { self.engine.domains().await? };
         for name in names {
-            match self.run_due(&name, &mut tick).await {
+            match self.run_due(&name, &domains, &mut tick).await {
                 // Somebody wrote about the policy in between: it is looked at again, at once.
                 Err(EngineError::Log(LogError::Conflict { .. })) => tick.look_again(self.engine.now()),
                 other => other?,
@@ -136,10 +136,14 @@ impl Scheduler {
 
     /// Looks how the watched deletes ended.
     async fn settle_deletes(&mut self, tick: &mut Tick) -> Result<(), EngineError> {
+        if self.deletes.is_empty() {
+            return Ok(());
+        }
+        let operations = Open::read(&self.engine).await?;
         let mut open = Vec::new();
         for watched in &self.deletes {
             let WatchedDelete { policy, domain, request, how } = watched;
-            match outcome_of(&self.engine, request).await? {
+            match operations.outcome_of(&self.engine, request).await? {
                 RunOutcome::Open => open.push(WatchedDelete { how: Watched::Fresh, ..watched.clone() }),
                 outcome if outcome.is_success() || *how == Watched::Before => {}
                 outcome => {
@@ -154,10 +158,13 @@ impl Scheduler {
 
     /// Looks how the watched runs ended. Retention follows those that took their snapshot.
     async fn settle(&mut self, tick: &mut Tick) -> Result<(), EngineError> {
-        let watched: Vec<_> = self.watched.iter().map(|(key, how)| (key.clone(), *how)).collect();
         let mut failed = BTreeSet::new();
-        for ((name, domain), how) in watched {
-            let key = (name.clone(), domain);
+        let operations = match self.watched.is_empty() {
+            true => return Ok(()),
+            false => Open::read(&self.engine).await?,
+        };
+        for (key, how) in self.ended(&operations) {
+            let (name, domain) = key.clone();
             let found = self.book.get(&name).and_then(|state| {
                 Some((state.policy()?.clone(), state.last_run(domain)?.clone(), state.suspended.is_none()))
             });
@@ -165,11 +172,8 @@ impl Scheduler {
                 self.watched.remove(&key);
                 continue;
             };
-            match outcome_of(&self.engine, &run.create).await? {
-                RunOutcome::Open => {
-                    self.watched.insert(key, Watched::Fresh);
-                    continue;
-                }
+            match operations.outcome_of(&self.engine, &run.create).await? {
+                RunOutcome::Open => continue,
                 outcome if outcome.is_success() => {
                     if how == Watched::Fresh && policy.hooks != Hooks::default() {
                         tick.notable.extend(hooks_failed(&self.engine, &name, &run).await?);
@@ -206,10 +210,24 @@ impl Scheduler {
         Ok(())
     }
 
+    /// The watched runs that are not open any more, and how they came to be. The others were seen while they were open.
+    fn ended(&mut self, operations: &Open) -> Vec<((PolicyName, DomainId), Watched)> {
+        let mut ended = Vec::new();
+        for (key, how) in &mut self.watched {
+            let run = self.book.get(&key.0).and_then(|state| state.last_run(key.1));
+            if run.is_some_and(|run| operations.standing(&run.create) == Some(RunOutcome::Open)) {
+                *how = Watched::Fresh;
+            } else {
+                ended.push((key.clone(), *how));
+            }
+        }
+        ended
+    }
+
     /// Whether the run before `run` on its domain took no snapshot.
     async fn failed_before(&self, name: &PolicyName, run: &Run) -> Result<bool, EngineError> {
-        let runs = self.book.get(name).into_iter().flat_map(PolicyState::runs);
-        let Some(before) = runs.filter(|other| other.domain == run.domain).nth(1) else {
+        let state = self.book.get(name);
+        let Some(before) = state.and_then(|state| state.runs_of(run.domain).nth(1)) else {
             return Ok(false);
         };
         let outcome = outcome_of(&self.engine, &before.create).await?;
@@ -240,19 +258,25 @@ impl Scheduler {
     }
 
     /// Asks for what is due of one policy.
-    async fn run_due(&mut self, name: &PolicyName, tick: &mut Tick) -> Result<(), EngineError> {
+    async fn run_due(
+        &mut self,
+        name: &PolicyName,
+        rows: &[DomainRow],
+        tick: &mut Tick,
+    ) -> Result<(), EngineError> {
         let Some(mut state) = self.book.shared(name) else { return Ok(()) };
         let Some(policy) = state.running().cloned() else { return Ok(()) };
         let policy = &policy;
         let now = self.engine.now();
         let mut runs: BTreeMap<Timestamp, Vec<Chosen>> = BTreeMap::new();
         let mut skips = Vec::new();
-        for domain in chosen(&self.engine, policy).await? {
+        let mut operations = None;
+        for domain in chosen_of(&self.engine, rows.to_vec(), policy).await? {
             let Due { run, skipped, next_at } = self.due(&state, policy, &domain, now).await?;
             if let Some(next_at) = next_at {
                 tick.look_again(next_at);
             }
-            if run.is_some() && self.is_at_work(&state, domain.id).await? {
+            if run.is_some() && self.is_at_work(&state, domain.id, &mut operations).await? {
                 // The run before this one is not over; when it is, what is due then is asked for.
                 continue;
             }
@@ -301,9 +325,18 @@ impl Scheduler {
         Ok(due(&policy.asked(domain.id, state.since.max(registered), history), now))
     }
 
-    async fn is_at_work(&self, state: &PolicyState, domain: DomainId) -> Result<bool, EngineError> {
+    async fn is_at_work(
+        &self,
+        state: &PolicyState,
+        domain: DomainId,
+        operations: &mut Option<Open>,
+    ) -> Result<bool, EngineError> {
         let Some(run) = state.last_run(domain) else { return Ok(false) };
-        Ok(outcome_of(&self.engine, &run.create).await? == RunOutcome::Open)
+        let operations = match operations {
+            Some(operations) => operations,
+            None => operations.insert(Open::read(&self.engine).await?),
+        };
+        Ok(operations.standing(&run.create) == Some(RunOutcome::Open))
     }
 }
 
@@ -353,18 +386,26 @@ pub async fn suspend_if_hopeless(
 /// is not over does not count, nor any before the policy was defined or resumed.
 async fn failures_in_a_row(engine: &Engine, state: &PolicyState, most: u32) -> Result<u32, EngineError> {
     let since = state.definition.as_ref().map_or(state.since, |defined| defined.at.max(state.since));
-    let mut instants: BTreeMap<Timestamp, Vec<&Run>> = BTreeMap::new();
-    for run in state.runs().take_while(|run| run.at >= since) {
-        instants.entry(run.planned).or_default().push(run);
-        if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
-            break;
+    let mut instants: BTreeMap<Timestamp, Vec<Run>> = BTreeMap::new();
+    let mut back = Back::new(engine, state);
+    'log: while let Some(page) = back.page().await? {
+        for entry in page {
+            let Entry::Ran(run) = entry else { continue };
+            if run.at < since {
+                break 'log;
+            }
+            instants.entry(run.planned).or_default().push(run);
+            if instants.len() > usize::try_from(most).unwrap_or(usize::MAX) {
+                break 'log;
+            }
         }
     }
+    let operations = Open::read(engine).await?;
     let mut failures = 0;
     for runs in instants.values().rev() {
         let mut open = false;
         for run in runs {
-            match outcome_of(engine, &run.create).await? {
+            match operations.outcome_of(engine, &run.create).await? {
                 outcome if outcome.is_success() => return Ok(failures),
                 outcome => open |= outcome == RunOutcome::Open,
             }

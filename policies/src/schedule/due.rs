@@ -28,8 +28,13 @@ pub enum CatchUp {
     Once,
 }
 
-/// What the log says about one policy's runs on one domain.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// How many of the latest instants of a history are always kept. With twice as many, the earlier half is thinned.
+const INSTANTS_KEPT: usize = 64;
+
+/// What the log says about one policy's runs on one domain: the latest instants all, and the earlier ones the fewer, the
+/// longer ago. They matter only to a clock that goes back beyond the latest: what is not kept would be due there once
+/// more, and its request has the key of the one before, so that nothing is asked for twice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct History {
     fired: BTreeSet<Timestamp>,
     /// The last instant of what was skipped, and when that was recorded.
@@ -40,11 +45,29 @@ impl History {
     /// The planned instant ran.
     pub fn fired(&mut self, planned: Timestamp) {
         self.fired.insert(planned);
+        if self.fired.len() == 2 * INSTANTS_KEPT {
+            let mut place = 0;
+            self.fired.retain(|_| is_kept(&mut place));
+        }
     }
 
     /// All up to and with `last` that had not run were skipped, and that was recorded at `at`.
     pub fn skipped(&mut self, last: Timestamp, at: Timestamp) {
         self.skipped.insert(last, at);
+        if self.skipped.len() == 2 * INSTANTS_KEPT {
+            let mut place = 0;
+            self.skipped.retain(|_, _| is_kept(&mut place));
+        }
+    }
+
+    /// How many instants are kept.
+    pub fn len(&self) -> usize {
+        self.fired.len() + self.skipped.len()
+    }
+
+    /// Whether nothing ran and nothing was skipped.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// The latest instant until which all is settled, as far as `now` can know.
@@ -55,6 +78,12 @@ impl History {
         let skipped = self.skipped.range(..=now).rev().find(|(_, at)| **at <= now).map(|(last, _)| *last);
         fired.max(skipped)
     }
+}
+
+/// Whether the instant at the next place stays: every second one of the earlier half, and all of the later one.
+fn is_kept(place: &mut usize) -> bool {
+    *place += 1;
+    *place > INSTANTS_KEPT || place.is_multiple_of(2)
 }
 
 /// What is asked.

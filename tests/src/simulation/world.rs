@@ -10,7 +10,7 @@ use snaptree_drivers::sim::{Direction, Fault, FaultPoint, Faults};
 use snaptree_engine::driver::{Head, Hooks};
 use snaptree_engine::engine::Clock;
 use snaptree_engine::event::{Envelope, Event, Hash};
-use snaptree_engine::ids::{DomainName, IdSource, StreamId};
+use snaptree_engine::ids::{DomainName, IdSource, PolicyName, StreamId};
 use snaptree_engine::log::{
     Append, Checkpoint, DomainRow, EventFilter, EventLog, LogError, OperationFilter, OperationRow, SeqAt,
 };
@@ -385,6 +385,10 @@ impl EventLog for Recorder {
 
     async fn domain_by_name(&self, name: &DomainName) -> Result<Option<DomainRow>, LogError> {
         self.store.domain_by_name(name).await
+    }
+
+    async fn policies(&self) -> Result<Vec<PolicyName>, LogError> {
+        self.store.policies().await
     }
 
     async fn operations(

@@ -86,6 +86,7 @@ struct Flaky {
     asked: AtomicUsize,
     at_once: AtomicUsize,
     at_once_max: AtomicUsize,
+    settled: AtomicUsize,
 }
 
 impl Flaky {
@@ -95,6 +96,7 @@ impl Flaky {
             asked: AtomicUsize::new(0),
             at_once: AtomicUsize::new(0),
             at_once_max: AtomicUsize::new(0),
+            settled: AtomicUsize::new(0),
         })
     }
 }
@@ -148,8 +150,10 @@ impl Driver for Flaky {
         Err(not_asked())
     }
 
+    /// Never ends: what settles may take hours.
     async fn settle(&self, _: &DomainState, _: OperationId) -> Result<(), DriverError> {
-        Ok(())
+        self.settled.fetch_add(1, Ordering::SeqCst);
+        std::future::pending().await
     }
 }
 
@@ -250,4 +254,27 @@ async fn who_is_to_end_does_not_wait_for_a_slot() {
     bounded.stop.park();
     assert!(was_not_asked(&ends.await.unwrap_err()));
     assert_eq!(driver.asked.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn c3_what_is_tried_after_a_suspension_is_a_look_and_no_call_that_takes_hours() {
+    // Ten open it, and the first look after that fails, too.
+    let driver = Flaky::new(11);
+    let bounded = bounded(&driver, WhenSuspended::Wait);
+    for _ in 0..FAILURES_MAX {
+        bounded.observe(&state()).await.unwrap_err();
+    }
+    let works = {
+        let bounded = Arc::clone(&bounded);
+        tokio::spawn(async move { bounded.settle(&state(), OperationId::from_uuid(uuid::Uuid::nil())).await })
+    };
+    while driver.settled.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(driver.asked.load(Ordering::SeqCst), 12, "it was looked twice before the work began");
+    assert_eq!(bounded.clock.now(), at(15_000));
+    // It is at work, and nobody waits for what it comes to.
+    assert_eq!(bounded.connections.states()[0].breaker, "closed");
+    bounded.observe(&state()).await.unwrap();
+    works.abort();
 }

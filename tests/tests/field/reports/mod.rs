@@ -1,4 +1,5 @@
 //! A: what is told, and whether it is so.
 
 mod gone;
+mod policies_unreadable;
 mod sick;
