@@ -220,6 +220,7 @@ impl Bench {
                     made_in: Some(planned.operation),
                     lost: false,
                     native: None,
+                    left_out: Vec::new(),
                 };
                 self.log(SnapshotCreated { snapshot });
             }
