@@ -22,7 +22,6 @@ use crate::args::value::labels;
 use crate::confirm::confirm;
 use crate::context::{Context, Missing, Writer};
 use crate::exit::{Exit, Trouble};
-use crate::office::owned_files;
 use crate::render;
 use crate::render::text::{Look, count, safe, short};
 use crate::render::view::{DomainView, domain_name};
@@ -229,7 +228,6 @@ async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
     };
     let Writer { engine, office } = open(context, &writer).await?;
     let domain = engine.find_domain(&domain).await?;
-    (disks.taken, disks.bases) = owned_files(&engine).await?;
     let runs = RunsWish { launch, ..RunsWish::default() };
     let wish = AccessWish { runs, disks, ..AccessWish::default() };
     let access = Some(serde_json::to_value(wish)?);

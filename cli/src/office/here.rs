@@ -14,7 +14,7 @@ use snaptree_engine::{DomainId, OperationId};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
-use super::{Office, Policies, host, policy, register};
+use super::{Office, Policies, host, policy, register, with_owners};
 use crate::exit::{Exit, Trouble};
 use crate::progress::Shown;
 use crate::render;
@@ -39,7 +39,8 @@ pub struct Here {
 #[async_trait]
 impl Office for Here {
     async fn submit(&self, domain: DomainId, command: &Command, key: Option<&str>) -> Result<Submitted> {
-        Ok(self.engine.submit(&self.requester, domain, command, key).await?)
+        let command = with_owners(&self.engine, command.clone()).await?;
+        Ok(self.engine.submit(&self.requester, domain, &command, key).await?)
     }
 
     async fn finish(&self, domain: DomainId, _operation: OperationId) -> Result<Driven> {

@@ -15,7 +15,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde::Deserialize;
 use snaptree_drivers::esx::EsxOptions;
-use snaptree_drivers::qemu::{PathWish, QemuOptions, RawWish, bases_of, files_of};
+use snaptree_drivers::qemu::{AccessWish, PathWish, QemuOptions, RawWish, bases_of, files_of};
 use snaptree_drivers::sim::{Profile, SimOptions};
 use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
 use snaptree_engine::command::Command;
@@ -189,15 +189,24 @@ async fn esx_options(engine: &Engine, registering: &Registering) -> Result<serde
     Ok(serde_json::to_value(EsxOptions { host, vm, taken })?)
 }
 
-/// The files of all domains, and those that `qemu` domains are built upon, with their domains' names.
+/// The command with whose files are whose, where it brings disks: nobody's word is taken for that.
 ///
 /// # Errors
 /// The log cannot be read.
-pub async fn owned_files(
-    engine: &Engine,
-) -> Result<(BTreeMap<PathBuf, DomainName>, BTreeMap<PathBuf, DomainName>)> {
-    let own = |state: &DomainState| files_of(state).into_iter().chain(virtualbox::file_of(state)).collect();
-    Ok((files_of_all(engine, own).await?, files_of_all(engine, bases_of).await?))
+pub async fn with_owners(engine: &Engine, command: Command) -> Result<Command> {
+    let Command::Set { name, labels, access: Some(access) } = command else { return Ok(command) };
+    let access = match AccessWish::deserialize(&access) {
+        Ok(mut wish) if !wish.disks.is_none() => {
+            wish.disks.taken = files_of_all(engine, |state| {
+                files_of(state).into_iter().chain(virtualbox::file_of(state)).collect()
+            })
+            .await?;
+            wish.disks.bases = files_of_all(engine, bases_of).await?;
+            serde_json::to_value(wish)?
+        }
+        _ => access,
+    };
+    Ok(Command::Set { name, labels, access: Some(access) })
 }
 
 /// Files of the registered domains, with the owner's name.

@@ -313,7 +313,8 @@ async fn command(
 ) -> Answer<Asked> {
     let domain = daemon.engine.find_domain(&domain).await?;
     let requester = peer.requester(&headers);
-    let submitted = daemon.dispatcher.submit(&requester, domain, &ask.command, ask.key.as_deref()).await?;
+    let command = office::with_owners(&daemon.engine, ask.command).await?;
+    let submitted = daemon.dispatcher.submit(&requester, domain, &command, ask.key.as_deref()).await?;
     Ok(Json(match submitted {
         Submitted::Operation(operation) => Asked { operation: Some(operation), repeated: false },
         Submitted::Repeated(operation) => Asked { operation: Some(operation), repeated: true },

@@ -53,7 +53,7 @@ pub enum KeptLayers {
 
 impl DisksWish {
     /// Whether nothing is wished.
-    pub(super) fn is_none(&self) -> bool {
+    pub fn is_none(&self) -> bool {
         self.add.is_empty() && self.remove.is_empty()
     }
 }
@@ -132,11 +132,15 @@ impl QemuConfig {
                 "choose another name",
             ));
         }
-        let given = std::path::absolute(given).doing("make absolute", given)?;
-        if let Some(paths) = self.removed.remove(name) {
-            return self.put_back(state, name, &given, paths);
+        if given.is_relative() {
+            return Err(
+                invalid(format!("the path {} is relative", given.display())).hint("give an absolute path")
+            );
         }
-        let (given, resolved) = resolve(&given)?;
+        if let Some(paths) = self.removed.remove(name) {
+            return self.put_back(state, name, given, paths);
+        }
+        let (given, resolved) = resolve(given)?;
         let metadata = check_file(&resolved)?;
         let owned = [Owned::new(&wish.taken), Owned::new(&wish.bases)];
         if let Some(owner) = owned.iter().find_map(|owned| owned.owner(&resolved, &metadata)) {

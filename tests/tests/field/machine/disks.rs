@@ -105,6 +105,16 @@ fn m4_a_disk_that_was_taken_from_a_machine_is_named_with_what_helps() {
 fn m_a_disk_without_layers_goes_and_the_last_one_stays() {
     let folder = tempfile::tempdir().expect("a folder");
     let rig = Rig::new(folder.path(), DRIVE);
+    // Nor does one come that is somebody else's.
+    Rig::beside(folder.path(), "other.qcow2", "qcow2", "1M");
+    let other = folder.path().join("other.qcow2");
+    let add = ["domain", "add", "other", "--driver", "qemu", "--disk", &format!("vda={}", text(&other))];
+    rig.program.json(0, &add);
+    let refused = rig.program.json(4, &["domain", "disk", "add", "web", &format!("vdb={}", text(&other))]);
+    assert!(
+        refused["error"]["message"].as_str().expect("why").contains("belongs to domain 'other'"),
+        "{refused}"
+    );
     let refused = rig.program.json(4, &["domain", "disk", "remove", "web", "vda"]);
     assert!(refused["error"]["hint"].as_str().expect("a hint").contains("domain remove"), "{refused}");
     let refused = rig.program.json(3, &["domain", "disk", "remove", "web", "vdz"]);
