@@ -7,6 +7,11 @@ use anyhow::Result;
 use crate::exit::{Exit, Trouble};
 use crate::render::text::safe;
 
+/// Whether somebody is asked: `yes` is the answer given before.
+pub fn is_asked(yes: bool) -> bool {
+    !yes && is_answered()
+}
+
 /// Whether somebody can be asked.
 fn is_answered() -> bool {
     std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
@@ -32,10 +37,10 @@ pub fn confirm_unnamed(what: &str, question: &str, yes: bool) -> Result<()> {
 /// # Errors
 /// The answer was no.
 pub fn confirm(question: &str, yes: bool) -> Result<()> {
-    if yes || !is_answered() {
+    if !is_asked(yes) {
         return Ok(());
     }
-    eprint!("{} [y/N] ", safe(question));
+    eprint!("{} [y/N] ", question.lines().map(safe).collect::<Vec<_>>().join("\n"));
     std::io::stderr().flush()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;

@@ -9,7 +9,7 @@ use crate::domain::RunState;
 use crate::event::{DeleteScope, DeleteWhat, MergeWish, Place, UnregisterWish};
 use crate::ids::{DiskName, DomainName, SnapshotId, SnapshotName};
 use crate::operation::{Code, Failure};
-use crate::tree::Labels;
+use crate::tree::{Labels, Snapshot, Tree};
 
 /// Which snapshot is meant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +17,8 @@ use crate::tree::Labels;
 pub enum SnapshotRef {
     /// The one of that name.
     Name(SnapshotName),
+    /// The one that the hypervisor has under a name that cannot be one here.
+    There(String),
     /// The one with that id.
     Id(SnapshotId),
     /// The current one, when the request is decided.
@@ -24,14 +26,82 @@ pub enum SnapshotRef {
 }
 
 impl SnapshotRef {
-    /// Reads a name or an id; the two cannot be mistaken, as no name looks like a UUID.
+    /// Reads an id, a name, or what can only be a name at the hypervisor; they cannot be mistaken, as no name looks like a
+    /// UUID.
     ///
     /// # Errors
-    /// The text is neither.
+    /// There is nothing to read.
     pub fn parse(text: &str) -> Result<Self, crate::ids::NameError> {
-        match text.parse() {
-            Ok(id) => Ok(Self::Id(id)),
-            Err(_) => SnapshotName::new(text).map(Self::Name),
+        match (text.parse(), SnapshotName::new(text)) {
+            (Ok(id), _) => Ok(Self::Id(id)),
+            (_, Ok(name)) => Ok(Self::Name(name)),
+            (_, Err(_)) if !text.trim().is_empty() => Ok(Self::There(text.to_owned())),
+            (_, Err(error)) => Err(error),
+        }
+    }
+
+    /// The snapshot that is meant.
+    ///
+    /// # Errors
+    /// There is none, or several could be meant.
+    pub fn find<'a>(&self, tree: &'a Tree) -> Result<&'a Snapshot, Unclear> {
+        let there =
+            |name: &str| tree.iter().filter(|known| known.real_name.as_deref() == Some(name)).collect();
+        let found: Vec<&Snapshot> = match self {
+            Self::Id(id) => tree.get(*id).into_iter().collect(),
+            Self::Current => tree.current().into_iter().collect(),
+            Self::There(name) => there(name),
+            Self::Name(name) => match tree.by_name(name) {
+                // It is called otherwise there, and another one so.
+                Some(found) if found.real_name.is_some() => {
+                    std::iter::once(found).chain(there(name.as_str())).collect()
+                }
+                found => found.into_iter().collect(),
+            },
+        };
+        match found.as_slice() {
+            [found] => Ok(*found),
+            [] => {
+                let alike = match self {
+                    Self::Name(name) => there(name.as_str()),
+                    Self::There(_) | Self::Id(_) | Self::Current => Vec::new(),
+                };
+                Err(Unclear::Missing { alike: alike.into_iter().map(|known| known.name.clone()).collect() })
+            }
+            several => {
+                Err(Unclear::Several(several.iter().map(|known| (known.name.clone(), known.id)).collect()))
+            }
+        }
+    }
+}
+
+/// Why no one snapshot is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unclear {
+    /// There is none.
+    Missing {
+        /// Those that the hypervisor has under that name.
+        alike: Vec<SnapshotName>,
+    },
+    /// There are several.
+    Several(Vec<(SnapshotName, SnapshotId)>),
+}
+
+impl Unclear {
+    /// What can be done about it, where that is known.
+    pub fn hint(&self) -> Option<String> {
+        let quoted = |name: &SnapshotName| format!("'{name}'");
+        match self {
+            Self::Missing { alike } if alike.is_empty() => None,
+            Self::Missing { alike } => {
+                let names: Vec<String> = alike.iter().map(quoted).collect();
+                Some(format!("the hypervisor has {} under that name", names.join(" and ")))
+            }
+            Self::Several(several) => {
+                let names: Vec<String> =
+                    several.iter().map(|(name, id)| format!("'{name}' ({id})")).collect();
+                Some(format!("say which one by its id: {}", names.join(" or ")))
+            }
         }
     }
 }

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, reject};
-use crate::domain::Domain;
+use crate::command::{Command, Content, Create, Delete, Rejection, SnapshotRef, Unclear, reject};
+use crate::domain::{Disk, Domain};
 use crate::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainUnregisterRequested, Event, MemoryKind,
     OperationResolved, OperationRetried, Place, RequestTerms, SnapshotCreateRequested,
@@ -115,7 +115,7 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
                 nothing_open(state)?;
             }
             let labels = merged(&domain.labels, labels)?;
-            DomainChanged { name: name.clone(), labels, access: None }.into()
+            DomainChanged { name: name.clone(), labels, access: None, disks: None }.into()
         }
         Command::Unregister(UnregisterWish::Forget) => {
             return Err(reject(Code::Invalid, "a domain is forgotten without a request"));
@@ -163,33 +163,35 @@ fn registered(state: &DomainState) -> Result<&Domain, Rejection> {
 
 /// Finds a snapshot in the tree as it will be; tells a snapshot that is going from one that never was.
 fn find<'a>(state: &DomainState, tree: &'a Tree, wanted: &SnapshotRef) -> Result<&'a Snapshot, Rejection> {
-    let found = match wanted {
-        SnapshotRef::Name(name) => tree.by_name(name),
-        SnapshotRef::Id(id) => tree.get(*id),
-        SnapshotRef::Current => tree.current(),
+    let unclear = match wanted.find(tree) {
+        Ok(found) => return Ok(found),
+        Err(unclear) => unclear,
     };
-    found.ok_or_else(|| {
-        let name = state.domain.as_ref().map_or("?", |domain| domain.name.as_str());
-        let (what, going) = match wanted {
-            SnapshotRef::Name(wanted) => {
-                (format!("snapshot '{wanted}'"), state.tree.by_name(wanted).is_some())
-            }
-            SnapshotRef::Id(id) => (format!("snapshot {id}"), state.tree.contains(*id)),
-            SnapshotRef::Current => {
-                return reject(Code::NotFound, format!("{name} has no current snapshot"));
-            }
-        };
-        if going {
-            return reject(Code::NotFound, format!("{what} of domain '{name}' is being deleted"));
+    let name = state.domain.as_ref().map_or("?", |domain| domain.name.as_str());
+    let what = match wanted {
+        SnapshotRef::Name(wanted) => format!("snapshot '{wanted}'"),
+        SnapshotRef::There(wanted) => format!("snapshot '{wanted}'"),
+        SnapshotRef::Id(id) => format!("snapshot {id}"),
+        SnapshotRef::Current => {
+            return Err(reject(Code::NotFound, format!("{name} has no current snapshot")));
         }
-        reject(Code::NotFound, format!("{name} has no {what}")).hint(hint_at_near(name, tree, wanted))
-    })
+    };
+    if let Unclear::Several(several) = &unclear {
+        let message = format!("{what} of domain '{name}' could be any of {}", several.len());
+        return Err(reject(Code::Invalid, message).hint(unclear.hint().unwrap_or_default()));
+    }
+    if wanted.find(&state.tree).is_ok() {
+        return Err(reject(Code::NotFound, format!("{what} of domain '{name}' is being deleted")));
+    }
+    let hint = unclear.hint().unwrap_or_else(|| hint_at_near(name, tree, wanted));
+    Err(reject(Code::NotFound, format!("{name} has no {what}")).hint(hint))
 }
 
 /// Which snapshot was perhaps meant, and where all of them are listed.
 pub fn hint_at_near(domain: &str, tree: &Tree, wanted: &SnapshotRef) -> String {
     let near = match wanted {
         SnapshotRef::Name(name) => nearest(name.as_str(), tree.iter().map(|one| one.name.as_str())),
+        SnapshotRef::There(name) => nearest(name, tree.iter().map(|one| one.name.as_str())),
         SnapshotRef::Id(_) | SnapshotRef::Current => None,
     };
     let meant = near.map(|near| format!("did you mean '{near}'? ")).unwrap_or_default();
@@ -282,7 +284,7 @@ fn create_requested(
     let place = place_of(state, domain, create.place)?;
     let memory = memory_kind(domain, place, create.content)?;
     let disks = selected_disks(domain, create.disks.as_ref())?;
-    if memory == MemoryKind::External && disks.len() < domain.disks.len() {
+    if memory == MemoryKind::External && disks.len() < domain.snapshotted().count() {
         return Err(reject(Code::Invalid, "the memory goes with all disks of the machine or with none")
             .hint("leave out --memory, or the choice of disks"));
     }
@@ -368,8 +370,12 @@ fn selected_disks(
     domain: &Domain,
     wanted: Option<&BTreeSet<DiskName>>,
 ) -> Result<BTreeSet<DiskName>, Rejection> {
-    let all: BTreeSet<DiskName> = domain.disks.iter().map(|disk| disk.name.clone()).collect();
+    let all: BTreeSet<DiskName> = domain.snapshotted().map(|disk| disk.name.clone()).collect();
     let Some(wanted) = wanted else { return Ok(all) };
+    let left_out = |disk: &&Disk| wanted.contains(&disk.name) && disk.left_out.is_some();
+    if let Some(Disk { name, left_out: Some(why), .. }) = domain.disks.iter().find(left_out) {
+        return Err(reject(Code::Unsupported, format!("disk '{name}' is no part of snapshots ({why})")));
+    }
     if let Some(unknown) = wanted.difference(&all).next() {
         return Err(reject(Code::NotFound, format!("no disk named '{unknown}'")));
     }
@@ -486,7 +492,7 @@ fn edited(
         return Err(reject(Code::Invalid, "nothing to change").hint("give --name, --description or --label"));
     }
     let description = description.map(str::to_owned);
-    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), description, labels })
+    Ok(SnapshotEdited { snapshot: snapshot.id, name: name.cloned(), real_name: None, description, labels })
 }
 
 /// Where the hypervisor keeps names, a change of them is an operation; all else is carried out by being written.

@@ -91,8 +91,22 @@ pub struct Disk {
     /// The path that the user registered, made absolute; none where the hypervisor has no files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// What the guest sees as its size when it was registered.
+    /// What the guest sees as its size when it was registered, or attached.
     pub virtual_size_bytes: u64,
+    /// Where the machine has it, in the hypervisor's own words; it keeps its name while it keeps its place. None where
+    /// the user named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
+    /// Why it is no part of the machine's snapshots; none for a disk that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+}
+
+impl Disk {
+    /// A disk that snapshots hold.
+    pub fn new(name: DiskName, path: Option<PathBuf>, virtual_size_bytes: u64) -> Self {
+        Self { name, path, virtual_size_bytes, place: None, left_out: None }
+    }
 }
 
 /// What a driver can do with a domain. Kept in the log, so `decide` needs no hypervisor.
@@ -125,6 +139,19 @@ pub struct Capabilities {
     pub name_bytes_max: usize,
     /// Deepest chain of snapshots.
     pub depth_max: usize,
+}
+
+impl Domain {
+    /// The disks that its snapshots hold.
+    pub fn snapshotted(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.iter().filter(|disk| disk.left_out.is_none())
+    }
+
+    /// The disks that its hypervisor leaves out of them, in words.
+    pub fn left_out(&self) -> Vec<String> {
+        let words = |disk: &Disk| Some(format!("disk '{}' ({})", disk.name, disk.left_out.as_ref()?));
+        self.disks.iter().filter_map(words).collect()
+    }
 }
 
 /// Everything that the log says of a registered domain.

@@ -250,6 +250,9 @@ pub struct Observation {
     pub snapshots: Vec<SeenSnapshot>,
     /// The hypervisor's current snapshot, by its own id.
     pub current: Option<String>,
+    /// The machine's disks as they are now, where the hypervisor lists them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<Disk>>,
     /// What only the driver reads.
     #[serde(default)]
     pub detail: serde_json::Value,

@@ -19,7 +19,7 @@ use crate::reconcile::drift::Finding;
 use crate::tree::{Snapshot, Tree};
 
 /// The version of this projector. A checkpoint of another version is dropped.
-pub const PROJECTOR: u32 = 3;
+pub const PROJECTOR: u32 = 4;
 
 /// A deleted snapshot whose data the hypervisor still holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +107,10 @@ impl DomainState {
         let (Some(domain), Some(snapshot)) = (&self.domain, self.tree.get(snapshot)) else {
             return Vec::new();
         };
+        if domain.capabilities.merges_itself {
+            // It has the machine's whole list of devices in its snapshots; what it would detach is lost.
+            return domain.left_out();
+        }
         let has = |name: &DiskName| domain.disks.iter().any(|disk| disk.name == *name);
         let added = domain.disks.iter().filter(|disk| !snapshot.disks.contains(&disk.name));
         let added = added.map(|disk| format!("disk '{}', which the snapshot does not hold", disk.name));
@@ -143,12 +147,15 @@ impl DomainState {
                             domain.disks.clone_from(disks);
                         }
                     }
+                    if let Some(disks) = &e.disks {
+                        domain.disks.clone_from(disks);
+                    }
                 }
             }
             Event::DomainUnregistered(_) => self.registered = false,
             Event::SnapshotCreated(e) => self.tree.create(e.snapshot.clone()),
             Event::SnapshotReverted(e) => self.tree.revert(e.snapshot),
-            Event::SnapshotAdopted(e) => self.tree.adopt(e.snapshot.clone(), &e.children),
+            Event::SnapshotAdopted(e) => self.tree.adopt(e.known(), &e.children),
             Event::SystemRestored(e) => self.restore(envelope, e),
             Event::SnapshotDeleted(e) => self.delete(envelope, e),
             Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_) => {

@@ -78,6 +78,9 @@ pub struct Snapshot {
     pub id: SnapshotId,
     /// Its name, unique among the domain's live snapshots.
     pub name: SnapshotName,
+    /// Its name at the hypervisor, where that is another one: one that it cannot have here, or that another has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub real_name: Option<String>,
     /// What the user wrote about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -113,6 +116,13 @@ pub struct Snapshot {
     /// revert leaves as they are.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
+}
+
+impl Snapshot {
+    /// Its name at the hypervisor, where that keeps names.
+    pub fn name_there(&self) -> &str {
+        self.real_name.as_deref().unwrap_or(self.name.as_str())
+    }
 }
 
 /// All live snapshots of one domain, and which of them is current.

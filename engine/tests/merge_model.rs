@@ -172,6 +172,7 @@ impl Model {
             unreadable: BTreeMap::new(),
             memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
+            disks: None,
             inside: BTreeMap::new(),
             generation: None,
             room: self.room.clone(),

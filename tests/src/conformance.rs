@@ -134,6 +134,7 @@ pub fn created(snapshot: SnapshotId, name: &str, operation: OperationId) -> Even
             made_by: Actor::Engine,
             made_in: Some(operation),
             lost: false,
+            real_name: None,
             native: None,
             left_out: Vec::new(),
         },

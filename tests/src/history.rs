@@ -32,7 +32,7 @@ pub fn history(name: &str, snapshots: usize, reverts: usize) -> Vec<NewEvent> {
         id,
         name: DomainName::new(name).expect("a domain name"),
         driver: DriverKind::Sim,
-        disks: vec![Disk { name: disk.clone(), path: None, virtual_size_bytes: 1 << 20 }],
+        disks: vec![Disk::new(disk.clone(), None, 1 << 20)],
         config: serde_json::json!({}),
         labels: BTreeMap::new(),
         capabilities: Profile::Default.capabilities(),
@@ -126,6 +126,7 @@ fn create(domain: DomainId, id: SnapshotId, number: usize, disks: &BTreeSet<Disk
         made_by: Actor::User("bench".to_owned()),
         made_in: Some(OperationId::from_uuid(Uuid::now_v7())),
         lost: false,
+        real_name: None,
         native: None,
         left_out: Vec::new(),
     };

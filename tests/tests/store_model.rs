@@ -68,6 +68,7 @@ fn events(index: usize, step: Step, open: &mut Vec<(u8, OperationId)>) -> Vec<Ne
             SnapshotEdited {
                 snapshot: id,
                 name: (which % 2 == 0).then(|| SnapshotName::new(&name).unwrap()),
+                real_name: None,
                 description: (which % 3 == 0)
                     .then(|| if which % 2 == 0 { String::new() } else { name.clone() }),
                 labels: (which % 5 == 0).then(|| [("k".parse().unwrap(), name.clone())].into()),

@@ -395,6 +395,18 @@ pub async fn dry_run(context: &Context, asked: &Asked<'_>) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+/// What a request would take for good, where that can be told before it is made.
+pub async fn would_lose(context: &Context, asked: &Asked<'_>) -> Vec<String> {
+    let tried = async {
+        let Reader { engine, .. } = context.planner().await?;
+        let domain = engine.find_domain(asked.domain).await?;
+        let run = engine.dry_run(&crate::requester::this_user(), domain, &asked.command).await?;
+        anyhow::Ok(run.plan.lost)
+    };
+    // What stands in the way is told when it is asked for.
+    tried.await.unwrap_or_default()
+}
+
 fn dry_view(run: &DryRun) -> OperationView {
     let name = |id: SnapshotId| match &run.request {
         Request::Create(request) => request.name.to_string(),

@@ -28,12 +28,13 @@ struct Drift {
     domain: String,
     findings: BTreeSet<Finding>,
     adopted: Vec<SnapshotName>,
+    disks: Vec<String>,
 }
 
 impl Drift {
     fn new(domain: String, found: drift::Drift) -> Self {
-        let drift::Drift { findings, adopted } = found;
-        Self { domain, findings, adopted }
+        let drift::Drift { findings, adopted, disks } = found;
+        Self { domain, findings, adopted, disks }
     }
 }
 
@@ -86,6 +87,7 @@ fn told(drift: &Drift, look: &Look) -> String {
         format!("{name}: took over snapshot '{snapshot}', which somebody made at the hypervisor\n")
     };
     let mut text: String = drift.adopted.iter().map(adopted).collect();
+    text.extend(drift.disks.iter().map(|change| format!("{name}: {}\n", safe(change))));
     if drift.findings.is_empty() {
         text.push_str(&format!("{name}: {}\n", look.paint.good("the hypervisor and the log agree")));
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use jiff::Timestamp;
 use serde::Serialize;
-use snaptree_engine::command::SnapshotRef;
+use snaptree_engine::command::{SnapshotRef, Unclear};
 use snaptree_engine::decide::hint_at_near;
 use snaptree_engine::log::ClockOrder;
 use snaptree_engine::project::DomainState;
@@ -108,16 +108,27 @@ pub async fn tree(context: &Context, args: TreeArgs) -> Result<Exit> {
 /// Finds a live snapshot.
 ///
 /// # Errors
-/// There is none.
+/// There is none, or several could be meant.
 pub fn one<'a>(state: &'a DomainState, wanted: &SnapshotRef) -> Result<&'a Snapshot, Trouble> {
-    let (found, what) = match wanted {
-        SnapshotRef::Name(name) => (state.tree.by_name(name), format!("snapshot '{name}'")),
-        SnapshotRef::Id(id) => (state.tree.get(*id), format!("snapshot {id}")),
-        SnapshotRef::Current => (state.tree.current(), "current snapshot".to_owned()),
-    };
-    found.ok_or_else(|| {
+    wanted.find(&state.tree).map_err(|unclear| {
+        let what = match wanted {
+            SnapshotRef::Name(name) => format!("snapshot '{name}'"),
+            SnapshotRef::There(name) => format!("snapshot '{name}'"),
+            SnapshotRef::Id(id) => format!("snapshot {id}"),
+            SnapshotRef::Current => "current snapshot".to_owned(),
+        };
         let domain = domain_name(state);
-        Trouble::not_found(format!("{domain} has no {what}")).hint(hint_at_near(&domain, &state.tree, wanted))
+        let hint = unclear.hint();
+        match unclear {
+            Unclear::Missing { .. } => {
+                let hint = hint.unwrap_or_else(|| hint_at_near(&domain, &state.tree, wanted));
+                Trouble::not_found(format!("{domain} has no {what}")).hint(hint)
+            }
+            Unclear::Several(several) => {
+                let message = format!("{what} of {domain} could be any of {}", several.len());
+                Trouble::new(Exit::Refused, "invalid", message).hint(hint.unwrap_or_default())
+            }
+        }
     })
 }
 

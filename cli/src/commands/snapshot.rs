@@ -10,11 +10,11 @@ use snaptree_engine::event::{DeleteScope, DeleteWhat, Event, MergeWish, Place};
 use snaptree_engine::tree::Snapshot;
 use snaptree_engine::{OperationId, xml};
 
-use super::carry::{Asked, carry, dry_run, giving_up, open, report};
+use super::carry::{Asked, carry, dry_run, giving_up, open, report, would_lose};
 use super::query::{one, show_view};
 use crate::args::snapshot::{CreateArgs, DeleteArgs, EditArgs, HoldArgs, ReleaseArgs, RevertArgs};
 use crate::args::value::labels;
-use crate::confirm::{confirm, confirm_unnamed};
+use crate::confirm::{confirm, confirm_unnamed, is_asked};
 use crate::context::{Context, Writer};
 use crate::exit::{Exit, Trouble};
 use crate::render;
@@ -119,7 +119,15 @@ pub async fn revert(context: &Context, args: RevertArgs) -> Result<Exit> {
         return dry_run(context, &asked).await;
     }
     // What is kept is not discarded.
-    confirm(&question, args.yes || args.keep)?;
+    let unasked = args.yes || args.keep;
+    let mut question = question;
+    if is_asked(unasked) {
+        let lost = would_lose(context, &asked).await;
+        let lost =
+            lost.iter().filter(|lost| lost.starts_with("disk ")).map(|lost| format!("{}\n", safe(lost)));
+        question.insert_str(0, &lost.collect::<String>());
+    }
+    confirm(&question, unasked)?;
     carry(context, &open(context, &args.writer).await?, &asked).await
 }
 
@@ -215,6 +223,7 @@ impl Going {
 fn ref_words(snapshot: &SnapshotRef) -> String {
     match snapshot {
         SnapshotRef::Name(name) => format!("'{}'", safe(name.as_str())),
+        SnapshotRef::There(name) => format!("'{}'", safe(name)),
         SnapshotRef::Id(id) => id.to_string(),
         SnapshotRef::Current => "its current snapshot".to_owned(),
     }

@@ -71,6 +71,9 @@ pub fn notes(snapshot: &SnapshotView) -> String {
     if snapshot.held {
         notes.push("held".to_owned());
     }
+    if let Some(real) = &snapshot.real_name {
+        notes.push(format!("'{}' at the hypervisor", safe(real)));
+    }
     match snapshot.phase {
         PhaseWord::Ready => {}
         PhaseWord::Deleting => notes.push("being deleted".to_owned()),
@@ -96,6 +99,9 @@ pub fn show(view: &ShowView, look: &Look) -> String {
         ("Domain", safe(&view.domain).into_owned()),
         ("Id", snapshot.id.to_string()),
     ];
+    if let Some(real) = &snapshot.real_name {
+        lines.insert(1, ("Real name", safe(real).into_owned()));
+    }
     if let Some(text) = &snapshot.description {
         lines.push(("Description", text.lines().map(safe).collect::<Vec<_>>().join("\n               ")));
     }
@@ -220,7 +226,10 @@ pub fn domain(view: &DomainView, look: &Look) -> String {
     line("Driver", domain.driver.to_string());
     for disk in &domain.disks {
         let path = disk.path.as_ref().map_or_else(String::new, |path| format!(" {}", path.display()));
-        line("Disk", format!("{}{} ({})", disk.name, safe(&path), human_bytes(disk.virtual_size_bytes)));
+        let size = human_bytes(disk.virtual_size_bytes);
+        let left_out = disk.left_out.as_deref().map(|why| format!(", no part of snapshots ({})", safe(why)));
+        let left_out = look.paint.warn(left_out.unwrap_or_default());
+        line("Disk", format!("{}{} ({size}){left_out}", disk.name, safe(&path)));
     }
     if let Some(machine) = &view.machine {
         line("Machine", machine_words(machine));

@@ -142,11 +142,7 @@ fn registered() -> DomainRegistered {
             id: DomainId::from_uuid(uuid(0xd0)),
             name: "web".parse().unwrap(),
             driver: DriverKind::Qemu,
-            disks: vec![Disk {
-                name: "vda".parse().unwrap(),
-                path: Some("/vm/web.qcow2".into()),
-                virtual_size_bytes: 1 << 30,
-            }],
+            disks: vec![Disk::new("vda".parse().unwrap(), Some("/vm/web.qcow2".into()), 1 << 30)],
             config: serde_json::Value::Null,
             labels: Labels::new(),
             capabilities: Capabilities {

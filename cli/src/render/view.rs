@@ -42,6 +42,9 @@ pub struct SnapshotView {
     pub id: SnapshotId,
     /// Its name.
     pub name: String,
+    /// Its name at the hypervisor, where that is another one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub real_name: Option<String>,
     /// What the user wrote about it.
     pub description: Option<String>,
     /// Its parent's name; for a tombstone, the live snapshot that its data is built upon.
@@ -286,6 +289,9 @@ impl DomainView {
     /// With who runs its machine, which is looked at. None for a domain that was never registered.
     pub fn with_machine(state: &DomainState) -> Option<Self> {
         let mut view = Self { machine: machine_of(state).map(MachineView::from), ..Self::of(state)? };
+        if let Some(disks) = virtualbox::disks_now(state) {
+            view.domain.disks = disks;
+        }
         if let Some(Failure { message: why, hint: help, .. }) = virtualbox::gone(state) {
             view.drift.insert(Finding::MachineGone { why, help });
         }
@@ -379,6 +385,7 @@ pub fn live(
         name: snapshot.name.to_string(),
         description: snapshot.description.clone(),
         parent: parent.map(|parent| parent.name.to_string()),
+        real_name: snapshot.real_name.clone(),
         children: children.iter().map(|child| child.name.to_string()).collect(),
         current: state.tree.current().is_some_and(|current| current.id == snapshot.id),
         state: Some(snapshot.state.as_str()),
@@ -408,6 +415,7 @@ fn tombstones(state: &DomainState, occupied: &Occupied<'_>) -> Vec<SnapshotView>
     let view = |(id, stone): (&SnapshotId, &snaptree_engine::project::Tombstone)| SnapshotView {
         id: *id,
         name: stone.name.to_string(),
+        real_name: None,
         description: None,
         parent: built_upon(state, *id).map(|snapshot| snapshot.name.to_string()),
         children: Vec::new(),

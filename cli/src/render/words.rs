@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use snaptree_engine::domain::Domain;
+use snaptree_engine::domain::{Disk, Domain};
 use snaptree_engine::event::{
     Course, DeleteScope, DeleteWhat, DomainChanged, DriftCleared, DriftFound, Envelope, Event, HowFinished,
     SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
@@ -239,14 +239,15 @@ fn domain_words(event: &Event) -> String {
 fn changed_words(changed: &DomainChanged) -> String {
     let named = changed.name.as_ref().map(|name| format!("named the domain '{name}'"));
     let labels = changed.labels.as_ref().map(|_| "changed the domain's labels".to_owned());
+    let names =
+        |disks: &[Disk]| disks.iter().map(|disk| disk.name.to_string()).collect::<Vec<_>>().join(", ");
     let access = changed.access.as_ref().map(|access| match &access.disks {
         None => "changed how the machine is reached".to_owned(),
-        Some(disks) => {
-            let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
-            format!("changed the domain's disks: {}", names.join(", "))
-        }
+        Some(disks) => format!("changed the domain's disks: {}", names(disks)),
     });
-    let words: Vec<String> = [named, labels, access].into_iter().flatten().collect();
+    let disks =
+        changed.disks.as_ref().map(|disks| format!("found the machine with the disks {}", names(disks)));
+    let words: Vec<String> = [named, labels, access, disks].into_iter().flatten().collect();
     words.join(", and ")
 }
 

@@ -10,11 +10,11 @@
 //! anybody looks what became of it ([`Client::fence`]): whatever of it arrives later is then not authenticated, and
 //! has no effect. So what is seen after that stays so.
 //!
-//! Architecture Invariant: a call that changes something is sent once. It is sent again only where the host itself said
-//! that it was not carried out (`NotAuthenticated`), and at most once.
+//! Architecture Invariant: a call that changes something is sent once. It is sent again only where it cannot have been
+//! carried out: the host itself said so (`NotAuthenticated`, at most once; HTTP 429), or there was no connection.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::header::{CONTENT_TYPE, COOKIE, HeaderMap, SET_COOKIE};
 use reqwest::redirect::Policy;
@@ -38,6 +38,10 @@ const VERSION_FIRST: &str = "6.0";
 const COOKIE_BYTES_MAX: usize = 4_096;
 /// The session's cookie.
 const COOKIE_NAME: &str = "vmware_soap_session";
+
+/// How often a call is made in all while the host is busy, and the first pause; it doubles.
+const TRIES_MAX: u32 = 5;
+const PAUSE_MIN: Duration = Duration::from_millis(200);
 
 /// How long calls may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +76,8 @@ pub struct Client {
     http: reqwest::Client,
     url: Url,
     shown: Shown,
+    /// How long a call may take with all its tries.
+    patience: Duration,
     session: Mutex<Session>,
 }
 
@@ -110,7 +116,7 @@ impl Client {
             .timeout(times.call)
             .build()
             .map_err(|error| Failure::new(Code::Io, format!("cannot speak HTTPS: {error}")))?;
-        Ok(Self { host, config, http, url, shown, session: Mutex::default() })
+        Ok(Self { host, config, http, url, shown, patience: times.call, session: Mutex::default() })
     }
 
     /// What the host has where; logs in if nobody has.
@@ -197,7 +203,7 @@ impl Client {
 
     async fn log_out(&self, open: &Open) -> Result<(), CallError> {
         let request = Request::new("Logout", &open.content.session_manager);
-        match self.post(&request, &open.content.api_version, Some(&open.cookie)).await {
+        match self.post(&request, &open.content.api_version, Some(&open.cookie), Effect::None).await {
             Ok(_) => Ok(()),
             Err(CallError::Fault(fault)) if fault.kind == NOT_AUTHENTICATED => Ok(()),
             Err(error) => Err(error),
@@ -222,7 +228,7 @@ impl Client {
         let request = Request::new("Login", &content.session_manager)
             .text("userName", &self.config.user)
             .text("password", password.expose());
-        let (reply, headers) = self.post(&request, &content.api_version, None).await?;
+        let (reply, headers) = self.post(&request, &content.api_version, None, Effect::None).await?;
         let cookie = cookie_of(&headers).ok_or(CallError::Reply(SoapError::Lacks("a session")))?;
         let known = reply.child("returnval").and_then(|session| session.text_of("userName"));
         let user = known.unwrap_or(&self.config.user).into();
@@ -232,7 +238,7 @@ impl Client {
     async fn service_content(&self) -> Result<Content, CallError> {
         let request =
             Request::new("RetrieveServiceContent", &Moref::new("ServiceInstance", "ServiceInstance"));
-        let (reply, _) = self.post(&request, VERSION_FIRST, None).await?;
+        let (reply, _) = self.post(&request, VERSION_FIRST, None, Effect::None).await?;
         Ok(Content::of(&reply)?)
     }
 
@@ -242,7 +248,7 @@ impl Client {
     }
 
     async fn ask(&self, request: &Request, open: &Open, effect: Effect) -> Result<Element, CallError> {
-        let asked = self.post(request, &open.content.api_version, Some(&open.cookie)).await;
+        let asked = self.post(request, &open.content.api_version, Some(&open.cookie), effect).await;
         if let (Err(error), Effect::Some) = (&asked, effect)
             && error.may_have_had_effect()
         {
@@ -259,8 +265,35 @@ impl Client {
         }
     }
 
-    /// Sends a request, and reads the answer within the limits of time and bytes.
+    /// Sends a request, and again a little later while the host says that it is busy, or cannot be connected to: nothing
+    /// was begun then. All tries together take no longer than one call may.
+    ///
+    /// A request that changes something is sent again only where it cannot have been carried out; a 503 to one may come
+    /// from a proxy that has passed it on.
     async fn post(
+        &self,
+        request: &Request,
+        version: &str,
+        cookie: Option<&Cookie>,
+        effect: Effect,
+    ) -> Result<(Element, HeaderMap), CallError> {
+        let until = Instant::now() + self.patience;
+        let mut pause = PAUSE_MIN;
+        for _ in 1..TRIES_MAX {
+            match self.post_once(request, version, cookie).await {
+                Err(error) if error.is_busy(effect) && Instant::now() + pause < until => {
+                    tracing::debug!(host = %self.host, %error, "tried again later");
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+                answered => return answered,
+            }
+        }
+        self.post_once(request, version, cookie).await
+    }
+
+    /// Sends a request, and reads the answer within the limits of time and bytes.
+    async fn post_once(
         &self,
         request: &Request,
         version: &str,

@@ -66,6 +66,19 @@ impl CallError {
         }
     }
 
+    /// Whether to make the same call a little later may help, and cannot make it twice.
+    ///
+    /// 429 and 503 are "later" in HTTP's own words (RFC 6585, RFC 9110); 502 and 504 are a gateway's whose host is away.
+    pub(super) fn is_busy(&self, effect: Effect) -> bool {
+        match (self, effect) {
+            // A certificate that nobody vouches for is the same the next time.
+            (Self::NotSent(text), _) => !text.contains("certificate"),
+            (Self::Status(429), _) => true,
+            (Self::Status(502..=504), Effect::None) => true,
+            _ => false,
+        }
+    }
+
     /// The same without the password, should the host repeat it.
     #[must_use]
     pub fn without(self, password: &Secret) -> Self {
@@ -114,6 +127,7 @@ impl CallError {
             Self::Reply(_) => {
                 DriverError::permanent(Code::Io, says).hint("is the URL that of an ESXi or vCenter?")
             }
+            Self::Status(429) => DriverError::new(ErrorClass::Transient, Code::Io, says),
             Self::Status(status) if status >= 500 => DriverError::new(lost, Code::Io, says),
             Self::Status(_) => DriverError::permanent(Code::Io, says).hint("the URL usually ends in /sdk"),
             Self::Fault(fault) => told(&fault, host, effect),

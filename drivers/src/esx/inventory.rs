@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Disk, RunState};
 use snaptree_engine::driver::DriverError;
-use snaptree_engine::ids::DiskName;
 use snaptree_engine::operation::{Code, Failure};
 use uuid::Uuid;
 
@@ -14,6 +13,7 @@ use super::fault::CallError;
 use super::name::unescaped;
 use super::soap::{Element, Moref, Request, SoapError};
 use super::vim::{Object, Query, run_state};
+use crate::disks::{ListedDisk, named};
 
 /// Deepest folder of an inventory.
 const FOLDERS_MAX: usize = 64;
@@ -53,10 +53,8 @@ pub struct About {
     pub name: String,
     /// Its instance UUID, or its BIOS UUID where it has none.
     pub uuid: Option<String>,
-    /// Its disks that are in its snapshots.
+    /// Its disks.
     pub disks: Vec<Disk>,
-    /// Labels of those that are not.
-    pub independent: Vec<String>,
     /// Whether it is a template.
     pub template: bool,
 }
@@ -207,50 +205,41 @@ pub async fn about(client: &Client, vm: &Moref) -> Result<About, CallError> {
         name: unescaped(object.text("name").unwrap_or_default()),
         uuid: uuid(&object),
         disks: Vec::new(),
-        independent: Vec::new(),
         template: object.get("config.template").and_then(Element::flag) == Some(true),
     };
-    let devices = object.get("config.hardware.device").map(|devices| devices.children.as_slice());
-    for device in devices.unwrap_or_default().iter().filter(|d| d.xsi_type.as_deref() == Some("VirtualDisk"))
-    {
-        let mode =
-            device.child("backing").and_then(|backing| backing.text_of("diskMode")).unwrap_or_default();
-        if mode.starts_with("independent") {
-            let label = device.child("deviceInfo").and_then(|info| info.text_of("label"));
-            about.independent.push(label.unwrap_or("a disk").to_owned());
-            continue;
-        }
-        let bytes = device.text_of("capacityInBytes").and_then(|bytes| bytes.parse().ok());
-        let kilobytes =
-            || device.text_of("capacityInKB").and_then(|kb| kb.parse::<u64>().ok()).map(|kb| kb << 10);
-        let Ok(name) = DiskName::new(disk_name(about.disks.len())) else { continue };
-        let virtual_size_bytes = bytes.or_else(kilobytes).unwrap_or(0);
-        about.disks.push(Disk { name, path: None, virtual_size_bytes });
+    if let Some(devices) = object.get("config.hardware.device") {
+        about.disks = named(&[], disks(devices));
     }
     Ok(about)
 }
 
-/// `sda` to `sdz`, `sdaa` and on, as libvirt names the disks of ESX machines.
-fn disk_name(index: usize) -> String {
-    let letters = b"abcdefghijklmnopqrstuvwxyz";
-    let mut name = Vec::new();
-    let mut left = index + 1;
-    while left > 0 {
-        name.push(char::from(letters[(left - 1) % letters.len()]));
-        left = (left - 1) / letters.len();
-    }
-    name.push('d');
-    name.push('s');
-    name.iter().rev().collect()
+/// A machine's disks. Those that snapshots leave out come last.
+pub fn disks(devices: &Element) -> Vec<ListedDisk> {
+    let disks = devices.children.iter().filter(|device| device.xsi_type.as_deref() == Some("VirtualDisk"));
+    let listed = |device: &Element| {
+        let bytes = device.text_of("capacityInBytes").and_then(|bytes| bytes.parse().ok());
+        let kilobytes =
+            || device.text_of("capacityInKB").and_then(|kb| kb.parse::<u64>().ok()).map(|kb| kb << 10);
+        Some(ListedDisk {
+            place: device.text_of("key")?.to_owned(),
+            size_bytes: bytes.or_else(kilobytes),
+            left_out: device.child("backing").and_then(left_out).map(str::to_owned),
+        })
+    };
+    let mut listed: Vec<ListedDisk> = disks.filter_map(listed).collect();
+    listed.sort_by_key(|disk| disk.left_out.is_some());
+    listed
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn disks_are_named_as_libvirt_names_them() {
-        let names: Vec<String> = [0, 1, 25, 26, 27, 701, 702].map(disk_name).into();
-        assert_eq!(names, ["sda", "sdb", "sdz", "sdaa", "sdab", "sdzz", "sdaaa"]);
+/// Why snapshots leave a disk out, by what it is kept in (vSphere API: `VirtualDiskMode`,
+/// `VirtualDiskCompatibilityMode`).
+fn left_out(backing: &Element) -> Option<&'static str> {
+    match (backing.text_of("diskMode"), backing.text_of("compatibilityMode")) {
+        (_, Some("physicalMode")) => Some("a raw device in physical mode"),
+        (Some("independent_nonpersistent"), _) => {
+            Some("independent, and what was written to it is dropped when the machine is switched off")
+        }
+        (Some(mode), _) if mode.starts_with("independent") => Some("independent"),
+        _ => None,
     }
 }

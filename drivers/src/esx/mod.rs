@@ -53,6 +53,7 @@ use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::connection::ConnectionId;
 use snaptree_engine::{HostName, OperationId};
 
+use crate::disks::left_out_notes;
 pub use client::CallTimes;
 use client::{Client, Effect};
 pub use config::{EsxConfig, EsxOptions};
@@ -191,13 +192,10 @@ impl Driver for EsxDriver {
             let message = format!("'{}' is a template, and has no snapshots", about.name);
             return Err(Failure::new(Code::Unsupported, message).refused().into());
         }
-        let independent = about.independent.iter().map(|label| {
-            format!("{label} is independent: snapshots leave it out, and a revert does not touch it")
-        });
         let config = EsxConfig { host: options.host, vm: vm.id, uuid: about.uuid, name: about.name };
         Ok(Probe {
+            notes: left_out_notes(&about.disks),
             disks: about.disks,
-            notes: independent.collect(),
             config: serde_json::to_value(&config)
                 .map_err(|error| Failure::new(Code::Invalid, error.to_string()))?,
             capabilities: config::capabilities(),

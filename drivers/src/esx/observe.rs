@@ -14,17 +14,19 @@ use snaptree_engine::tree::SnapshotState;
 use super::client::{Client, Effect};
 use super::config::EsxConfig;
 use super::fault::CallError;
-use super::inventory::by_uuid;
+use super::inventory::{self, by_uuid};
 use super::name::{helper, unescaped, unmarked};
 use super::soap::{Element, Moref};
 use super::vim::{Listed, Object, Query, Task, run_state, snapshots, traversal};
+use crate::disks::{ListedDisk, named};
 
 /// How many machines are asked about in one request; the host answers in pages.
 pub const MACHINES_AT_ONCE: usize = 500;
 /// Longest question of a host that is repeated, in characters.
 const QUESTION_CHARS_MAX: usize = 300;
 
-const PATHS: [&str; 9] = [
+const PATHS: [&str; 10] = [
+    "config.hardware.device",
     "config.instanceUuid",
     "config.uuid",
     "guest.toolsRunningStatus",
@@ -48,6 +50,8 @@ pub struct Machine {
     pub current: Option<Moref>,
     /// Its UUIDs.
     pub uuids: Vec<String>,
+    /// Its disks; none where the host does not say.
+    pub disks: Option<Vec<ListedDisk>>,
     /// The rest.
     pub detail: Detail,
 }
@@ -137,6 +141,7 @@ impl Machine {
             power: run_state(object.text("runtime.powerState")),
             snapshots,
             current,
+            disks: object.get("config.hardware.device").map(inventory::disks),
             uuids: ["config.instanceUuid", "config.uuid"]
                 .into_iter()
                 .filter_map(|path| object.text(path).map(str::to_owned))
@@ -186,6 +191,8 @@ impl Machine {
                 state: Some(state),
             }
         };
+        let known = state.domain.as_ref().map_or(&[][..], |domain| domain.disks.as_slice());
+        let disks = self.disks.clone().map(|disks| named(known, disks));
         Ok(Observation {
             at,
             run_state: self.power,
@@ -194,6 +201,7 @@ impl Machine {
             unreadable: BTreeMap::new(),
             memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
+            disks,
             inside: BTreeMap::new(),
             generation: None,
             room: None,

@@ -1,7 +1,7 @@
 //! From a request to steps, and from an observation to what became of a step. Pure.
 
 use snaptree_engine::SnapshotId;
-use snaptree_engine::domain::RunState;
+use snaptree_engine::domain::{Disk, RunState};
 use snaptree_engine::driver::{Observation, Plan, Remedy, Resolution, SeenSnapshot, StepReport};
 use snaptree_engine::event::{
     DeleteWhat, MemoryKind, SnapshotCreateRequested, SnapshotDeleteRequested, SnapshotEdited,
@@ -114,8 +114,20 @@ impl Planner<'_> {
         if request.run_state == Some(RunState::Running) && comes_to != RunState::Running {
             steps.push(Action::Start.step("start".to_owned(), Reversal::ForwardOnly, Poison::Nothing)?);
         }
-        let lost = vec!["what the machine did since its last snapshot".to_owned()];
+        let mut lost = self.detached(request.snapshot);
+        lost.push("what the machine did since its last snapshot".to_owned());
         Ok(Plan { steps, lost, ..Plan::default() })
+    }
+
+    /// What a revert detaches, in words: a snapshot brings the machine's devices back, too.
+    fn detached(&self, snapshot: SnapshotId) -> Vec<String> {
+        let Some(known) = self.state.tree.get(snapshot) else { return Vec::new() };
+        let now = self.observation.disks.iter().flatten().filter(|disk| disk.left_out.is_none());
+        let gone = now.filter(|disk| !known.disks.contains(&disk.name));
+        let words = |disk: &Disk| {
+            format!("disk '{}', which the snapshot does not have: it is detached from the machine", disk.name)
+        };
+        gone.map(words).collect()
     }
 
     fn edit(&self, edit: &SnapshotEdited) -> Result<Plan, Failure> {

@@ -187,7 +187,7 @@ impl QemuConfig {
             )
         })?;
         let virtual_size_bytes = header.virtual_size_bytes;
-        Ok(Disk { name: name.clone(), path: Some(paths.given), virtual_size_bytes })
+        Ok(Disk::new(name.clone(), Some(paths.given), virtual_size_bytes))
     }
 }
 

@@ -169,6 +169,7 @@ fn snapshot(kept: ManifestSnapshot, layers: &LayerGraph) -> Snapshot {
         made_by,
         made_in,
         lost: false,
+        real_name: None,
         native: None,
         left_out: Vec::new(),
     }

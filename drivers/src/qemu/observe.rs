@@ -116,6 +116,7 @@ pub(super) fn observe(
         unreadable: BTreeMap::new(),
         memory: memory(state)?,
         foreign_dependants: BTreeMap::new(),
+        disks: None,
         inside: BTreeMap::new(),
         generation: None,
         room: room(&config.layers),

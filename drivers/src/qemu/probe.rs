@@ -129,8 +129,7 @@ pub(super) async fn disk(
     let bases = chain(&resolved, &header, taken)?;
     check_images(img, &resolved, &bases, notes).await?;
     note_internal_snapshots(&resolved, &header, notes);
-    let disk =
-        Disk { name: name.clone(), path: Some(given.clone()), virtual_size_bytes: header.virtual_size_bytes };
+    let disk = Disk::new(name.clone(), Some(given.clone()), header.virtual_size_bytes);
     let inside = Some(foreign_snapshots(&resolved)?);
     Ok((disk, DiskPaths { given, resolved, bases, inside }))
 }

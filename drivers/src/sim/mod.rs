@@ -440,11 +440,11 @@ fn disks(given: &[(DiskName, PathBuf)]) -> Result<Vec<Disk>, Failure> {
         if disks.iter().any(|known| known.name == *name) {
             return Err(Failure::new(Code::Invalid, format!("disk '{name}' is given twice")).refused());
         }
-        disks.push(Disk { name: name.clone(), path: None, virtual_size_bytes: DISK_BYTES });
+        disks.push(Disk::new(name.clone(), None, DISK_BYTES));
     }
     if disks.is_empty() {
         let name = DiskName::new("vda").map_err(|error| Failure::new(Code::Invalid, error.to_string()))?;
-        disks.push(Disk { name, path: None, virtual_size_bytes: DISK_BYTES });
+        disks.push(Disk::new(name, None, DISK_BYTES));
     }
     Ok(disks)
 }

@@ -91,6 +91,7 @@ impl Host for Machine {
         });
         let snapshots = snapshots.collect();
         Ok(Observation {
+            disks: None,
             at: Timestamp::now(),
             run_state: machine.power.run_state(),
             in_use: Vec::new(),

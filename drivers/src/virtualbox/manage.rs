@@ -201,17 +201,19 @@ fn last_percent(written: &[u8]) -> Option<u8> {
     text.parse::<u8>().ok().map(|percent| percent.min(100))
 }
 
+/// How much is told of what a failed call said.
+const WHY_LINES_MAX: usize = 3;
+const WHY_CHARS_MAX: usize = 600;
+
 /// What a failed call means.
 fn failure(what: &str, status: ExitStatus, stderr: &str) -> DriverError {
     let said: Vec<&str> =
         stderr.lines().filter_map(|line| line.strip_prefix("VBoxManage: error: ")).collect();
     let of = |mark: &str| said.iter().any(|line| line.contains(mark));
-    let first =
-        said.iter().find(|line| !line.starts_with("Details: ")).copied().unwrap_or(match status.code() {
-            None => "it was ended by a signal",
-            Some(_) => "it gave no reason",
-        });
-    let first: String = first.chars().filter(|c| !c.is_control()).take(400).collect();
+    let why = why(&said).unwrap_or_else(|| match status.code() {
+        None => "it was ended by a signal".to_owned(),
+        Some(_) => "it gave no reason".to_owned(),
+    });
     let passing =
         || PASSING.iter().any(|state| of(&format!("machine state: {state}"))) || of("while it is changing");
     let (class, code) = match status.code() {
@@ -238,8 +240,17 @@ fn failure(what: &str, status: ExitStatus, stderr: &str) -> DriverError {
         _ if of("VERR_DISK_FULL") => (ErrorClass::Permanent, Code::NoSpace),
         _ => (ErrorClass::Permanent, Code::Io),
     };
-    let failure = Failure::new(code, format!("VBoxManage {what} failed: {first}"));
+    let failure = Failure::new(code, format!("VBoxManage {what} failed: {why}"));
     DriverError { class, failure, source: None }
+}
+
+/// What it says went wrong: the first line says what could not be done, and the next one why.
+fn why(said: &[&str]) -> Option<String> {
+    let mut lines: Vec<&str> = said.iter().copied().filter(|line| !line.starts_with("Details: ")).collect();
+    lines.dedup();
+    lines.truncate(WHY_LINES_MAX);
+    let told = lines.join(" ").chars().filter(|c| !c.is_control()).take(WHY_CHARS_MAX).collect::<String>();
+    Some(told).filter(|told| !told.is_empty())
 }
 
 #[cfg(test)]
@@ -327,6 +338,19 @@ mod tests {
         ] {
             assert_eq!(class(code, &stderr), expected, "{stderr}");
         }
+    }
+
+    #[test]
+    fn the_reason_is_told_with_what_could_not_be_done() {
+        let stderr = "0%...\nProgress state: NS_ERROR_FAILURE\nVBoxManage: error: Could not open the medium 'd.vdi'.\n\
+                      VBoxManage: error: VD: error VERR_FILE_NOT_FOUND opening image file 'd.vdi'\n\
+                      VBoxManage: error: Details: code NS_ERROR_FAILURE (0x80004005), component MediumWrap\n";
+        let told = failure("snapshot", ExitStatus::from_raw(256), stderr).failure.message;
+        assert_eq!(
+            told,
+            "VBoxManage snapshot failed: Could not open the medium 'd.vdi'. VD: error VERR_FILE_NOT_FOUND opening image \
+             file 'd.vdi'"
+        );
     }
 
     #[test]

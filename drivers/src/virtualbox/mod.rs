@@ -22,6 +22,7 @@
 //! Code Map: `manage` (the program, and its errors), `settings` (the file), `mark` (how ours are known again), `observe`,
 //! `plan`, `step` (do, resolve, take back), `repair`, `notes` (of repairs, until the log has them).
 
+mod disks;
 mod manage;
 mod mark;
 mod notes;
@@ -36,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use snaptree_engine::OperationId;
 use snaptree_engine::domain::{Capabilities, Disk};
 use snaptree_engine::driver::{
     Driver, DriverError, ErrorClass, Observation, Plan, PowerWish, Probe, Registration, Resolution,
@@ -44,9 +46,9 @@ use snaptree_engine::driver::{
 use snaptree_engine::ids::NAME_BYTES_MAX;
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::{DiskName, OperationId};
 use uuid::Uuid;
 
+use crate::disks::left_out_notes;
 use crate::operation_lock::OperationLock;
 use manage::{Call, MOVING, Manage, QUICK};
 use notes::Notes;
@@ -110,6 +112,15 @@ pub fn gone(state: &DomainState) -> Option<Failure> {
     Machine::of(state).ok()?.gone()
 }
 
+/// The disks that a machine has now, as far as its settings tell; none where they cannot be read.
+pub fn disks_now(state: &DomainState) -> Option<Vec<Disk>> {
+    let machine = Machine::of(state).ok()?;
+    let text = observe::read_text(&machine.file).ok()??;
+    let settings = settings::read(&text, machine.file.parent()?).ok()?;
+    let known = &state.domain.as_ref()?.disks;
+    (settings.uuid == machine.uuid).then(|| disks::disks(known, &settings))
+}
+
 /// The file that stands for a machine among those of the registered domains; none of another driver's domain.
 pub fn file_of(state: &DomainState) -> Option<PathBuf> {
     Machine::of(state).ok().map(|machine| machine.file)
@@ -133,17 +144,17 @@ impl VirtualboxDriver {
         self.manage.ask(&["showvminfo", vm, "--machinereadable"], QUICK).await
     }
 
-    /// Its disks, named in the order of their places.
-    async fn disks(&self, images: impl Iterator<Item = &Uuid>) -> Result<Vec<Disk>, DriverError> {
-        let mut disks = Vec::new();
-        for (image, letter) in images.zip('a'..='z') {
-            let name = DiskName::new(format!("sd{letter}"));
-            let name = name.map_err(|error| DriverError::permanent(Code::Invalid, error.to_string()))?;
-            let info = self.manage.run(Call::quick(["showmediuminfo", "disk", &image.to_string()])).await?;
+    /// Its disks. How large one is that is no VDI has to be asked for.
+    async fn disks(&self, known: &[Disk], settings: &settings::Settings) -> Result<Vec<Disk>, DriverError> {
+        let mut disks = disks::disks(known, settings);
+        for disk in disks.iter_mut().filter(|disk| disk.virtual_size_bytes == 0) {
+            let image = disk.place.as_ref().and_then(|place| settings.images.get(place));
+            let Some(image) = image.map(Uuid::to_string) else { continue };
+            let info = self.manage.run(Call::quick(["showmediuminfo", "disk", &image])).await?;
             let megabytes =
                 info.lines().find_map(|line| line.strip_prefix("Capacity:")?.trim().strip_suffix(" MBytes"));
             let megabytes: u64 = megabytes.and_then(|number| number.parse().ok()).unwrap_or(0);
-            disks.push(Disk { name, path: None, virtual_size_bytes: megabytes << 20 });
+            disk.virtual_size_bytes = megabytes << 20;
         }
         Ok(disks)
     }
@@ -195,8 +206,9 @@ impl Driver for VirtualboxDriver {
         let machine = Machine { uuid, file };
         let config = serde_json::to_value(&machine);
         let config = config.map_err(|error| Failure::new(Code::Invalid, error.to_string()))?;
-        let disks = self.disks(detail.settings.images.values()).await?;
-        Ok(Probe { disks, config, capabilities: CAPABILITIES, notes: Vec::new() })
+        let disks = self.disks(&[], &detail.settings).await?;
+        let notes = left_out_notes(&disks);
+        Ok(Probe { disks, config, capabilities: CAPABILITIES, notes })
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {
@@ -215,7 +227,9 @@ impl Driver for VirtualboxDriver {
             let notes = Notes::of(&self.run_dir, machine.uuid, operation.id);
             detail.repairs.extend(notes.untold(state, operation.id)?);
         }
-        Ok(observe::observation(state, run_state, &detail)?)
+        let known = state.domain.as_ref().map_or(&[][..], |domain| domain.disks.as_slice());
+        let disks = Some(self.disks(known, &detail.settings).await?);
+        Ok(Observation { disks, ..observe::observation(state, run_state, &detail)? })
     }
 
     fn plan(

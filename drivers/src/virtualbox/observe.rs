@@ -178,6 +178,7 @@ pub(super) fn observation(
         unreadable: BTreeMap::new(),
         memory: BTreeMap::new(),
         foreign_dependants: BTreeMap::new(),
+        disks: None,
         inside: BTreeMap::new(),
         generation: None,
         room: room.clone(),

@@ -15,6 +15,7 @@ use snaptree_engine::tree::SnapshotState;
 use snaptree_engine::{OperationId, SnapshotId};
 use uuid::Uuid;
 
+use super::disks;
 use super::mark::Marked;
 use super::observe::{self, Detail, Found};
 use super::settings::Snap;
@@ -149,9 +150,9 @@ impl<'a> Planner<'a> {
             description: marked.write(),
             live: self.seen.run_state == RunState::Running,
         };
-        let disks = self.state.domain.as_ref().map_or(&[][..], |domain| &domain.disks);
+        let disks = self.state.domain.iter().flat_map(|domain| domain.snapshotted());
         self.plan.peak_space_bytes =
-            disks.iter().map(|disk| HEAD_BYTES + disk.virtual_size_bytes / BLOCK_BYTES * ENTRY_BYTES).sum();
+            disks.map(|disk| HEAD_BYTES + disk.virtual_size_bytes / BLOCK_BYTES * ENTRY_BYTES).sum();
         self.push(format!("take '{}'", request.name), Reversal::Undoable, Poison::Nothing, &action)
     }
 
@@ -188,6 +189,8 @@ impl<'a> Planner<'a> {
         if starts {
             self.push("start".to_owned(), Reversal::ForwardOnly, Poison::Nothing, &Action::Start)?;
         }
+        let known = self.seen.disks.as_deref().unwrap_or_default();
+        self.plan.lost.extend(disks::detached(known, &self.detail.settings, snap));
         self.plan.lost.push("what the machine did since its last snapshot".to_owned());
         Ok(())
     }
@@ -339,14 +342,19 @@ mod tests {
     use snaptree_engine::driver::Room;
 
     use super::*;
-    use crate::virtualbox::settings::{Medium, Settings};
+    use crate::virtualbox::settings::{Kind, Medium, Settings};
 
     const ONE: u128 = 1;
 
     /// A machine with one snapshot on a base of 100 MiB, upon which as much was written.
     fn detail() -> Detail {
         let (base, above) = (Uuid::from_u128(10), Uuid::from_u128(11));
-        let medium = |parent| Medium { file: "/vm/x.vdi".into(), format: "VDI".to_owned(), parent };
+        let medium = |parent| Medium {
+            file: "/vm/x.vdi".into(),
+            format: "VDI".to_owned(),
+            parent,
+            kind: Kind::Normal,
+        };
         let place = |image| BTreeMap::from([("sata-0-0".to_owned(), image)]);
         let snap = Snap {
             uuid: Uuid::from_u128(ONE),

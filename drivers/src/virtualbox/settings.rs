@@ -61,6 +61,34 @@ pub(super) struct Medium {
     pub format: String,
     /// The image that it is built upon.
     pub parent: Option<Uuid>,
+    /// What VirtualBox does with what is written to it.
+    #[serde(default)]
+    pub kind: Kind,
+}
+
+/// What VirtualBox does with what is written to an image, as the settings say it of the lowest one of a chain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Kind {
+    /// It is part of snapshots. So is one that several machines build upon.
+    #[default]
+    Normal,
+    Writethrough,
+    Shareable,
+    Readonly,
+    Immutable,
+}
+
+impl Kind {
+    fn of(word: Option<&String>) -> Self {
+        match word.map(String::as_str) {
+            Some("Writethrough") => Self::Writethrough,
+            Some("Shareable") => Self::Shareable,
+            Some("Readonly") => Self::Readonly,
+            Some("Immutable") => Self::Immutable,
+            _ => Self::Normal,
+        }
+    }
 }
 
 /// Why a settings file cannot be read.
@@ -249,6 +277,7 @@ impl Parser<'_> {
             file: self.folder.join(of.get("location").map_or("", String::as_str)),
             format: of.get("format").cloned().unwrap_or_default(),
             parent: self.media.last().copied(),
+            kind: Kind::of(of.get("type")),
         };
         self.media.push(uuid);
         self.found.media.insert(uuid, medium);

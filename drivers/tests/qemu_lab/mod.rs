@@ -541,6 +541,7 @@ impl Lab {
                     lost: false,
                     native: None,
                     left_out: Vec::new(),
+                    real_name: None,
                 };
                 self.apply(Some(operation), SnapshotCreated { snapshot }.into());
             }

@@ -272,8 +272,10 @@ impl Engine {
         let observation = driver.observe(&state).await.map_err(EngineError::Driver)?;
         let mut plan =
             driver.plan(OperationId::from_uuid(self.ids.next()), &request, &state, &observation)?;
-        if let Request::Revert(revert) = &request {
-            plan.left_out = state.left_by_revert(revert.snapshot);
+        match &request {
+            Request::Revert(revert) => plan.left_out = state.left_by_revert(revert.snapshot),
+            Request::Create(_) => plan.left_out.extend(state.domain.iter().flat_map(Domain::left_out)),
+            _ => {}
         }
         let policy = self.settings.merge_policy();
         space::check_plan(&request, &plan, &observation, policy.margin_bytes)?;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{RequestTerms, UnregisterWish};
-use crate::domain::{Access, Domain};
+use crate::domain::{Access, Disk, Domain};
 use crate::ids::DomainName;
 use crate::tree::Labels;
 
@@ -26,6 +26,9 @@ pub struct DomainChanged {
     /// How its machine is reached from now on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access: Option<Access>,
+    /// All disks that its machine has from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<Disk>>,
 }
 
 /// Payload: something that the hypervisor had left broken was put right.

@@ -74,6 +74,7 @@ impl SnapshotCreateRequested {
         Snapshot {
             id: self.snapshot,
             name: self.name.clone(),
+            real_name: None,
             description: self.description.clone(),
             parent: None,
             created: operation.learnt.taken.unwrap_or(operation.requested),
@@ -174,6 +175,9 @@ pub struct SnapshotEdited {
     /// The new name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<SnapshotName>,
+    /// The name at the hypervisor that the new one stands for, where it was changed there and cannot be the name here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub real_name: Option<String>,
     /// The new description; an empty one removes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -187,6 +191,7 @@ impl SnapshotEdited {
     pub(crate) fn apply(&self, snapshot: &mut Snapshot) {
         if let Some(name) = &self.name {
             snapshot.name = name.clone();
+            snapshot.real_name.clone_from(&self.real_name);
         }
         if let Some(description) = &self.description {
             snapshot.description = Some(description.clone()).filter(|text| !text.is_empty());
@@ -224,4 +229,12 @@ pub struct SnapshotAdopted {
     /// Snapshots of ours that stand upon it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub children: Vec<SnapshotId>,
+}
+
+impl SnapshotAdopted {
+    /// The snapshot with its name at the hypervisor, where that is another one.
+    pub(crate) fn known(&self) -> Snapshot {
+        let real_name = Some(self.listed_as.clone()).filter(|real| real != self.snapshot.name.as_str());
+        Snapshot { real_name, ..self.snapshot.clone() }
+    }
 }

@@ -29,6 +29,11 @@ pub enum Finding {
         /// What can be done about it.
         help: Option<String>,
     },
+    /// The machine has other disks than the log says.
+    DisksChanged {
+        /// How, in words.
+        changes: Vec<String>,
+    },
     /// The hypervisor no longer has a snapshot of the log, or a file that it reads from.
     SnapshotLost {
         /// The snapshot.
@@ -135,6 +140,9 @@ pub struct Drift {
     pub findings: BTreeSet<Finding>,
     /// Snapshots that somebody else made, and that were taken over just now.
     pub adopted: Vec<SnapshotName>,
+    /// How the machine's disks have changed, in words; taken over just now.
+    #[serde(default)]
+    pub disks: Vec<String>,
 }
 
 /// What a failed look tells of a machine that is not there; none if it only could not be looked at.
@@ -153,6 +161,10 @@ pub fn findings(state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
     // A hypervisor that merges by itself keeps the list of its snapshots by itself; elsewhere there are only layers.
     if state.domain.as_ref().is_some_and(|domain| domain.capabilities.merges_itself) {
         compare_snapshots(state, seen, &mut found);
+        if let (Some(domain), Some(disks)) = (&state.domain, &seen.disks) {
+            let changes = adopt::disk_changes(&domain.disks, disks);
+            found.extend((!changes.is_empty()).then_some(Finding::DisksChanged { changes }));
+        }
     } else if state.place() == Some(Place::Internal) {
         compare_inside(state, seen, &mut found);
     }
@@ -278,6 +290,7 @@ impl std::fmt::Display for Finding {
         match self {
             Self::MachineGone { why, help: Some(help) } => write!(f, "{why}; {help}"),
             Self::MachineGone { why, help: None } => f.write_str(why),
+            Self::DisksChanged { changes } => f.write_str(&changes.join("; ")),
             Self::SnapshotLost { name, .. } => write!(f, "snapshot '{name}' is lost: its data is not there"),
             Self::SnapshotFound { native, name } => {
                 write!(f, "the hypervisor has a snapshot '{name}' ({native}) that was not made by Snaptree")

@@ -21,7 +21,7 @@ impl Engine {
     pub async fn drift(&self, requester: &Requester, domain: DomainId) -> Result<Drift, EngineError> {
         let state = self.load_for_work(requester, domain).await?;
         if !state.open.is_empty() {
-            return Ok(Drift { findings: state.drift, adopted: Vec::new() });
+            return Ok(Drift { findings: state.drift, adopted: Vec::new(), disks: Vec::new() });
         }
         let seen = self.driver_of(&state)?.observe(&state).await;
         self.looked_at(requester, domain, state, seen).await
@@ -43,7 +43,7 @@ impl Engine {
                 findings.retain(|known| !matches!(known, Finding::MachineGone { .. }));
                 findings.insert(gone);
                 self.note(requester, &state, &findings).await?;
-                Ok(Drift { findings, adopted: Vec::new() })
+                Ok(Drift { findings, adopted: Vec::new(), disks: Vec::new() })
             }
         }
     }
@@ -83,7 +83,10 @@ impl Engine {
                     together.entry(connection).or_default().push((*domain, state))
                 }
                 Ok((None, state)) => {
-                    drifts.insert(*domain, Ok(Drift { findings: state.drift, adopted: Vec::new() }));
+                    drifts.insert(
+                        *domain,
+                        Ok(Drift { findings: state.drift, adopted: Vec::new(), disks: Vec::new() }),
+                    );
                 }
                 Err(error) => {
                     drifts.insert(*domain, Err(error));
@@ -145,6 +148,12 @@ impl Engine {
             _ => None,
         });
         let adopted: Vec<SnapshotName> = adopted.collect();
+        let changed = taken_over.iter().find_map(|event| match event {
+            Event::DomainChanged(changed) => changed.disks.as_deref(),
+            _ => None,
+        });
+        let before = state.domain.as_ref().map_or(&[][..], |domain| domain.disks.as_slice());
+        let disks = changed.map(|now| adopt::disk_changes(before, now)).unwrap_or_default();
         if !taken_over.is_empty() {
             self.record(requester, &state, taken_over).await?;
             state = self.load(domain).await?;
@@ -152,7 +161,7 @@ impl Engine {
         }
         let findings = drift::findings(&state, &seen);
         self.note(requester, &state, &findings).await?;
-        Ok(Drift { findings, adopted })
+        Ok(Drift { findings, adopted, disks })
     }
 
     /// What is to be taken over of what somebody else did at the hypervisor.

@@ -18,11 +18,8 @@ fn disk_name(name: &str) -> DiskName {
 }
 
 fn domain_disks(names: &[&str]) -> Vec<Disk> {
-    let disk = |name: &&str| Disk {
-        name: disk_name(name),
-        path: Some(PathBuf::from(format!("/images/{name}.qcow2"))),
-        virtual_size_bytes: 1 << 30,
-    };
+    let path = |name: &str| Some(PathBuf::from(format!("/images/{name}.qcow2")));
+    let disk = |name: &&str| Disk::new(disk_name(name), path(name), 1 << 30);
     names.iter().map(disk).collect()
 }
 
@@ -66,6 +63,7 @@ fn snapshot(name: &str, disks: &[&str]) -> Snapshot {
         made_by: Actor::Engine,
         made_in: Some(OperationId::from_uuid(Uuid::from_u128(2))),
         lost: false,
+        real_name: None,
         native: None,
         left_out: Vec::new(),
     }

@@ -71,10 +71,7 @@ impl History {
             id: DomainId::from_uuid(uuid(1)),
             name: DomainName::new("web").unwrap(),
             driver: DriverKind::Qemu,
-            disks: disks
-                .iter()
-                .map(|disk| Disk { name: self::disk(disk), path: None, virtual_size_bytes: 1 << 20 })
-                .collect(),
+            disks: disks.iter().map(|disk| Disk::new(self::disk(disk), None, 1 << 20)).collect(),
             config: serde_json::Value::Null,
             labels: BTreeMap::new(),
             capabilities: capabilities(),
@@ -164,6 +161,7 @@ impl History {
             made_by: Actor::User("ada".to_owned()),
             made_in: Some(OperationId::from_uuid(uuid(7))),
             lost: false,
+            real_name: None,
             native: None,
             left_out: Vec::new(),
         }

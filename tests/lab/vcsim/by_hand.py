@@ -4,6 +4,8 @@
     by_hand.py URL USER PASSWORD take MACHINE NAME        takes a snapshot
     by_hand.py URL USER PASSWORD revert MACHINE NAME      goes back to one
     by_hand.py URL USER PASSWORD remove MACHINE NAME      deletes one
+    by_hand.py URL USER PASSWORD attach MACHINE MODE      attaches a new disk of that mode (persistent, ...)
+    by_hand.py URL USER PASSWORD detach MACHINE LABEL     detaches the disk of that label
 
 The certificate is not verified: it is the simulator's, on this machine.
 """
@@ -58,6 +60,21 @@ def wait(task):
         raise SystemExit(f"the task failed: {task.info.error}")
 
 
+def changed(machine, act, what):
+    disks = [device for device in machine.config.hardware.device if isinstance(device, vim.vm.device.VirtualDisk)]
+    spec = vim.vm.device.VirtualDeviceSpec()
+    if act == "detach":
+        spec.operation = "remove"
+        spec.device = next(disk for disk in disks if disk.deviceInfo.label == what)
+        return spec
+    spec.operation, spec.fileOperation = "add", "create"
+    backing = vim.vm.device.VirtualDisk.FlatVer2BackingInfo(fileName="", diskMode=what, thinProvisioned=True)
+    spec.device = vim.vm.device.VirtualDisk(
+        key=-1, controllerKey=disks[0].controllerKey, unitNumber=len(disks) + 1, capacityInKB=4096, backing=backing
+    )
+    return spec
+
+
 def main(url, user, password, act, *rest):
     at = urlparse(url)
     context = ssl._create_unverified_context()
@@ -72,6 +89,9 @@ def main(url, user, password, act, *rest):
         machine, name = machines[rest[0]], rest[1]
         if act == "take":
             wait(machine.CreateSnapshot_Task(name=name, description="by hand", memory=False, quiesce=False))
+            return
+        if act in ("attach", "detach"):
+            wait(machine.ReconfigVM_Task(vim.vm.ConfigSpec(deviceChange=[changed(machine, act, name)])))
             return
         found = next(node.snapshot for node, _ in tree(machine) if unquote(node.name) == name)
         if act == "revert":

@@ -71,6 +71,7 @@ impl Host for Layered {
 
     fn observe(found: Option<(Self, Freshness)>, domain: &Domain) -> Result<Observation, Failure> {
         let mut seen = Observation {
+            disks: None,
             at: Timestamp::now(),
             run_state: snaptree_engine::domain::RunState::Off,
             in_use: Vec::new(),

@@ -125,6 +125,7 @@ impl Driver for Flaky {
             unreadable: BTreeMap::new(),
             memory: BTreeMap::new(),
             foreign_dependants: BTreeMap::new(),
+            disks: None,
             inside: BTreeMap::new(),
             generation: None,
             room: None,

@@ -1,6 +1,7 @@
 //! How an operation ends: the events that make its request true, and the account of it.
 
 use crate::around::HookEnd;
+use crate::domain::Domain;
 use crate::driver::Learnt;
 use crate::engine::EngineError;
 use crate::event::{
@@ -49,6 +50,7 @@ impl Worker<'_> {
                 snapshot.state = learnt.state.unwrap_or(SnapshotState::Shutoff);
                 snapshot.native = learnt.native;
                 snapshot.left_out = learnt.left_out;
+                snapshot.left_out.extend(self.state.domain.iter().flat_map(Domain::left_out));
                 if matches!(snapshot.state, SnapshotState::Shutoff | SnapshotState::DiskSnapshot) {
                     snapshot.memory = MemoryKind::No;
                 }

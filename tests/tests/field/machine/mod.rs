@@ -4,6 +4,7 @@
 mod disks;
 #[cfg(feature = "lab")]
 mod left_out;
+mod listed_disks;
 #[cfg(feature = "lab")]
 mod options;
 #[cfg(feature = "lab")]

@@ -1,1 +1,3 @@
 //! N: one name, one owner.
+
+mod by_hand;
