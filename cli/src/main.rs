@@ -25,6 +25,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use snaptree_drivers::child;
 
 use crate::args::suggest::improved;
 use crate::args::{Cli, Command};
@@ -32,6 +33,10 @@ use crate::context::Context;
 use crate::exit::{Exit, Trouble};
 
 fn main() -> ExitCode {
+    if let Some(code) = child::become_leashed(std::env::args_os()) {
+        return ExitCode::from(code);
+    }
+    child::leash_children();
     let words: Vec<OsString> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&words) {
         Ok(cli) => cli,

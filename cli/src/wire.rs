@@ -86,6 +86,9 @@ pub struct Registering {
     /// `qemu`: convert a raw image.
     #[serde(default)]
     pub convert: bool,
+    /// `qemu`: mend an image that was not closed.
+    #[serde(default)]
+    pub repair: bool,
     /// `qemu`: who runs it.
     #[serde(default)]
     pub runs: RunsWish,
@@ -114,6 +117,7 @@ impl Registering {
             layers: None,
             keep_path: false,
             convert: false,
+            repair: false,
             runs: RunsWish::default(),
             agent: None,
             profile: None,

@@ -1,5 +1,6 @@
 //! The hypervisors that Snaptree drives, one folder each, all behind the engine's `Driver` trait.
 
+pub mod child;
 mod disks;
 pub mod esx;
 mod failing;

@@ -111,8 +111,7 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
         }
         Command::Set { name, labels, access } => {
             if access.is_some() {
-                // Steps in hand go by how the machine was reached when they were planned.
-                nothing_open(state)?;
+                nothing_in_hand(state)?;
             }
             let labels = merged(&domain.labels, labels)?;
             DomainChanged { name: name.clone(), labels, access: None, disks: None }.into()
@@ -136,7 +135,7 @@ fn giving_up(
     ctx: &Ctx,
 ) -> Result<Vec<Event>, Rejection> {
     match request {
-        Command::Create(_) | Command::Unregister(_) => {}
+        Command::Create(_) | Command::Delete(_) | Command::Unregister(_) => {}
         _ => return Err(reject(Code::Invalid, "nothing can be given up for this request")),
     }
     if names.len() > GIVEN_UP_MAX || names.iter().any(|name| name.len() > INSIDE_NAME_BYTES_MAX) {
@@ -539,6 +538,21 @@ fn nothing_open(state: &DomainState) -> Result<(), Rejection> {
     }
     Err(reject(Code::Invalid, "operations of this domain are still open")
         .hint("`snaptree op list` shows them, `snaptree recover` finishes them"))
+}
+
+/// Steps in hand go by how the machine was reached when they were planned. One that needs attention may need it for
+/// just that, and is resolved anew before it goes on; what of it the driver must not lose, the driver knows.
+fn nothing_in_hand(state: &DomainState) -> Result<(), Rejection> {
+    let rests =
+        |operation: &&Operation| matches!(operation.phase, Phase::NeedsAttention { .. } | Phase::Requested);
+    let Some(open) = state.open.iter().find(|operation| !rests(operation)) else { return Ok(()) };
+    let message = format!(
+        "the {} {} of this domain is in hand, and goes by how the machine was reached when it was planned",
+        open.request.kind(),
+        open.id
+    );
+    Err(reject(Code::Invalid, message)
+        .hint("`snaptree recover` finishes it, or finds that it needs attention: then this can be changed"))
 }
 
 fn unregister(state: &DomainState, wish: UnregisterWish, ctx: &Ctx) -> Result<Event, Rejection> {

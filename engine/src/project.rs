@@ -11,7 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::around::HookStages;
 use crate::domain::Domain;
 use crate::driver::{Learnt, SeenSnapshot};
-use crate::event::{Actor, DeleteWhat, Envelope, Event, MergeWish, Place, SnapshotDeleted, SystemRestored};
+use crate::event::{
+    Actor, DeleteWhat, Envelope, Event, MergeWish, Place, SnapshotDeleteRequested, SnapshotDeleted,
+    SystemRestored,
+};
 use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
 use crate::layer::{LayerChange, LayerGraph};
 use crate::operation::{IllegalHistory, Operation, Phase, Poison, Request, Verdict};
@@ -37,6 +40,9 @@ pub struct Tombstone {
     pub native: Option<String>,
     /// When its data was asked to be folded away.
     pub wish: MergeWish,
+    /// What somebody else keeps inside its layers and may go with them, by its name there.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub give_up: BTreeSet<String>,
     /// Why it is not folded away yet, if that was found out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deferred: Option<String>,
@@ -254,6 +260,7 @@ impl DomainState {
                 deleted_by: envelope.actor.clone(),
                 seq: envelope.seq,
                 wish: MergeWish::Auto,
+                give_up: BTreeSet::new(),
                 native: None,
                 deferred: None,
             };
@@ -294,7 +301,14 @@ impl DomainState {
             self.forgotten.extend(native.map(Forgotten::Native));
         }
         let by = (&envelope.actor, envelope.at, envelope.seq);
+        let give_up = match open.map(|open| &open.request) {
+            Some(Request::Delete(request)) => request.request.give_up.clone(),
+            _ => BTreeSet::new(),
+        };
         self.bury(id, wish, by, if deleted.stays { Remains::Listed } else { Remains::InLayers });
+        if let Some(tombstone) = self.tombstones.get_mut(&id) {
+            tombstone.give_up = give_up;
+        }
     }
 
     /// Takes a snapshot out of the tree; what is still held of it becomes a tombstone.
@@ -310,7 +324,16 @@ impl DomainState {
         if let Some(snapshot) = self.tree.get(id).filter(|_| stands) {
             let (name, native) = (snapshot.name.clone(), snapshot.native.clone());
             let deleted_by = by.clone();
-            let tombstone = Tombstone { name, deleted: at, deleted_by, seq, native, wish, deferred: None };
+            let tombstone = Tombstone {
+                name,
+                deleted: at,
+                deleted_by,
+                seq,
+                native,
+                wish,
+                give_up: BTreeSet::new(),
+                deferred: None,
+            };
             self.tombstones.insert(id, tombstone);
         }
         self.tree.delete(id);
@@ -329,15 +352,19 @@ impl DomainState {
             seq: envelope.seq,
             native: None,
             wish: MergeWish::Auto,
+            give_up: BTreeSet::new(),
             deferred: None,
         };
         self.tombstones = restored.tombstones.iter().map(|(id, name)| (*id, tombstone(name))).collect();
     }
 
     /// The state as it would be if these were deleted now.
-    pub(crate) fn delete_all(&mut self, ids: &[SnapshotId], wish: MergeWish, by: &Actor, at: Timestamp) {
-        for id in ids {
-            self.bury(*id, wish, (by, at, self.seq), Remains::InLayers);
+    pub(crate) fn delete_all(&mut self, delete: &SnapshotDeleteRequested, by: &Actor, at: Timestamp) {
+        for id in &delete.snapshots {
+            self.bury(*id, delete.merge, (by, at, self.seq), Remains::InLayers);
+            if let Some(tombstone) = self.tombstones.get_mut(id) {
+                tombstone.give_up.clone_from(&delete.request.give_up);
+            }
         }
     }
 

@@ -179,6 +179,9 @@ pub struct AddArgs {
     /// Convert a raw image to qcow2, in its place
     #[arg(long)]
     pub convert: bool,
+    /// Mend an image whose machine was killed (lazy_refcounts) now, as QEMU would when it is next started
+    #[arg(long)]
+    pub repair: bool,
     /// QEMU's QMP socket, by which the machine is reached while it runs
     #[arg(long, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,

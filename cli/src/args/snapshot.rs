@@ -181,6 +181,9 @@ pub struct DeleteArgs {
     /// Merge later
     #[arg(long)]
     pub defer: bool,
+    /// Give up a dirty bitmap of this name that a merge would drop; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub give_up: Vec<String>,
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,

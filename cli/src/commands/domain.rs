@@ -84,6 +84,7 @@ async fn add(context: &Context, args: AddArgs) -> Result<Exit> {
         layers: args.layers.map(absolute).transpose()?,
         keep_path: args.keep_path,
         convert: args.convert,
+        repair: args.repair,
         runs: RunsWish {
             qmp: args.qmp.map(absolute).transpose()?,
             start: args.start,
@@ -119,6 +120,7 @@ fn misplaced(args: &AddArgs, driver: DriverKind) -> Result<(), Trouble> {
         ("--layers", args.layers.is_some(), &[DriverKind::Qemu][..]),
         ("--keep-path", args.keep_path, &[DriverKind::Qemu]),
         ("--convert", args.convert, &[DriverKind::Qemu]),
+        ("--repair", args.repair, &[DriverKind::Qemu]),
         ("--qmp", args.qmp.is_some(), &[DriverKind::Qemu]),
         ("--start", args.start.is_some(), &[DriverKind::Qemu]),
         ("--launch", args.launch.is_some(), &[DriverKind::Qemu]),

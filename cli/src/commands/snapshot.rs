@@ -150,8 +150,8 @@ pub async fn delete(context: &Context, args: DeleteArgs) -> Result<Exit> {
     };
     let what = if args.metadata { DeleteWhat::Metadata } else { DeleteWhat::Snapshot };
     let delete = Delete { snapshots, scope, what, merge, reasons: Vec::new() };
-    let asked =
-        Asked { domain: &args.domain, command: Command::Delete(delete), key: None, wait: args.wait.wait() };
+    let command = giving_up(args.give_up, Command::Delete(delete));
+    let asked = Asked { domain: &args.domain, command, key: None, wait: args.wait.wait() };
     if args.dry_run.dry_run {
         return dry_run(context, &asked).await;
     }

@@ -15,7 +15,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde::Deserialize;
 use snaptree_drivers::esx::EsxOptions;
-use snaptree_drivers::qemu::{AccessWish, PathWish, QemuOptions, RawWish, bases_of, files_of};
+use snaptree_drivers::qemu::{AccessWish, PathWish, QemuOptions, RawWish, RepairWish, bases_of, files_of};
 use snaptree_drivers::sim::{Profile, SimOptions};
 use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
 use snaptree_engine::command::Command;
@@ -175,9 +175,10 @@ async fn qemu_options(engine: &Engine, registering: &Registering) -> Result<serd
     let layers_dir = registering.layers.clone();
     let keep_path = if registering.keep_path { PathWish::Keep } else { PathWish::Follow };
     let raw = if registering.convert { RawWish::Convert } else { RawWish::Refuse };
+    let repair = if registering.repair { RepairWish::Mend } else { RepairWish::Leave };
     let bases = files_of_all(engine, bases_of).await?;
     let (runs, agent) = (registering.runs.clone(), registering.agent.clone());
-    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, bases, runs, agent })?)
+    Ok(serde_json::to_value(QemuOptions { layers_dir, keep_path, raw, repair, bases, runs, agent })?)
 }
 
 /// What only the esx driver understands, and the machines of its host that are registered already.

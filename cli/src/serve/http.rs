@@ -400,7 +400,12 @@ async fn find(daemon: &Daemon, id: &str) -> Result<OperationRow, Failure> {
     Ok(rows.pop().ok_or_else(unknown)?)
 }
 
-async fn recover(State(daemon): Shared) -> Answer<Accounts> {
+async fn recover(
+    State(daemon): Shared,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+) -> Answer<Accounts> {
+    let requester = peer.requester(&headers);
     let filter = OperationFilter { open: Some(OpenOnly), ..OperationFilter::default() };
     let mut domains: BTreeMap<DomainId, DomainName> = BTreeMap::new();
     for row in daemon.engine.log().operations(&filter, usize::MAX >> 1).await? {
@@ -410,7 +415,10 @@ async fn recover(State(daemon): Shared) -> Answer<Accounts> {
     let mut passes = Vec::with_capacity(domains.len());
     for (domain, name) in domains {
         match daemon.engine.load(domain).await {
-            Ok(state) => passes.push((name, domain, state, daemon.dispatcher.run(domain, Wish::Drive))),
+            Ok(state) => {
+                daemon.engine.retry_what_may_pass(&requester, &state).await?;
+                passes.push((name, domain, state, daemon.dispatcher.run(domain, Wish::Drive)));
+            }
             Err(error) if error.spares_others() => came_to.left_out.push(LeftOut::new(name, error)),
             Err(error) => return Err(error.into()),
         }

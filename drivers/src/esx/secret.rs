@@ -1,15 +1,17 @@
 //! Where a host's password comes from. The log keeps that, and never the password.
 
+use std::convert::Infallible;
+use std::ffi::OsString;
 use std::fmt;
-use std::path::PathBuf;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use snaptree_engine::driver::DriverError;
 use snaptree_engine::operation::Code;
 use tokio::io::AsyncReadExt as _;
-use tokio::process::Command;
+
+use crate::child::{self, Bound};
 
 /// Longest password, in bytes.
 const PASSWORD_BYTES_MAX: u64 = 4_096;
@@ -69,8 +71,10 @@ impl PasswordSource {
             Self::File(path) => {
                 let unreadable =
                     |error: std::io::Error| self.unusable(format!("cannot read {}: {error}", path.display()));
-                let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-                limited(file).await.map_err(unreadable)?
+                let read = async { limited(tokio::fs::File::open(path).await?).await };
+                // It may be a pipe that nobody writes.
+                let read = tokio::time::timeout(COMMAND_TIME_MAX, read).await;
+                read.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).map_err(unreadable)?
             }
             Self::Environment(name) => std::env::var(name)
                 .map_err(|_| self.unusable(format!("environment variable {name} is not set, or no text")))?,
@@ -84,21 +88,29 @@ impl PasswordSource {
     }
 
     async fn printed_by(&self, command: &str) -> Result<String, DriverError> {
-        let mut child = Command::new("sh")
-            .args(["-c", command])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
+        let arguments = ["-c", command].map(OsString::from);
+        let mut child = child::spawn(Path::new("sh"), &arguments, &[], Bound::ToUs)
             .map_err(|error| self.unusable(format!("cannot run sh: {error}")))?;
-        let output = child.stdout.take();
-        let work = async {
+        let (output, said) = child.streams();
+        // What it says otherwise is read, so that it never waits for us, and not told: it may be about the password.
+        let heard = async {
+            if let Some(mut said) = said {
+                let _ = tokio::io::copy(&mut said, &mut tokio::io::sink()).await;
+            }
+            std::future::pending::<Infallible>().await
+        };
+        let printed = async {
             let text = match output {
                 Some(output) => limited(output).await?,
                 None => String::new(),
             };
             Ok::<_, std::io::Error>((text, child.wait().await?))
+        };
+        let work = async {
+            tokio::select! {
+                printed = printed => printed,
+                never = heard => match never {},
+            }
         };
         match tokio::time::timeout(COMMAND_TIME_MAX, work).await {
             Ok(Ok((text, status))) if status.success() => Ok(text),

@@ -93,6 +93,7 @@ impl Adopt {
         work.reached("qemu.adopt.begin");
         let mut locks = QemuLocks::default();
         if self.turn.stand_now()? == Stand::Before {
+            self.mend(work).await?;
             self.make_own_backing_absolute(work).await?;
             self.link().await?;
             work.reached("qemu.adopt.linked");
@@ -130,6 +131,15 @@ impl Adopt {
             Under::Nobody => QemuLocks::take([self.file.as_path()]),
             Under::Guest => Ok(QemuLocks::default()),
         }
+    }
+
+    async fn mend(&self, work: Work<'_>) -> Result<(), DriverError> {
+        if !self.unclosed {
+            return Ok(());
+        }
+        check_unused(&self.resolved)?;
+        work.img.mend(Some(work.lock), &self.resolved).await?;
+        sync(&self.resolved).await
     }
 
     /// A relative backing name would be looked for in the layers folder.
@@ -175,7 +185,7 @@ impl Adopt {
 
     /// The image is as it was at planning; a rewritten header changes the time alone.
     fn check_untouched(&self, found: FileStamp) -> Result<(), DriverError> {
-        if self.under == Under::Guest {
+        if self.under == Under::Guest || self.unclosed {
             return self.check_same_inode_as(found);
         }
         let expected = FileStamp {

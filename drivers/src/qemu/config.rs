@@ -61,6 +61,17 @@ impl LeftOut {
     }
 }
 
+/// What becomes of an image that was not closed by who wrote it last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RepairWish {
+    /// It is left to QEMU, which mends it when the machine is next started.
+    #[default]
+    Leave,
+    /// It is mended now (`qemu-img check -r all`), if no machine has it.
+    Mend,
+}
+
 /// The options of a registration: [`Registration::options`](snaptree_engine::driver::Registration::options).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -71,6 +82,8 @@ pub struct QemuOptions {
     pub keep_path: PathWish,
     /// What becomes of raw images.
     pub raw: RawWish,
+    /// What becomes of images that were not closed.
+    pub repair: RepairWish,
     /// Files that other domains are built upon and only read (see [`bases_of`]), with the domain's name. Such a file
     /// cannot be registered as a disk, but a disk may be built upon it.
     pub bases: BTreeMap<PathBuf, DomainName>,
@@ -124,6 +137,9 @@ pub struct DiskPaths {
     /// What the image was built upon when it was registered, nearest first. Snaptree only reads these files.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<PathBuf>,
+    /// The name of what it was built upon, as it stood in its header, where that was a relative one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relative_base: Option<PathBuf>,
     /// The snapshots that somebody else had made inside it by then, which the user was told of; none where nobody looked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inside: Option<BTreeSet<String>>,

@@ -16,7 +16,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 use snaptree_engine::{DiskName, DomainName, SnapshotId};
 
-use super::config::{DiskPaths, QemuConfig, RawWish};
+use super::config::{DiskPaths, QemuConfig, RawWish, RepairWish};
 use super::files::{self, Doing};
 use super::img::QemuImg;
 use super::internal::is_internal;
@@ -156,7 +156,8 @@ impl QemuConfig {
         }
         let image = (name, given, resolved);
         let mut notes = Vec::new();
-        let (found, paths) = disk(img, image, (RawWish::Refuse, &owned[0]), &mut notes).await?;
+        let (found, paths) =
+            disk(img, image, (RawWish::Refuse, RepairWish::Leave, &owned[0]), &mut notes).await?;
         notes.iter().for_each(|note| tracing::warn!("{note}"));
         check_place(&self.layers, self.keep_path, name, &paths)?;
         self.disks.insert(name.clone(), paths);

@@ -41,6 +41,11 @@ pub(super) fn check(
     }
     let exempt = exempt(state);
     for (disk, paths) in &config.disks {
+        let unfit = |base: &&PathBuf| seen.unreadable.contains_key(*base);
+        if let Some(base) = paths.bases.iter().find(unfit) {
+            let reason = &seen.unreadable[base];
+            return Err(drift(format!("disk '{disk}' is built upon {}: {reason}", base.display())));
+        }
         let layers = state.layers.disks.get(disk);
         let active = layers.and_then(|layers| layers.active_layer());
         check_top(active.map_or(&paths.resolved, |(_, layer)| &layer.file), seen)?;

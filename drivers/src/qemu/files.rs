@@ -62,10 +62,50 @@ pub(super) fn facts(path: &Path) -> Result<(FileFacts, Metadata, Header), ReadEr
     Ok((facts, metadata, header))
 }
 
-/// Opens for reading; a pipe or a device in an image's place must not make the open wait.
+/// Opens a regular file for reading. What is none is not opened at all: a pipe would make the open wait, and a device may
+/// do something when it is opened.
 pub(super) fn open_image(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY).open(path)
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    // It may be another one by now.
+    if !file.metadata()?.is_file() || is_the_kernels(rustix::fs::fstatfs(&file)?.f_type) {
+        return Err(io::Error::other("it is no file on a disk"));
+    }
+    Ok(file)
+}
+
+/// Why something cannot be a part of a disk, if it cannot: a pipe, a socket, a device that is no block device, a file that
+/// the kernel makes up. It is not opened to know that.
+pub(super) fn unfit(path: &Path) -> io::Result<Option<&'static str>> {
+    use std::os::unix::fs::FileTypeExt;
+    let kind = fs::metadata(path)?.file_type();
+    if kind.is_block_device() {
+        return Ok(None);
+    }
+    if !kind.is_file() {
+        return Ok(Some("no regular file"));
+    }
+    let made_up = is_the_kernels(rustix::fs::statfs(path)?.f_type);
+    Ok(made_up.then_some("a file of the kernel's, on no disk"))
+}
+
+/// `/dev/stdin`, `/dev/fd/3`, `/proc/self/fd/3`: what they lead to depends on who opens them.
+pub(super) fn is_of_the_process(path: &Path) -> bool {
+    path.starts_with("/proc")
+        || path.starts_with("/dev/fd")
+        || ["/dev/stdin", "/dev/stdout", "/dev/stderr"].iter().any(|name| path == Path::new(name))
+}
+
+/// The magic numbers of procfs, sysfs, debugfs, tracefs, securityfs, both cgroup file systems and the pipes'
+/// (`linux/magic.h`).
+fn is_the_kernels(kind: rustix::fs::FsWord) -> bool {
+    const MADE_UP: [u32; 8] =
+        [0x9fa0, 0x6265_6572, 0x6462_6720, 0x7472_6163, 0x7363_6673, 0x0027_e0eb, 0x6367_7270, 0x5049_5045];
+    u32::try_from(kind).is_ok_and(|kind| MADE_UP.contains(&kind))
 }
 
 /// Syncs a file or a folder, on a thread that may wait for the disk.

@@ -6,19 +6,21 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use serde_json::json;
 use snaptree_engine::driver::{CallOff, DriverError, ErrorClass, Progress, StepContext, StepProgress};
 use snaptree_engine::operation::Code;
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::Command;
 
+use super::bitmaps::Bitmap;
+use super::qcow2::FormatOptions;
+use crate::child::{self, Bound};
 use crate::operation_lock::OperationLock;
 
-/// For what reads all tables of an image.
-const CHECKING: Duration = Duration::from_secs(600);
+/// For what reads all tables of an image. Whoever asks for it has the state's lock meanwhile.
+const CHECKING: Duration = Duration::from_secs(60);
 /// What a shell adds to a signal's number for its exit code.
 const SHELL_SIGNALLED: i32 = 128;
 /// What the C library says of errors that pass: the host was short of something, or a file server was away.
@@ -115,17 +117,22 @@ impl QemuImg {
         Self { program, times: ToolTimes::default(), speed_bytes: 0 }
     }
 
-    /// Makes an empty overlay. The caller has made `file` itself, exclusively.
+    /// Makes an empty overlay, laid out as QEMU does by default where nothing is said of it. The caller has made `file`
+    /// itself, exclusively.
     pub(super) async fn create(
         &self,
         lock: &OperationLock,
         file: &Path,
         on: &Path,
         virtual_size_bytes: u64,
+        format: Option<FormatOptions>,
     ) -> Result<(), DriverError> {
         let size = virtual_size_bytes.to_string();
-        let args = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"].map(OsStr::new);
-        let args = args.into_iter().chain([on.as_os_str(), file.as_os_str(), OsStr::new(&size)]);
+        let options = as_options(format);
+        let args = ["create", "-q", "-u", "-f", "qcow2"].map(OsStr::new).into_iter();
+        let args = args.chain(options.iter().map(OsString::as_os_str));
+        let args = args.chain(["-F", "qcow2", "-b"].map(OsStr::new));
+        let args = args.chain([on.as_os_str(), file.as_os_str(), OsStr::new(&size)]);
         self.done("create", file, Run::quick(args).lock(lock)).await
     }
 
@@ -222,17 +229,42 @@ impl QemuImg {
         self.done("commit", from, Run::moving(args).lock(lock).patron(patron)).await
     }
 
-    /// Copies an image of `format`, with all that it is built upon, into one qcow2 file.
+    /// Adds what a dirty bitmap of `from` has marked to the one of the same name in `into`, which is made if it is not
+    /// there.
+    pub(super) async fn merge_bitmap(
+        &self,
+        lock: &OperationLock,
+        (from, bitmap): (&Path, &Bitmap),
+        into: &Path,
+        is_there: IsThere,
+    ) -> Result<(), DriverError> {
+        let granularity = bitmap.granularity_bytes.to_string();
+        let mut args = vec!["bitmap".into()];
+        if is_there == IsThere::No {
+            args.extend(["--add", "-g", &granularity].map(OsString::from));
+        }
+        args.extend(["--merge", &bitmap.name].map(OsString::from));
+        if is_there == IsThere::No && !bitmap.records {
+            args.push("--disable".into());
+        }
+        args.extend(["-F".into(), "qcow2".into(), "-b".into(), from.into(), "-f".into(), "qcow2".into()]);
+        args.extend([into.into(), OsString::from(&bitmap.name)]);
+        self.done("bitmap", into, Run::quick(args.iter().map(OsString::as_os_str)).lock(lock)).await
+    }
+
+    /// Copies an image of `format`, with all that it is built upon, into one qcow2 file, laid out as `like` says.
     pub(super) async fn convert(
         &self,
         lock: Option<&OperationLock>,
-        format: &str,
-        from: &Path,
+        (from, format): (&Path, &str),
         into: &Path,
+        like: Option<FormatOptions>,
         patron: Patron<'_>,
     ) -> Result<(), DriverError> {
         let rate = self.rate();
+        let options = as_options(like);
         let args = ["convert", "-p", "-f", format, "-O", "qcow2"].map(OsStr::new).into_iter();
+        let args = args.chain(options.iter().map(OsString::as_os_str));
         let args = args.chain(rate.iter().map(OsString::as_os_str));
         let args = args.chain([from.as_os_str(), into.as_os_str()]);
         let mut run = Run::moving(args).patron(patron);
@@ -261,11 +293,21 @@ impl QemuImg {
         }
     }
 
-    /// Looks for damage. What can be lived with comes back as a note.
+    /// Has QEMU mend what it would mend by itself when it next opens the image.
+    pub(super) async fn mend(&self, lock: Option<&OperationLock>, file: &Path) -> Result<(), DriverError> {
+        let args = ["check", "-q", "-f", "qcow2", "-r", "all"].map(OsStr::new);
+        let mut run = Run::moving(args.into_iter().chain([file.as_os_str()]));
+        run.lock = lock;
+        self.done("check", file, run).await
+    }
+
+    /// Looks for damage. What can be lived with comes back as a note: so what is wrong with an image that is `dirty`, as
+    /// far as QEMU mends that by itself.
     pub(super) async fn check(
         &self,
         file: &Path,
         force_share: ForceShare,
+        dirty: Dirty,
     ) -> Result<Option<String>, DriverError> {
         let mut args = vec![OsStr::new("check"), OsStr::new("-f"), OsStr::new("qcow2")];
         if force_share == ForceShare::Yes {
@@ -274,11 +316,22 @@ impl QemuImg {
         args.push(file.as_os_str());
         let mut run = Run::quick(args);
         run.work = Work::Check;
-        let output = self.run("check", file, run).await?;
+        let output = match self.run("check", file, run).await {
+            // An image may be large, or lie on something slow: that is no fault of it.
+            Err(error) if error.failure.code == Code::Timeout => {
+                return Ok(Some(format!("{}: it was not checked for damage", error.failure.message)));
+            }
+            output => output?,
+        };
         match output.status.code() {
             Some(0) => Ok(None),
             Some(3) => Ok(Some(format!(
                 "{} has leaked clusters, which only cost space (qemu-img check -r leaks frees them)",
+                file.display()
+            ))),
+            Some(2) if dirty == Dirty::Yes && output.found_late_counts_alone() => Ok(Some(format!(
+                "{} was not closed by who wrote it last (lazy_refcounts): QEMU mends its counts when the machine is next \
+                 started, and `domain add --repair` (qemu-img check -r all) does it now",
                 file.display()
             ))),
             Some(2) => Err(DriverError::permanent(
@@ -326,19 +379,9 @@ impl QemuImg {
 
     #[tracing::instrument(level = "debug", skip_all, fields(command, file = %file.display()))]
     async fn run(&self, command: &str, file: &Path, run: Run<'_>) -> Result<Output, DriverError> {
-        let stdin = match run.lock {
-            Some(lock) => Stdio::from(lock.for_child()?),
-            None => Stdio::null(),
-        };
-        let mut child = Command::new(&self.program)
-            .args(&run.args)
-            .env("LC_ALL", "C")
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(run.lock.is_none())
-            .spawn()
-            .map_err(|error| {
+        let bound = run.lock.map_or(Bound::ToUs, Bound::ToLock);
+        let mut child =
+            child::spawn(&self.program, &run.args, &[("LC_ALL", "C")], bound).map_err(|error| {
                 DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
                     .hint("install qemu-img (Debian: qemu-utils, Fedora: qemu-img)")
             })?;
@@ -347,7 +390,7 @@ impl QemuImg {
             Work::Check => CHECKING,
             Work::Copy => self.times.copy,
         };
-        let (out, err) = (child.stdout.take(), child.stderr.take());
+        let (out, err) = child.streams();
         let cannot_wait = |error| DriverError::unknown(Code::Io, "cannot wait for qemu-img").source(error);
         let work =
             async { tokio::join!(child.wait(), read_limited(out, run.progress), read_limited(err, None)) };
@@ -370,6 +413,24 @@ impl QemuImg {
             }
         }
     }
+}
+
+/// Whether an image has a dirty bitmap of some name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum IsThere {
+    /// It has.
+    Yes,
+    /// It has none.
+    No,
+}
+
+/// Whether whoever wrote an image last was killed before its counts were written, by its header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dirty {
+    /// Yes.
+    Yes,
+    /// No.
+    No,
 }
 
 /// Whether an image that a machine writes may be read.
@@ -410,6 +471,11 @@ impl<'a> Run<'a> {
     }
 }
 
+/// `-o`, where anything is said.
+fn as_options(format: Option<FormatOptions>) -> Vec<OsString> {
+    format.map_or_else(Vec::new, |format| vec!["-o".into(), format.as_options().into()])
+}
+
 /// An image by a name that has QEMU refuse every write to its first sector, where the header is, with EIO. None for a
 /// path that is not UTF-8.
 fn shielded(file: &Path) -> Option<String> {
@@ -424,6 +490,17 @@ impl Output {
     fn refused_header_alone(&self, onto: &str) -> bool {
         let expected = format!("qemu-img: Could not change the backing file to '{onto}': {REFUSED}");
         self.status.code() == Some(1) && self.stderr.trim_end() == expected
+    }
+
+    /// Whether all that was found are counts that were not written before somebody was killed: QEMU writes them anew when
+    /// it next opens the image. A cluster that two refer to, or one that lies outside the file, is damage.
+    fn found_late_counts_alone(&self) -> bool {
+        let mut errors = self.stderr.lines().filter(|line| line.starts_with("ERROR")).peekable();
+        errors.peek().is_some()
+            && errors.all(|line| {
+                (line.starts_with("ERROR cluster ") && line.ends_with(" refcount=0 reference=1"))
+                    || (line.starts_with("ERROR OFLAG_COPIED ") && line.ends_with(" refcount=0"))
+            })
     }
 
     /// The first lines that it wrote to stderr, without control characters.
@@ -509,7 +586,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_that_is_not_there_is_named_with_what_to_do() {
         let error = QemuImg::new("/nonexistent/qemu-img".into())
-            .check(Path::new("/x"), ForceShare::No)
+            .check(Path::new("/x"), ForceShare::No, Dirty::No)
             .await
             .unwrap_err();
         assert!(error.to_string().contains("/nonexistent/qemu-img"), "{error}");

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use snaptree_engine::DiskName;
 use snaptree_engine::driver::Inside;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -49,7 +50,7 @@ enum Told<'a> {
 
 fn told<'a>(state: &DomainState, config: &'a QemuConfig, file: &Path) -> Told<'a> {
     const NONE: &BTreeSet<String> = &BTreeSet::new();
-    let is_registered = |disk: &snaptree_engine::DiskName, resolved: &Path| {
+    let is_registered = |disk: &DiskName, resolved: &Path| {
         let layers = state.layers.disks.get(disk).into_iter().flat_map(|layers| layers.layers.values());
         file == resolved || layers.into_iter().any(|layer| layer.registered && layer.file == file)
     };
@@ -77,6 +78,15 @@ impl Planner<'_> {
             .hint(format!(
                 "delete it where it was made (virsh snapshot-delete, qemu-img snapshot -d), or give it up: --give-up '{name}'"
             ))),
+        }
+    }
+    /// What goes by the dirty bitmaps of a layer that the machine leaves.
+    pub(super) fn tell_bitmaps(&mut self, disk: &DiskName, file: &Path) {
+        for name in self.seen.inside.get(file).into_iter().flat_map(|inside| &inside.bitmaps) {
+            self.costs.lost.push(format!(
+                "dirty bitmap '{name}' of {disk} does not see what is written from now on: a backup that goes by it is to be \
+                 made in full"
+            ));
         }
     }
 }

@@ -13,8 +13,10 @@ use snaptree_engine::layer::{FileStamp, LayerChange};
 use snaptree_engine::operation::Code;
 
 use super::adopt::{Work, backing_name, unreadable};
+use super::bitmaps;
 use super::config::QemuConfig;
 use super::files::{self, Doing, WRITE_BITS, folder_of, if_there, remove, set_mode, stamp_of, sync};
+use super::img::IsThere;
 use super::live::{self, Monitor};
 use super::lock::{check_unused, check_unused_soon};
 use super::observe::scan_folders;
@@ -147,7 +149,7 @@ impl Push {
         self.check(work, Under::Nobody)?;
         set_mode(&self.into_file, self.into_mode)?;
         set_mode(&self.from_file, self.from_mode)?;
-        let pushed = work.img.commit(work.lock, &self.from_file, &self.into_file, work.context.into()).await;
+        let pushed = self.commit(work).await;
         self.close()?;
         pushed?;
         work.reached("qemu.push.pushed");
@@ -157,6 +159,39 @@ impl Push {
         Ok(())
     }
 
+    /// What is written down into `into` is marked in its own bitmaps by that; those of the layers that go are merged into
+    /// it. Done again it comes to the same.
+    async fn commit(&self, work: Work<'_>) -> Result<(), DriverError> {
+        mend(work, &self.into_file).await?;
+        work.img.commit(work.lock, &self.from_file, &self.into_file, work.context.into()).await?;
+        for file in self.between.iter().chain([&self.from_file]) {
+            let read = |path: &Path| bitmaps::read(path).map_err(|error| unreadable(path, &error));
+            for bitmap in read(file)? {
+                let there = read(&self.into_file)?.into_iter().find(|there| there.name == bitmap.name);
+                if bitmap.in_use || there.as_ref().is_some_and(|there| there.in_use) {
+                    tracing::warn!(file = %file.display(), bitmap.name, "QEMU uses this dirty bitmap no more");
+                    continue;
+                }
+                let is_there = if there.is_some() { IsThere::Yes } else { IsThere::No };
+                let from = (file.as_path(), &bitmap);
+                work.img.merge_bitmap(work.lock, from, &self.into_file, is_there).await?;
+                work.reached("qemu.push.bitmap");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all of `from` is in `into`, though `from` was written since a stamp of it was taken: QEMU marks the dirty
+    /// bitmaps of a layer that it opens.
+    pub(super) async fn is_copied(&self, work: Work<'_>) -> Result<bool, DriverError> {
+        let bitmaps = bitmaps::read(&self.from_file).map_err(|error| unreadable(&self.from_file, &error))?;
+        if bitmaps.is_empty() {
+            return Ok(false);
+        }
+        let (from, into) = ((self.from_file.as_path(), "qcow2"), (self.into_file.as_path(), "qcow2"));
+        Ok(work.img.compare(Some(work.lock), from, into).await.is_ok())
+    }
+
     /// What must be so at the last moment before a file with a dependant is written.
     pub(super) fn check(&self, work: Work<'_>, under: Under) -> Result<(), DriverError> {
         if under == Under::Nobody {
@@ -164,7 +199,14 @@ impl Push {
             check_unused(&self.into_file)?;
         }
         for file in [&self.into_file, &self.from_file].into_iter().chain(&self.between) {
-            let (facts, _, _) = files::facts(file).map_err(|error| unreadable(file, &error))?;
+            let (facts, _, header) = files::facts(file).map_err(|error| unreadable(file, &error))?;
+            if under == Under::Guest && *file == self.into_file && header.is_dirty {
+                return Err(DriverError::permanent(
+                    Code::Unsupported,
+                    format!("{} was not closed by who wrote it last, and QEMU would write into what is in use of it", file.display()),
+                )
+                .hint("it is merged once the machine is off"));
+            }
             if facts.virtual_size_bytes != self.virtual_size_bytes {
                 return Err(DriverError::permanent(
                     Code::Unsupported,
@@ -292,6 +334,13 @@ impl DropLayers {
             None => Ok(()),
         }
     }
+}
+
+/// Mends an image that nobody closed, before it is written as what something else is built upon: QEMU mends only what it
+/// opens for writing from the start (seen).
+pub(super) async fn mend(work: Work<'_>, file: &Path) -> Result<(), DriverError> {
+    let (_, _, header) = files::facts(file).map_err(|error| unreadable(file, &error))?;
+    if header.is_dirty { work.img.mend(Some(work.lock), file).await } else { Ok(()) }
 }
 
 /// The files that are built directly upon `files`, by the headers in the layers folder and beside the registered

@@ -48,6 +48,7 @@ mod merge;
 mod observe;
 mod plan;
 mod plan_create;
+mod plan_end;
 mod plan_merge;
 mod power;
 mod probe;
@@ -59,7 +60,7 @@ mod runs;
 mod step;
 mod switch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -75,8 +76,8 @@ use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
 
 pub use config::{
-    AccessWish, DiskPaths, LeftOut, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, bases_of,
-    files_of, machine_of,
+    AccessWish, DiskPaths, LeftOut, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, RepairWish,
+    bases_of, files_of, machine_of,
 };
 pub use disks::{DisksWish, KeptLayers};
 pub use img::ToolTimes;
@@ -156,8 +157,18 @@ impl Driver for QemuDriver {
                 .source(error)
         })?;
         let is_other = wish.runs.qmp.is_some();
+        let before = config.runs.qmp().map(Path::to_path_buf);
+        // The steps of an operation that needs attention go by the disks that there were.
+        if let (false, Some(open)) = (wish.disks.is_none(), state.open.first()) {
+            let message = format!("the {} {} of this domain is still open", open.request.kind(), open.id);
+            let failure = Failure::new(Code::Invalid, message).refused();
+            return Err(failure.hint("`snaptree recover` finishes it; then its disks can be changed").into());
+        }
         let (config, disks) = config.with_disks(&self.img, state, domain, &wish.disks).await?;
         let config = config.reached(wish, domain, &self.run_dir)?;
+        if config.runs.qmp() != before.as_deref() {
+            keeps_its_socket(state)?;
+        }
         if is_other {
             probe::check_monitor(&config.runs).await?;
         }
@@ -201,6 +212,7 @@ impl Driver for QemuDriver {
             QemuStep::Push(push) => push.execute(work).await,
             QemuStep::Drop(drop) => drop.execute(work).await,
             QemuStep::Flatten(flatten) => flatten.execute(work).await,
+            QemuStep::Fold(fold) => fold.execute(work).await,
             QemuStep::Place(place) => place.execute(work).await,
             QemuStep::Clean(clean) => clean.execute(work).await,
             QemuStep::Power(power) => power.execute(work).await,
@@ -242,6 +254,7 @@ impl Driver for QemuDriver {
             QemuStep::Load(load) => load.undo(work).await,
             QemuStep::Drop(_)
             | QemuStep::Clean(_)
+            | QemuStep::Fold(_)
             | QemuStep::Keep(_)
             | QemuStep::Resume(_)
             | QemuStep::Erase(_) => Err(DriverError::permanent(
@@ -281,6 +294,19 @@ fn is_under_machine(state: &DomainState, operation: OperationId) -> bool {
     let open = state.open.iter().find(|open| open.id == operation);
     let mut steps = open.into_iter().flat_map(|open| &open.steps);
     steps.any(|step| QemuStep::of(step).is_ok_and(|step| step.is_under_machine()))
+}
+
+/// What became of a step under a machine only the machine tells that it was done under.
+fn keeps_its_socket(state: &DomainState) -> Result<(), Failure> {
+    let Some(open) = state.open.iter().find(|open| is_under_machine(state, open.id)) else { return Ok(()) };
+    let message = format!(
+        "the {} {} was at work under the machine, and only by the QMP socket of that time can it be told how far it came",
+        open.request.kind(),
+        open.id
+    );
+    Err(Failure::new(Code::Invalid, message).refused().hint(
+        "`snaptree op retry` or `snaptree op resolve` ends it; all but the socket can be changed meanwhile",
+    ))
 }
 
 /// Where the end of a step is unknown a tool may still be at work, and its lock must be found by recovery.

@@ -16,7 +16,7 @@ use snaptree_engine::project::DomainState;
 
 use super::bitmaps::{self, Bitmap};
 use super::config::{DEPTH_MAX, QemuConfig, active};
-use super::files::{Doing, facts, folder_of, if_there, stamp};
+use super::files::{Doing, facts, folder_of, if_there, stamp, unfit};
 use super::generation;
 use super::inside::inside;
 use super::internal::{listed, table};
@@ -53,6 +53,9 @@ pub(super) struct Detail {
     /// The dirty bitmaps of images of ours.
     #[serde(default)]
     pub(super) bitmaps: BTreeMap<PathBuf, Vec<Bitmap>>,
+    /// Images of ours that nobody closed, by their headers; also those that a machine has open.
+    #[serde(default)]
+    pub(super) unclosed: BTreeSet<PathBuf>,
     /// How images of ours are laid out.
     #[serde(default)]
     pub(super) formats: BTreeMap<PathBuf, FormatOptions>,
@@ -160,6 +163,11 @@ pub(super) fn observe(
             }
         }
     }
+    for base in config.disks.values().flat_map(|paths| &paths.bases) {
+        if let Ok(Some(what)) = unfit(base) {
+            seen.unreadable.insert(base.clone(), format!("it is {what}"));
+        }
+    }
     listed(state, &detail.tables, &mut seen);
     seen.inside = inside(state, &config, &detail);
     seen.foreign_dependants = foreign_dependants(&config, &known)?;
@@ -191,6 +199,9 @@ fn look_inside(detail: &mut Detail, path: &Path, header: &Header) -> Result<(), 
     }
     if header.bitmaps.is_some() {
         detail.bitmaps.insert(path.to_owned(), bitmaps::read(path)?);
+    }
+    if header.is_dirty {
+        detail.unclosed.insert(path.to_owned());
     }
     detail.formats.insert(path.to_owned(), header.format);
     Ok(())

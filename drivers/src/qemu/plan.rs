@@ -70,7 +70,7 @@ pub(super) struct Planner<'a> {
 impl Planner<'_> {
     fn plan(mut self, request: &Request) -> Result<Plan, Failure> {
         if let Request::Unregister(request) = request {
-            self.unregister(request.wish)?;
+            self.unregister(request.wish, &request.request.give_up)?;
         } else {
             self.check_sound()?;
             match request {

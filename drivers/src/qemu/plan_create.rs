@@ -62,6 +62,7 @@ impl Planner<'_> {
                 None => self.adopt(disk, paths)?,
             };
             self.check_top(disk, &top)?;
+            self.tell_bitmaps(disk, &top.file_now(paths));
             self.check_inside(&top.file_now(paths), &request.request.give_up)?;
             tops.push((disk.clone(), top));
         }
@@ -167,6 +168,16 @@ impl Planner<'_> {
             )
             .hint("delete snapshots, so that their layers can be merged"));
         }
+        if top.is_adopted && self.detail.unclosed.contains(&top.file) && self.machine()?.is_none() {
+            let file = top.file.display();
+            return Err(Failure::new(
+                Code::BadImage,
+                format!(
+                    "image {file} was not closed by who wrote it last, and must be mended before it is frozen"
+                ),
+            )
+            .hint(format!("start the machine and shut it down, or: qemu-img check -r all {file}")));
+        }
         self.check_owner(&top.file)
     }
 
@@ -249,7 +260,10 @@ impl Planner<'_> {
             )
             .hint("shut the machine down for the first snapshot"));
         }
+        let unclosed = self.detail.unclosed.contains(image) && self.machine()?.is_none();
         let expect = match own_backing {
+            // It is mended first, and by how much that changes it is not known.
+            _ if unclosed => Expect::Anything,
             Some(_) => Expect::SameFile { stamp: facts.stamp },
             None => Expect::Untouched { stamp: facts.stamp },
         };
@@ -265,6 +279,7 @@ impl Planner<'_> {
             own_backing,
             under: self.under(image)?,
             turn: self.turn(),
+            unclosed,
         };
         self.check_owner(image)?;
         self.push(format!("adopt {disk}"), Reversal::Undoable, Poison::Nothing, &QemuStep::Adopt(step))?;

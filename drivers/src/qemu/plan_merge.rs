@@ -1,22 +1,16 @@
-//! Planning merges, and the end of a domain.
+//! Planning merges.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use snaptree_engine::event::UnregisterWish;
-use snaptree_engine::layer::{DiskLayers, Layer, Role};
+use snaptree_engine::layer::{Layer, Role};
 use snaptree_engine::operation::{Code, Failure, Poison, Reversal};
 use snaptree_engine::reconcile::merge::{MergeAction, MergePlan};
 use snaptree_engine::reconcile::space;
 use snaptree_engine::{DiskName, LayerId};
 
-use super::config::PathWish;
 use super::plan::Planner;
-use super::qcow2::Backing;
-use super::step::{
-    Clean, Dropped, Expect, Flatten, Guard, Place, Placed, Pull, Push, QemuStep, Restack, Switch, Under,
-    Writer,
-};
+use super::step::{Dropped, Expect, Guard, Pull, Push, QemuStep, Restack, Switch, Under, Writer};
 
 impl Planner<'_> {
     /// Pulls and pushes, then one switch, then one unlinking.
@@ -242,113 +236,6 @@ impl Planner<'_> {
             switch.guard.push(Guard { file: push.from_file.clone(), expect: Expect::Anything });
         }
         Ok(())
-    }
-
-    /// The end of a domain.
-    pub(super) fn unregister(&mut self, wish: UnregisterWish) -> Result<(), Failure> {
-        let adopted: Vec<(DiskName, DiskLayers)> = self
-            .state
-            .layers
-            .disks
-            .iter()
-            .filter(|(_, layers)| layers.active_layer().is_some())
-            .map(|(name, layers)| (name.clone(), layers.clone()))
-            .collect();
-        if wish != UnregisterWish::Flatten {
-            return Ok(());
-        }
-        self.erase_all()?;
-        if adopted.is_empty() {
-            return Ok(());
-        }
-        self.check_sound()?;
-        self.check_off()?;
-        let kept = adopted.iter().find(|(disk, _)| !self.config.disks.contains_key(disk));
-        if let Some((disk, _)) = kept {
-            return Err(Failure::new(
-                Code::Unsupported,
-                format!(
-                    "disk '{disk}' was taken from the domain with its layers kept, and they would be lost"
-                ),
-            )
-            .hint("--keep-layers leaves all files; or put the disk back first: snaptree domain disk add"));
-        }
-        let mut placed = Vec::new();
-        let mut drop = Vec::new();
-        let mut keep = Vec::new();
-        for (disk, layers) in &adopted {
-            placed.extend(self.placed(disk, layers)?);
-            for (id, layer) in &layers.layers {
-                self.no_foreign_dependants(&layer.file)?;
-                drop.push((disk.clone(), id.clone(), layer.file.clone()));
-            }
-            keep.extend(self.config.disks.get(disk).map(|paths| paths.resolved.clone()));
-        }
-        let ended = self.state.tree.iter().map(|snapshot| snapshot.id).collect();
-        let layers = self.config.layers.clone();
-        let place = Place { layers: layers.clone(), disks: placed };
-        let poison = Poison::AtFinish(ended);
-        self.push("place plain images", Reversal::PointOfNoReturn, poison, &QemuStep::Place(place))?;
-        let memory = self.state.layers.memory.iter();
-        let memory = memory.map(|(id, memory)| (*id, memory.file.clone())).collect();
-        let clean = Clean { layers, drop, memory, keep };
-        self.push("clean", Reversal::ForwardOnly, Poison::Nothing, &QemuStep::Clean(clean))
-    }
-
-    /// Whether the lowest layer is built upon a file that is not a layer.
-    fn has_base(&self, lowest: Option<&Layer>) -> bool {
-        lowest.is_some_and(|layer| self.detail.backing.contains_key(&layer.file))
-    }
-
-    /// What is put at a registered path: the layer itself where it stands alone, else a flat copy.
-    fn placed(&mut self, disk: &DiskName, layers: &DiskLayers) -> Result<Option<Placed>, Failure> {
-        let (Some((_, active)), Some(paths)) = (layers.active_layer(), self.config.disks.get(disk)) else {
-            return Ok(None);
-        };
-        let resolved = paths.resolved.clone();
-        let facts = self.facts(&active.file)?.clone();
-        let placed = |file: PathBuf, inode: Option<u64>| Placed {
-            disk: disk.clone(),
-            resolved: resolved.clone(),
-            file,
-            inode,
-            mode: active.mode,
-            active: active.file.clone(),
-            stamp: facts.stamp,
-        };
-        if active.parent.is_none() {
-            let in_place = self.config.keep_path == PathWish::Keep && active.file == resolved;
-            return Ok((!in_place).then(|| placed(active.file.clone(), Some(facts.stamp.inode))));
-        }
-        let lowest = layers.layers.values().find(|layer| layer.registered);
-        // Without a format in the header nobody can say how to read the base: then everything is copied.
-        let own_backing = lowest.and_then(|layer| {
-            let backing = self.detail.backing.get(&layer.file).filter(|backing| backing.format.is_some())?;
-            let name = if backing.is_protocol() { backing.name.clone() } else { backing.file(&layer.file) };
-            Some(Backing { name, format: backing.format.clone() })
-        });
-        let into = self.config.layers.join(format!("{disk}-{}.flat", self.operation));
-        let allocated = layers.layers.values().filter_map(|layer| self.seen.files.get(&layer.file));
-        let moved: u64 = allocated.map(|facts| facts.allocated_bytes).sum();
-        let full = space::full_bytes(facts.virtual_size_bytes);
-        // What lies in a base that is copied, too, is not known.
-        let is_copied_whole = own_backing.is_none() && self.has_base(lowest);
-        let copied = if is_copied_whole { full } else { moved.min(full) };
-        self.costs.bytes_moved = self.costs.bytes_moved.saturating_add(moved);
-        self.costs.bytes_freed = self.costs.bytes_freed.saturating_add(moved);
-        self.costs.peak_space_bytes = self.costs.peak_space_bytes.saturating_add(copied);
-        let step = Flatten {
-            disk: disk.clone(),
-            layers: self.config.layers.clone(),
-            from: active.file.clone(),
-            stamp: facts.stamp,
-            own_backing,
-            virtual_size_bytes: facts.virtual_size_bytes,
-            mode: active.mode,
-            into: into.clone(),
-        };
-        self.push(format!("flatten {disk}"), Reversal::Undoable, Poison::Nothing, &QemuStep::Flatten(step))?;
-        Ok(Some(placed(into, None)))
     }
 }
 

@@ -13,10 +13,11 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::{DiskName, DomainName};
 
 use super::config::{
-    BACKING_PATH_BYTES_MAX, DEPTH_MAX, DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, capabilities,
+    BACKING_PATH_BYTES_MAX, DEPTH_MAX, DiskPaths, PathWish, QemuConfig, QemuOptions, RawWish, RepairWish,
+    capabilities,
 };
 use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync};
-use super::img::{ForceShare, Patron, QemuImg};
+use super::img::{Dirty, ForceShare, Patron, QemuImg};
 use super::inside::foreign_names;
 use super::internal::table;
 use super::libvirt;
@@ -91,7 +92,8 @@ pub(super) async fn probe(
         if config.disks.contains_key(name) {
             return Err(invalid(format!("disk '{name}' is given twice")));
         }
-        let (disk, paths) = disk(img, (name, given, resolved), (options.raw, &taken), &mut notes).await?;
+        let (disk, paths) =
+            disk(img, (name, given, resolved), (options.raw, options.repair, &taken), &mut notes).await?;
         disks.push(disk);
         config.disks.insert(name.clone(), paths);
     }
@@ -122,16 +124,17 @@ pub(super) async fn check_monitor(runs: &Runs) -> Result<(), DriverError> {
 pub(super) async fn disk(
     img: &QemuImg,
     (name, given, resolved): (&DiskName, PathBuf, PathBuf),
-    (raw, taken): (RawWish, &Owned),
+    (raw, repair, taken): (RawWish, RepairWish, &Owned),
     notes: &mut Vec<String>,
 ) -> Result<(Disk, DiskPaths), DriverError> {
     let header = header(img, &resolved, raw, notes).await?;
     let bases = chain(&resolved, &header, taken)?;
-    check_images(img, &resolved, &bases, notes).await?;
+    check_images(img, (&resolved, &header), &bases, repair, notes).await?;
     note_internal_snapshots(&resolved, &header, notes);
     let disk = Disk::new(name.clone(), Some(given.clone()), header.virtual_size_bytes);
     let inside = Some(foreign_snapshots(&resolved)?);
-    Ok((disk, DiskPaths { given, resolved, bases, inside }))
+    let relative_base = header.backing.map(|backing| backing.name).filter(|name| name.is_relative());
+    Ok((disk, DiskPaths { given, resolved, bases, relative_base, inside }))
 }
 
 /// A machine that runs, and that nothing was said about reaching: nothing can be done with it until it is off.
@@ -192,6 +195,9 @@ fn options(registration: &Registration) -> Result<QemuOptions, DriverError> {
 /// The path made absolute, and where it leads.
 pub(super) fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     let given = std::path::absolute(given).doing("make absolute", given)?;
+    if files::is_of_the_process(&given) {
+        return Err(no_file(&given, "another file for each process"));
+    }
     let error = match fs::canonicalize(&given) {
         Ok(resolved) => return Ok((given, resolved)),
         Err(error) => error,
@@ -211,17 +217,19 @@ pub(super) fn resolve(given: &Path) -> Result<(PathBuf, PathBuf), DriverError> {
     Err(Failure::new(Code::NotFound, message).refused().into())
 }
 
+fn no_file(path: &Path, what: &str) -> DriverError {
+    let message = format!("{} is {what}, and only files can be disks", path.display());
+    Failure::new(Code::Unsupported, message).refused().into()
+}
+
 pub(super) fn check_file(path: &Path) -> Result<Metadata, DriverError> {
     let metadata = fs::metadata(path).doing("look at", path)?;
     let shown = path.display();
+    if let Some(what) = files::unfit(path).doing("look at", path)? {
+        return Err(no_file(path, what));
+    }
     if !metadata.is_file() {
-        return Err(DriverError::from(
-            Failure::new(
-                Code::Unsupported,
-                format!("{shown} is no regular file, and only files can be disks"),
-            )
-            .refused(),
-        ));
+        return Err(no_file(path, "no regular file"));
     }
     if metadata.nlink() != 1 {
         return Err(invalid(format!(
@@ -308,7 +316,7 @@ async fn convert(img: &QemuImg, path: &Path) -> Result<(), DriverError> {
 async fn convert_into(img: &QemuImg, path: &Path, draft: &Path) -> Result<(), DriverError> {
     let before = stamp_of(path)?;
     let patron = Patron { progress: &NoWatch, call_off: CallOff::default() };
-    img.convert(None, "raw", path, draft, patron).await?;
+    img.convert(None, (path, "raw"), draft, None, patron).await?;
     img.compare(None, (path, "raw"), (draft, "qcow2")).await?;
     let mode = fs::metadata(path).doing("look at", path)?.mode();
     files::dress(draft, path, mode)?;
@@ -323,6 +331,29 @@ async fn convert_into(img: &QemuImg, path: &Path, draft: &Path) -> Result<(), Dr
     }
     fs::rename(draft, path).doing("put the converted image at", path)?;
     sync(&folder_of(path)).await
+}
+
+/// A base is a file, or a block device that is said to be raw; whoever opened a pipe or a device would wait, or do
+/// something there.
+fn check_base(above: &Path, named: &Path, base: &Path, format: Option<&str>) -> Result<(), DriverError> {
+    let what = if files::is_of_the_process(named) {
+        Some("another file for each process")
+    } else {
+        files::unfit(base).doing("look at", base)?
+    };
+    let is_file = fs::metadata(base).doing("look at", base)?.is_file();
+    let what =
+        what.or((!is_file && format != Some("raw")).then_some("a block device, and not said to be raw"));
+    match what {
+        None => Ok(()),
+        Some(what) => Err(Failure::new(
+            Code::Unsupported,
+            format!("image {} is built upon {}, which is {what}", above.display(), named.display()),
+        )
+        .refused()
+        .hint("an image can be built upon files, and upon block devices as raw ones")
+        .into()),
+    }
 }
 
 /// What the image is built upon, nearest first.
@@ -360,6 +391,7 @@ fn chain(image: &Path, header: &Header, taken: &Owned) -> Result<Vec<PathBuf>, D
             Err(error) => return Err(files::io_error("resolve", &named, error)),
         };
         let metadata = fs::metadata(&base).doing("look at", &base)?;
+        check_base(&above, &named, &base, backing.format.as_deref())?;
         if !seen.insert((metadata.dev(), metadata.ino())) {
             return Err(bad_image(format!(
                 "the backing chain of {} loops at {}",
@@ -399,15 +431,22 @@ fn chain(image: &Path, header: &Header, taken: &Owned) -> Result<Vec<PathBuf>, D
 /// Asks qemu-img about damage, where nobody writes the image.
 async fn check_images(
     img: &QemuImg,
-    image: &Path,
+    (image, header): (&Path, &Header),
     bases: &[PathBuf],
+    repair: RepairWish,
     notes: &mut Vec<String>,
 ) -> Result<(), DriverError> {
     if let Some(holder) = writer(image).doing("ask for the locks of", image)? {
         let refusal = in_use(&holder);
         notes.push(format!("{}: it was not checked for damage", refusal.message));
     } else {
-        notes.extend(img.check(image, ForceShare::No).await.map_err(refused)?);
+        if header.is_dirty && repair == RepairWish::Mend {
+            img.mend(None, image).await.map_err(refused)?;
+            notes.push(format!("{} was mended (qemu-img check -r all)", image.display()));
+        }
+        // Read anew: it may have been mended.
+        let (_, _, header) = files::facts(image).map_err(|error| unreadable(image, &error))?;
+        notes.extend(img.check(image, ForceShare::No, dirty(&header)).await.map_err(refused)?);
     }
     for base in bases {
         if let Some(holder) = writer(base).doing("ask for the locks of", base)? {
@@ -419,11 +458,15 @@ async fn check_images(
             .refused()
             .into());
         }
-        if files::facts(base).is_ok() {
-            notes.extend(img.check(base, ForceShare::Yes).await.map_err(refused)?);
+        if let Ok((_, _, header)) = files::facts(base) {
+            notes.extend(img.check(base, ForceShare::Yes, dirty(&header)).await.map_err(refused)?);
         }
     }
     Ok(())
+}
+
+fn dirty(header: &Header) -> Dirty {
+    if header.is_dirty { Dirty::Yes } else { Dirty::No }
 }
 
 fn refused(error: DriverError) -> DriverError {

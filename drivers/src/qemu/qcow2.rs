@@ -80,6 +80,8 @@ pub(super) struct Header {
     pub(super) bitmaps: Option<BitmapDirectory>,
     /// How the image is laid out.
     pub(super) format: FormatOptions,
+    /// Whether whoever wrote it last did not close it: its reference counts are mended when it is next opened.
+    pub(super) is_dirty: bool,
     /// How many bytes of the disk one entry of the first table stands for, as a power of two.
     entry_bits: u32,
 }
@@ -155,6 +157,26 @@ impl FormatOptions {
             extended_l2: be64(bytes, 72)? & INCOMPATIBLE_EXTENDED_L2 != 0,
             compression,
         })
+    }
+
+    /// As `qemu-img create -o` takes them.
+    pub(super) fn as_options(&self) -> String {
+        let word = |on| if on { "on" } else { "off" };
+        let mut options = format!(
+            "compat={},cluster_size={},refcount_bits={}",
+            if self.version == 2 { "0.10" } else { "1.1" },
+            1_u64 << self.cluster_bits,
+            1_u64 << self.refcount_order,
+        );
+        if self.version > 2 {
+            options += &format!(
+                ",lazy_refcounts={},extended_l2={},compression_type={}",
+                word(self.lazy_refcounts),
+                word(self.extended_l2),
+                if self.compression == 1 { "zstd" } else { "zlib" },
+            );
+        }
+        options
     }
 }
 
@@ -252,6 +274,7 @@ impl Header {
             first_table: FirstTable { at: be64(bytes, 40)?, entries: be32(bytes, 36)? },
             bitmaps: if version == 3 { bitmap_directory(bytes, header_bytes)? } else { None },
             format: FormatOptions::parse(bytes, version, header_bytes)?,
+            is_dirty: version == 3 && be64(bytes, 72)? & INCOMPATIBLE_DIRTY != 0,
             entry_bits: entry_bits(bytes, version, cluster_bits)?,
         })
     }

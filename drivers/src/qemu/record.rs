@@ -28,6 +28,7 @@ impl QemuStep {
         let writes = match self {
             Self::Adopt(_)
             | Self::Flatten(_)
+            | Self::Fold(_)
             | Self::Place(_)
             | Self::Clean(_)
             | Self::Power(_)

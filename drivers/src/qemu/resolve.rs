@@ -28,6 +28,8 @@ pub(super) fn resolve(context: &StepContext<'_>, step: &QemuStep, seen: &Observa
         QemuStep::Push(_) => Resolution::HalfDone(Remedy::Finish),
         QemuStep::Drop(drop) => drop.resolve(seen),
         QemuStep::Flatten(flatten) => flatten.resolve(seen, &detail),
+        // As a push.
+        QemuStep::Fold(_) => FINISH,
         QemuStep::Place(place) => place.resolve(seen, &detail),
         // Removing what is gone already is nothing, and whether the folders were synced cannot be seen.
         QemuStep::Clean(_) => FINISH,
@@ -98,7 +100,7 @@ impl Adopt {
         let untouched = seen.files.get(&self.resolved).is_some_and(|found| {
             let expected = self.stamp;
             let found = found.stamp;
-            if self.under == Under::Guest {
+            if self.under == Under::Guest || self.unclosed {
                 return found.inode == expected.inode;
             }
             found == expected

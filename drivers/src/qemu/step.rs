@@ -13,7 +13,7 @@ use snaptree_engine::{DiskName, LayerId, SnapshotId};
 use super::config::{LeftOut, PathWish};
 use super::internal::{Erase, Load, Save};
 use super::live::Run;
-use super::qcow2::Backing;
+use super::qcow2::{Backing, FormatOptions};
 
 /// One step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub(super) enum QemuStep {
     Drop(DropLayers),
     /// Copies a disk's current content into one plain file.
     Flatten(Flatten),
+    /// Brings what a disk is back into its registered image.
+    Fold(Fold),
     /// Puts plain images at the registered paths.
     Place(Place),
     /// Removes all that Snaptree made for the domain.
@@ -70,7 +72,12 @@ impl QemuStep {
             Self::Power(_) | Self::Keep(_) | Self::Erase(_) => true,
             Self::Save(save) => save.live.is_some(),
             Self::Load(load) => load.memory.is_some(),
-            Self::Resume(_) | Self::Drop(_) | Self::Flatten(_) | Self::Place(_) | Self::Clean(_) => false,
+            Self::Resume(_)
+            | Self::Drop(_)
+            | Self::Flatten(_)
+            | Self::Fold(_)
+            | Self::Place(_)
+            | Self::Clean(_) => false,
         }
     }
 }
@@ -169,6 +176,10 @@ pub(super) struct Adopt {
     #[serde(default, skip_serializing_if = "Under::is_nobody")]
     pub(super) under: Under,
     pub(super) turn: Turn,
+    /// Whether nobody closed it: it is mended first, as QEMU would at its next start. Upon an image that is not, QEMU
+    /// builds, and then writes into clusters of it that are in use (seen).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) unclosed: bool,
 }
 
 /// A backing name that becomes absolute.
@@ -390,6 +401,9 @@ pub(super) struct Flatten {
     /// What the plain image is built upon: what the registered one was.
     pub(super) own_backing: Option<Backing>,
     pub(super) virtual_size_bytes: u64,
+    /// How the registered image is laid out; none in a plan that was made before that was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) format: Option<FormatOptions>,
     pub(super) mode: u32,
     /// The plain image.
     pub(super) into: PathBuf,
@@ -415,6 +429,20 @@ pub(super) struct Placed {
     /// The active layer, which nobody may have written since it was copied.
     pub(super) active: PathBuf,
     pub(super) stamp: FileStamp,
+    /// How the layer came to what the machine's disk is, if by another layer's content.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) folded: Option<Fold>,
+}
+
+/// [`QemuStep::Fold`]: the registered image takes what the machine's disk is, and so keeps whatever else it holds. Every
+/// other snapshot reads wrong from then on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Fold {
+    /// The active layer.
+    pub(super) from: PathBuf,
+    /// The registered image, with the mode that it has in the end.
+    pub(super) into: PathBuf,
+    pub(super) mode: u32,
 }
 
 /// [`QemuStep::Clean`].
@@ -426,4 +454,7 @@ pub(super) struct Clean {
     pub(super) memory: Vec<(SnapshotId, PathBuf)>,
     /// The images that are at the registered paths now.
     pub(super) keep: Vec<PathBuf>,
+    /// Which of them named what it is built upon by a relative name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) relative: Vec<(PathBuf, Backing)>,
 }

@@ -145,13 +145,18 @@ impl Switch {
         for _ in 0..PUSHES_MAX {
             let mut before = Vec::new();
             for push in &active {
-                before.push((push.from_file.as_path(), stamp_of(&push.from_file)?));
+                before.push((*push, stamp_of(&push.from_file)?));
                 push.run(work).await?;
             }
             // qemu-img cannot work on a file that is locked, so the locks come after it, and tell whether the
             // machine ran in between.
             let locks = QemuLocks::take(self.guarded())?;
-            if before.iter().all(|(file, stamp)| stamp_of(file).is_ok_and(|now| now == *stamp)) {
+            let mut all_copied = true;
+            for (push, stamp) in before {
+                let untouched = stamp_of(&push.from_file)? == stamp;
+                all_copied &= untouched || push.is_copied(work).await?;
+            }
+            if all_copied {
                 self.check_guards(&locks)?;
                 return Ok(locks);
             }
@@ -298,7 +303,7 @@ impl Fresh {
         remove(&self.file)?;
         // qemu-img would wipe whatever is there; so the file is ours before qemu-img sees its name.
         files::make_private(&draft)?;
-        work.img.create(work.lock, &draft, &self.on_file, self.virtual_size_bytes).await?;
+        work.img.create(work.lock, &draft, &self.on_file, self.virtual_size_bytes, None).await?;
         let (facts, _, _) = files::facts(&draft).map_err(|error| unreadable(&draft, &error))?;
         if facts.backing.as_ref() != Some(&self.on_file)
             || facts.virtual_size_bytes != self.virtual_size_bytes

@@ -4,8 +4,9 @@
 //! call that was cut short proves nothing: `VBoxSVC`, which does the work, goes on without its client.
 
 use std::convert::Infallible;
+use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -13,9 +14,9 @@ use nix::unistd::Pid;
 use snaptree_engine::driver::{DriverError, ErrorClass, Progress, StepProgress};
 use snaptree_engine::operation::{Code, Failure};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::process::Command;
 
 use super::repair;
+use crate::child::{self, Bound};
 use crate::operation_lock::OperationLock;
 
 /// Most bytes that are kept of what a call writes to one stream; the rest is read and dropped.
@@ -106,24 +107,14 @@ impl Manage {
     #[tracing::instrument(level = "debug", skip_all, fields(args = ?call.args))]
     pub(super) async fn run(&self, call: Call<'_>) -> Result<String, DriverError> {
         repair::machines(None).await?;
-        let stdin = match call.lock {
-            Some(lock) => Stdio::from(lock.for_child()?),
-            None => Stdio::null(),
-        };
-        let mut child = Command::new(&self.program)
-            .args(&call.args)
-            .env("LC_ALL", "C.UTF-8")
-            .env("LANG", "C.UTF-8")
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(call.lock.is_none())
-            .spawn()
-            .map_err(|error| {
-                DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
-                    .hint("install VirtualBox, or name its VBoxManage by VBOXMANAGE or the setting virtualbox.manage")
-            })?;
-        let (out, err) = (child.stdout.take(), child.stderr.take());
+        let bound = call.lock.map_or(Bound::ToUs, Bound::ToLock);
+        let arguments: Vec<OsString> = call.args.iter().map(OsString::from).collect();
+        let locale = [("LC_ALL", "C.UTF-8"), ("LANG", "C.UTF-8")];
+        let mut child = child::spawn(&self.program, &arguments, &locale, bound).map_err(|error| {
+            DriverError::permanent(Code::Io, format!("cannot start {}: {error}", self.program.display()))
+                .hint("install VirtualBox, or name its VBoxManage by VBOXMANAGE or the setting virtualbox.manage")
+        })?;
+        let (out, err) = child.streams();
         let pid = child.id();
         let work = async { tokio::join!(child.wait(), kept(out, None), kept(err, call.progress)) };
         let work = async {

@@ -41,6 +41,25 @@ pub enum Code {
 }
 
 impl Code {
+    /// Whether the reason may be gone by itself, or by what somebody did outside of Snaptree: a file system that was
+    /// read-only, full or away, a machine that had the image. What else keeps an operation needs a person's judgement.
+    pub const fn may_pass(self) -> bool {
+        match self {
+            Self::InUse | Self::NotFound | Self::NoSpace | Self::Permission | Self::Io | Self::Timeout => {
+                true
+            }
+            Self::Unsupported
+            | Self::Held
+            | Self::Exists
+            | Self::Invalid
+            | Self::Drift
+            | Self::BadImage
+            | Self::Cancelled
+            | Self::Expired
+            | Self::NeedsAttention => false,
+        }
+    }
+
     /// The word in JSON.
     pub const fn as_str(self) -> &'static str {
         match self {

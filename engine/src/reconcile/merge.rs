@@ -356,8 +356,10 @@ impl Planner<'_> {
         };
         debug_assert!(disk.dependants(highest).eq([&run.top]));
         self.has_no_internal_snapshots(disk, &run.top)?;
-        let pull = self.may_pull(disk, &run.tombstones, lowest);
-        let push = self.may_push(disk, &run, lowest);
+        let pull = self
+            .may_pull(disk, &run.tombstones, lowest)
+            .and_then(|onto| self.drops_no_bitmaps(disk, &run.tombstones).map(|()| onto));
+        let push = self.may_push(disk, &run, lowest).and_then(|()| self.carries_bitmaps(disk, &run));
         let pull_bytes: u64 = run.tombstones.iter().map(|id| self.allocated(disk, id)).sum();
         let push_bytes: u64 =
             run.tombstones.iter().skip(1).chain([&run.top]).map(|id| self.allocated(disk, id)).sum();
@@ -420,6 +422,7 @@ impl Planner<'_> {
         copy_bytes_max: u64,
     ) -> Result<MergeAction, String> {
         let onto = self.may_pull(disk, std::slice::from_ref(layer), layer)?;
+        self.drops_no_bitmaps(disk, std::slice::from_ref(layer))?;
         for dependant in &dependants {
             self.has_no_internal_snapshots(disk, dependant)?;
         }
@@ -491,6 +494,46 @@ impl Planner<'_> {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Whether all dirty bitmaps in `tombstones` were given up. What is pulled out of a layer leaves them behind, and they
+    /// cannot be had in the layer above: what was written there before is not in them.
+    fn drops_no_bitmaps(&self, disk: &DiskLayers, tombstones: &[LayerId]) -> Result<(), String> {
+        let given_up = |id: &LayerId| {
+            let snapshot = disk.layers.get(id).and_then(|layer| layer.snapshot)?;
+            Some(&self.state.tombstones.get(&snapshot)?.give_up)
+        };
+        for id in tombstones {
+            let given_up = given_up(id);
+            let kept = |name: &&String| !given_up.is_some_and(|names| names.contains(*name));
+            if let Some(name) = self.bitmaps(disk, id).find(kept) {
+                return Err(format!(
+                    "it would drop the dirty bitmap '{name}' that somebody keeps in {} (delete --give-up gives it up)",
+                    disk.layers.get(id).map_or_else(PathBuf::new, |layer| layer.file.clone()).display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the dirty bitmaps of what is pushed can be brought along: not under a running machine.
+    fn carries_bitmaps(&self, disk: &DiskLayers, run: &Run) -> Result<(), String> {
+        if self.observation.run_state == RunState::Off {
+            return Ok(());
+        }
+        let mut pushed = run.tombstones.iter().skip(1).chain([&run.top]);
+        match pushed.find_map(|id| Some((id, self.bitmaps(disk, id).next()?))) {
+            None => Ok(()),
+            Some((id, name)) => Err(format!(
+                "{} has a dirty bitmap '{name}', which can be kept only once the machine is off",
+                disk.layers.get(id).map_or_else(PathBuf::new, |layer| layer.file.clone()).display()
+            )),
+        }
+    }
+
+    fn bitmaps(&self, disk: &DiskLayers, id: &LayerId) -> impl Iterator<Item = &String> {
+        let inside = disk.layers.get(id).and_then(|layer| self.observation.inside.get(&layer.file));
+        inside.into_iter().flat_map(|inside| &inside.bitmaps)
     }
 
     fn facts(&self, disk: &DiskLayers, id: &LayerId) -> Option<&FileFacts> {

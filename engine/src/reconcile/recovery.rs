@@ -5,6 +5,7 @@
 
 use jiff::Timestamp;
 
+use crate::command::Command;
 use crate::driver::Watch;
 use crate::engine::{Engine, EngineError, Requester};
 use crate::ids::{DomainName, OperationId};
@@ -56,18 +57,55 @@ impl Recovery {
     }
 }
 
-/// Drives a domain's open operations to their ends, and tells about each.
+/// Drives a domain's open operations to their ends, and tells about each. One that needs attention for a reason that may
+/// be gone is tried again, once.
 pub(crate) async fn recover_domain(
     engine: &Engine,
     requester: &Requester,
     state: &DomainState,
     watch: &dyn Watch,
 ) -> Result<Vec<Recovered>, EngineError> {
-    if state.domain.is_none() {
-        return Ok(Vec::new());
-    }
-    let driven = Worker::new(engine, requester, state.clone(), watch)?.drive().await?;
+    let Some(domain) = &state.domain else { return Ok(Vec::new()) };
+    let now = match engine.retry_what_may_pass(requester, state).await? {
+        Retried::Some => engine.load(domain.id).await?,
+        Retried::None => state.clone(),
+    };
+    let driven = Worker::new(engine, requester, now, watch)?.drive().await?;
     Ok(accounts(state, &driven))
+}
+
+/// Whether any operation was tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retried {
+    /// One, or more.
+    Some,
+    /// None.
+    None,
+}
+
+impl Engine {
+    /// Lets every operation that needs attention try again whose reason may be gone: its step is resolved from an
+    /// observation before anything else, as always.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn retry_what_may_pass(
+        &self,
+        requester: &Requester,
+        state: &DomainState,
+    ) -> Result<Retried, EngineError> {
+        let Some(domain) = &state.domain else { return Ok(Retried::None) };
+        let mut retried = Retried::None;
+        for operation in &state.open {
+            if let Phase::NeedsAttention { failure, .. } = &operation.phase
+                && failure.code.may_pass()
+            {
+                self.submit(requester, domain.id, &Command::Retry(operation.id), None).await?;
+                retried = Retried::Some;
+            }
+        }
+        Ok(retried)
+    }
 }
 
 /// The account of a domain that was driven from `state`.

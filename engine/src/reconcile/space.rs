@@ -118,7 +118,7 @@ pub(crate) fn foresee(
     policy: MergePolicy,
 ) -> Result<Foreseen, Failure> {
     let mut after = state.clone();
-    after.delete_all(&delete.snapshots, delete.merge, by, at);
+    after.delete_all(delete, by, at);
     let mut verdicts = merge::verdicts_given_room(&after, seen, policy);
     verdicts.retain(|verdict| verdict.is_about(&delete.snapshots));
     let mut peak_bytes = 0;

@@ -2,6 +2,9 @@
 
 #![cfg(feature = "lab")]
 
+mod inside;
+mod unclosed;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -84,4 +87,10 @@ pub fn reads(image: &Path, at: &str, pattern: u8) {
 /// Makes an overlay upon an image, as `virsh snapshot-create-as --disk-only` does.
 pub fn overlay(on: &Path, at: &Path) {
     tool("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", text(on), text(at)]);
+}
+
+/// What `qemu-img info` says of an image.
+pub fn info(image: &Path) -> Value {
+    let told = tool("qemu-img", &["info", "-U", "--output=json", text(image)]);
+    serde_json::from_slice(&told.stdout).expect("JSON")
 }

@@ -1,4 +1,5 @@
 //! H: somebody else at work on the same files, and hostile hands.
 
 mod beside;
+mod devices;
 mod state;

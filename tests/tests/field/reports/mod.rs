@@ -2,5 +2,6 @@
 
 mod busy;
 mod gone;
+mod passing;
 mod policies_unreadable;
 mod sick;
