@@ -217,6 +217,7 @@ fn of_log(error: &LogError) -> Option<(Exit, String, Option<String>)> {
             Some("`snaptree audit verify` tells where; restore the state from a backup".to_owned()),
         )),
         LogError::ReadOnly(_) => Some((Exit::Failed, "permission".to_owned(), None)),
+        LogError::Claimed { .. } => Some((Exit::Refused, Code::Exists.as_str().to_owned(), None)),
         LogError::Fenced { .. } => Some((Exit::Failed, "fenced".to_owned(), None)),
         LogError::Conflict { .. } | LogError::KeyUsed { .. } => {
             Some((Exit::Failed, "conflict".to_owned(), Some("try again".to_owned())))

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use snaptree_drivers::esx::{Found, HostConfig, Introduced};
 use snaptree_drivers::qemu::RunsWish;
 use snaptree_engine::command::Command;
+use snaptree_engine::decide::ACCESS_BYTES_MAX;
 use snaptree_engine::domain::{Domain, DriverKind};
 use snaptree_engine::driver::{Head, PowerWish, StepProgress};
 use snaptree_engine::event::{Actor, Envelope, Event, Hash, Origin, PolicyRun};
@@ -38,7 +39,7 @@ use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
 use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, StreamId};
 
-use crate::exit::{ErrorView, Told, told, whole};
+use crate::exit::{ErrorView, Exit, Told, Trouble, told, whole};
 
 /// The header in which a client says who called `sudo`: only a claim.
 pub const SUDO_USER_HEADER: &str = "snaptree-sudo-user";
@@ -106,7 +107,37 @@ pub struct Registering {
     pub vm: Option<String>,
 }
 
+/// Longest path of a file, in bytes (`PATH_MAX`).
+const PATH_BYTES_MAX: usize = 4_096;
+/// Most disks of one machine.
+const DISKS_MAX: usize = 1_024;
+
 impl Registering {
+    /// Whether everything in it can be kept.
+    ///
+    /// # Errors
+    /// Something is too long, or too many.
+    pub fn fits(&self) -> Result<(), Trouble> {
+        let refused = |message: String| Err(Trouble::new(Exit::Refused, "invalid", message));
+        if self.disks.len() > DISKS_MAX {
+            return refused(format!("a machine has at most {DISKS_MAX} disks"));
+        }
+        let paths = self.disks.iter().map(|(_, path)| path).chain(&self.layers).chain(&self.agent);
+        if paths.chain(&self.runs.qmp).any(|path| path.as_os_str().len() > PATH_BYTES_MAX) {
+            return refused(format!("a path has at most {PATH_BYTES_MAX} bytes"));
+        }
+        let commands = [&self.runs.start, &self.runs.stop, &self.runs.launch];
+        let access: usize = commands.into_iter().flatten().map(String::len).sum();
+        if access > ACCESS_BYTES_MAX {
+            return refused(format!("how a machine is started has at most {ACCESS_BYTES_MAX} bytes in all"));
+        }
+        let words = [&self.profile, &self.vm];
+        if words.into_iter().flatten().any(|word| word.len() > PATH_BYTES_MAX) {
+            return refused(format!("the name of a machine has at most {PATH_BYTES_MAX} bytes"));
+        }
+        Ok(())
+    }
+
     /// A machine of which only that is said.
     pub fn new(name: DomainName, driver: DriverKind) -> Self {
         Self {

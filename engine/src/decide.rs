@@ -16,7 +16,7 @@ use crate::event::{
     SnapshotDeleteRequested, SnapshotEditRequested, SnapshotEdited, SnapshotHeld, SnapshotReleased,
     SnapshotRevertRequested, UnregisterWish,
 };
-use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName};
+use crate::ids::{DiskName, OperationId, SnapshotId, SnapshotName, is_visible};
 use crate::near::nearest;
 use crate::operation::{Code, Operation, Phase, Verdict};
 use crate::project::DomainState;
@@ -25,6 +25,10 @@ use crate::tree::{Hold, Labels, Snapshot, Tree};
 
 /// Longest description, and longest reason, in bytes.
 pub const TEXT_BYTES_MAX: usize = 64 << 10;
+/// Longest description of how a machine is reached, its commands included, in bytes of JSON.
+pub const ACCESS_BYTES_MAX: usize = 64 << 10;
+/// Most reasons of one delete.
+pub const REASONS_MAX: usize = 64;
 /// Most labels on one thing.
 pub const LABELS_MAX: usize = 64;
 /// Longest value of a label, in bytes.
@@ -113,8 +117,16 @@ pub fn decide(state: &DomainState, command: &Command, ctx: &Ctx) -> Result<Vec<E
             if access.is_some() {
                 nothing_in_hand(state)?;
             }
+            if let Some(name) = name {
+                name_is_seen("domain name", name.as_str())?;
+            }
+            let access_bytes = access.as_ref().map_or(0, |access| access.to_string().len());
+            if access_bytes > ACCESS_BYTES_MAX {
+                let message = format!("how a machine is reached has at most {ACCESS_BYTES_MAX} bytes in all");
+                return Err(reject(Code::Invalid, message));
+            }
             let labels = merged(&domain.labels, labels)?;
-            DomainChanged { name: name.clone(), labels, access: None, disks: None }.into()
+            DomainChanged { name: name.clone(), labels, ..DomainChanged::default() }.into()
         }
         Command::Unregister(UnregisterWish::Forget) => {
             return Err(reject(Code::Invalid, "a domain is forgotten without a request"));
@@ -234,7 +246,8 @@ fn name_fits(domain: &Domain, name: Option<&SnapshotName>) -> Result<(), Rejecti
             Code::Invalid,
             format!("{} allows snapshot names of {most} bytes at most", domain.driver),
         )),
-        _ => Ok(()),
+        Some(name) => name_is_seen("snapshot name", name.as_str()),
+        None => Ok(()),
     }
 }
 
@@ -422,6 +435,9 @@ fn delete_requested(
     }
     for id in &going {
         refuse_held(tree, *id, ctx.now)?;
+    }
+    if delete.reasons.len() > REASONS_MAX {
+        return Err(reject(Code::Invalid, format!("a delete has at most {REASONS_MAX} reasons")));
     }
     for reason in &delete.reasons {
         text_fits("reason", reason)?;
@@ -615,6 +631,14 @@ fn resolved(
             .hint("--abandon lets it end here"));
     }
     Ok(vec![event])
+}
+
+/// Whether a reader would see the name. Judged here and not by the name's type, since an old log may have such names.
+pub(crate) fn name_is_seen(what: &str, name: &str) -> Result<(), Rejection> {
+    match is_visible(name) {
+        true => Ok(()),
+        false => Err(reject(Code::Invalid, format!("a {what} must have a character that can be seen"))),
+    }
 }
 
 fn text_fits(what: &str, text: &str) -> Result<(), Rejection> {

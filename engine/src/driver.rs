@@ -25,6 +25,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::claim::Claim;
 use crate::domain::{Access, Capabilities, Disk, Domain, DriverKind, RunState};
 use crate::event::{Envelope, Hash};
 use crate::ids::{DomainId, DomainName, OperationId, SnapshotId, SnapshotName};
@@ -124,6 +125,8 @@ pub struct Probe {
     pub config: serde_json::Value,
     /// What can be done with it.
     pub capabilities: Capabilities,
+    /// What it would have for itself; the paths of its disks as registered need not be among them.
+    pub claims: Vec<Claim>,
     /// What the user should know: a raw image that was converted, snapshots that the image already has.
     pub notes: Vec<String>,
 }

@@ -159,6 +159,23 @@ fn check_name(what: &'static str, name: &str) -> Result<(), NameError> {
     Ok(())
 }
 
+/// Whether a reader sees anything of `name`: not blanks, and not what Unicode has programs leave out (its property
+/// `Default_Ignorable_Code_Point`: zero-width characters, controls of direction, tags) alone. The log may hold names from
+/// before that was asked.
+pub fn is_visible(name: &str) -> bool {
+    let unseen = |c: char| {
+        c.is_whitespace()
+            || c.is_control()
+            || matches!(c,
+                '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}'
+                | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}'
+                | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}'
+                | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
+    };
+    !name.chars().all(unseen)
+}
+
 fn check_token(what: &'static str, name: &str) -> Result<(), NameError> {
     check_name(what, name)?;
     if !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')) {
@@ -383,6 +400,16 @@ mod tests {
         }
         assert!(SnapshotName::new("x".repeat(NAME_BYTES_MAX)).is_ok());
         assert!(SnapshotName::new("x".repeat(NAME_BYTES_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn a_name_of_which_nothing_is_seen_is_invisible() {
+        for unseen in ["\u{200b}", "\u{202e}\u{2066}", "\u{feff} \u{a0}", "\u{e0041}", "\u{ad}"] {
+            assert!(!is_visible(unseen), "{unseen:?}");
+        }
+        for seen in ["a", "\u{200b}a", "ä", "\u{1f980}", "\u{94d}"] {
+            assert!(is_visible(seen), "{seen:?}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! planners are pure: no clock, no randomness, no environment.
 
 pub mod around;
+pub mod claim;
 pub mod command;
 pub mod decide;
 pub mod domain;

@@ -4,12 +4,15 @@
 //! * An append is all or nothing, over several streams too, and on disk when it returns.
 //! * `seq` and each stream's `version` have no gaps.
 //! * An append whose expectation does not hold writes nothing, and says what it found.
+//! * Names, images, layers folders and machines have one owner, see [`claim`](crate::claim): an append that would take
+//!   what another domain has writes nothing, and says who has it.
 //! * A process that lost the ownership of the store cannot append.
 
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::claim::Claim;
 use crate::driver::Head;
 use crate::event::{Actor, Envelope, Event, Origin};
 use crate::ids::{DomainId, DomainName, OperationId, PolicyName, StreamId};
@@ -17,6 +20,9 @@ use crate::operation::Outcome;
 
 /// Most events that one append may bring.
 pub const APPEND_EVENTS_MAX: usize = 100_000;
+
+/// The greatest `seq_max`: the whole log, and no read model of it.
+pub const OF_THE_LOG: u64 = u64::MAX - 1;
 
 /// A failure of the store.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +44,14 @@ pub enum LogError {
         stream: StreamId,
         /// The key.
         key: String,
+    },
+    /// Somebody else has what an event would take.
+    #[error("{claim} belongs to domain {owner}")]
+    Claimed {
+        /// What.
+        claim: Claim,
+        /// Who has it.
+        owner: DomainId,
     },
     /// Another process owns the state directory now; nothing was written.
     #[error("this process owned the state at epoch {ours}, and epoch {current} owns it now")]
@@ -247,7 +261,8 @@ pub trait EventLog: Send + Sync {
     /// The store failed. Nothing depends on a checkpoint.
     async fn save_checkpoint(&self, checkpoint: Checkpoint) -> Result<(), LogError>;
 
-    /// The registered domains, by name. As of `seq_max`.
+    /// The registered domains, by name. As of `seq_max`; [`u64::MAX`] may be answered by a read model, and anything less,
+    /// such as [`OF_THE_LOG`], by the events alone.
     ///
     /// # Errors
     /// The store failed.

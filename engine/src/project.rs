@@ -181,7 +181,10 @@ impl DomainState {
                 self.drift.remove(&e.finding);
             }
             Event::MergeFinished(e) => self.folded(&e.snapshots),
-            Event::DomainRepaired(_) | Event::SystemOpened(_) | Event::SystemRecovered(_) => {}
+            Event::DomainRepaired(_)
+            | Event::SystemOpened(_)
+            | Event::SystemRecovered(_)
+            | Event::CheckpointKept(_) => {}
             _ => self.advance(envelope),
         }
     }

@@ -144,6 +144,7 @@ pub(crate) fn copy_of(error: &LogError) -> LogError {
             LogError::Conflict { stream: stream.clone(), expected: *expected, found: *found }
         }
         LogError::KeyUsed { stream, key } => LogError::KeyUsed { stream: stream.clone(), key: key.clone() },
+        LogError::Claimed { claim, owner } => LogError::Claimed { claim: claim.clone(), owner: *owner },
         LogError::Fenced { ours, current } => LogError::Fenced { ours: *ours, current: *current },
         LogError::Full => LogError::Full,
         LogError::ReadOnly(why) => LogError::ReadOnly(why.clone()),

@@ -22,6 +22,7 @@
 //!
 //! Architecture Invariant: nothing but the writer changes the log, and readers never wait for it.
 
+mod audit;
 pub mod chain;
 mod error;
 pub mod lock;
@@ -31,6 +32,7 @@ mod row;
 mod schema;
 mod store;
 pub mod verify;
+mod wal;
 mod writer;
 
 pub use error::StoreError;

@@ -91,7 +91,7 @@ LEFT JOIN main.snapshots s ON s.id = coalesce(json_extract(e.data, '$.snapshot')
 /// Kinds that change none of the tables, and may be large.
 const IRRELEVANT: &str = "('Operation.Planned', 'Operation.StepStarted', 'Operation.StepFinished', \
                           'Operation.UndoStarted', 'Operation.UndoFinished', 'Operation.AttemptFailed', \
-                          'Operation.HookStarted', 'Operation.HookFinished', \
+                          'Operation.HookStarted', 'Operation.HookFinished', 'Checkpoint.Kept', \
                           'System.Recovered')";
 
 /// Makes sure that the tables which this connection sees hold everything up to `head`.

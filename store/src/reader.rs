@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
+use snaptree_engine::claim::Claims;
 use snaptree_engine::event::{Envelope, Event};
 use snaptree_engine::ids::{DomainId, DomainName, PolicyName, StreamId};
 use snaptree_engine::log::{
@@ -306,11 +307,35 @@ pub(crate) fn domains_now(connection: &Connection) -> Result<Vec<DomainRow>, Log
     )
 }
 
+/// Goes through what happened to domains as such up to `seq_max`, one after the other: there are more events than domains.
+fn each_domain_event(
+    connection: &Connection,
+    seq_max: u64,
+    mut learn: impl FnMut(Envelope),
+) -> Result<(), LogError> {
+    collect(
+        connection,
+        &format!(
+            "SELECT {SELECT} FROM events INDEXED BY events_domains
+             WHERE kind >= 'Domain.' AND kind < 'Domain/' AND seq <= ?1 ORDER BY seq"
+        ),
+        [integer(seq_max)],
+        |row| decode(row).map(&mut learn),
+    )
+    .map(|_| ())
+}
+
+/// Who has what as of `seq_max`, from the events themselves.
+pub(crate) fn claims_at(connection: &Connection, seq_max: u64) -> Result<Claims, LogError> {
+    let mut claims = Claims::default();
+    each_domain_event(connection, seq_max, |envelope| claims.apply(&envelope.stream, &envelope.event))?;
+    Ok(claims)
+}
+
 /// The registered domains as of `seq_max`, from the events themselves.
 pub(crate) fn domains_at(connection: &Connection, seq_max: u64) -> Result<Vec<DomainRow>, LogError> {
     let mut known: BTreeMap<DomainId, (DomainName, bool)> = BTreeMap::new();
-    // One after the other: there are more events than domains.
-    let mut learn = |envelope: Envelope| {
+    each_domain_event(connection, seq_max, |envelope| {
         let StreamId::Domain(id) = envelope.stream else { return };
         match envelope.event {
             Event::DomainRegistered(e) => {
@@ -328,16 +353,7 @@ pub(crate) fn domains_at(connection: &Connection, seq_max: u64) -> Result<Vec<Do
             }
             _ => {}
         }
-    };
-    collect(
-        connection,
-        &format!(
-            "SELECT {SELECT} FROM events INDEXED BY events_domains
-             WHERE kind >= 'Domain.' AND kind < 'Domain/' AND seq <= ?1 ORDER BY seq"
-        ),
-        [integer(seq_max)],
-        |row| decode(row).map(&mut learn),
-    )?;
+    })?;
     let mut rows: Vec<DomainRow> = known
         .into_iter()
         .filter(|(_, (_, registered))| *registered)

@@ -22,7 +22,7 @@ const ROW_BYTES_MAX: i32 = 64 << 20;
 /// Statements kept prepared per connection.
 const STATEMENTS_MAX: usize = 64;
 
-/// A WAL file longer than this is emptied when a writer comes or goes: the first connection after the last one was
+/// A WAL file longer than this is emptied when a writer comes: the first connection after the last one was
 /// closed reads it whole (measured: half a millisecond per MiB).
 pub(crate) const WAL_BYTES_MAX: u64 = 1 << 20;
 
@@ -159,7 +159,7 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     // Else a statement that binds a parameter near a partial index is compiled anew for each value (measured: a third
     // of a read's time).
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-    // A short command must not pay for a checkpoint when it ends.
+    // A reader that ends last must not write; a writer does it itself, when it goes.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     // TEMP tables, and what a statement that is taken back would need, are small.
     connection.pragma_update(None, "temp_store", "MEMORY")
@@ -241,10 +241,20 @@ pub(crate) fn migrate(connection: &Connection, format: i64) -> Result<(), LogErr
     restore_triggers(connection)
 }
 
-/// Empties the WAL file if it is long, and waits for nobody: whoever still reads it leaves it to the next writer.
+/// Empties the WAL file if it is long, as a writer comes that was preceded by one that was killed.
 pub(crate) fn shorten_wal(connection: &Connection) {
+    empty_wal(connection, WAL_BYTES_MAX);
+}
+
+/// Brings everything into the database's own file as a writer goes, so that a copy of that file alone is whole.
+pub(crate) fn bring_home(connection: &Connection) {
+    empty_wal(connection, 0);
+}
+
+/// Empties a WAL file longer than that, and waits for nobody: whoever still reads it leaves it to the next writer.
+fn empty_wal(connection: &Connection, bytes: u64) {
     let wal = connection.path().map(|file| format!("{file}-wal"));
-    let is_long = |wal| std::fs::metadata(wal).is_ok_and(|wal| wal.len() > WAL_BYTES_MAX);
+    let is_long = |wal| std::fs::metadata(wal).is_ok_and(|wal| wal.len() > bytes);
     if !wal.is_some_and(is_long) {
         return;
     }

@@ -21,7 +21,6 @@ use snaptree_engine::log::{
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Semaphore, watch};
 
-use crate::DATABASE_FILE;
 use crate::error::{StoreError, Tried, Words};
 use crate::lock::{Lock, LockWait};
 use crate::read_model::{self, Place};
@@ -30,6 +29,7 @@ use crate::row::prepare;
 use crate::schema::{self, Found, ReadAccess, WAL_BYTES_KEPT, shorten_wal};
 use crate::verify::{Verification, verify};
 use crate::writer::{CHECKPOINTS, Commits, Core, Done, Identity, Work, Writer, stored_head};
+use crate::{DATABASE_FILE, audit};
 
 /// How many reads that may be long go on at once.
 const LONG_READS_MAX: usize = 8;
@@ -173,6 +173,15 @@ impl Store {
         })
     }
 
+    /// What is stored beside the log and contradicts it, in sentences: rows of the read model, checkpoints of events that
+    /// are not there, a write-ahead log that breaks off. Nothing goes by such a row that decides anything.
+    ///
+    /// # Errors
+    /// The database could not be read.
+    pub fn differences(&self) -> Result<Vec<String>, LogError> {
+        audit::differences(&self.readers.connect()?)
+    }
+
     /// Makes the read model again from the events.
     ///
     /// # Errors
@@ -261,14 +270,9 @@ impl EventLog for Store {
     }
 
     async fn domains(&self, seq_max: u64) -> Result<Vec<DomainRow>, LogError> {
-        self.read_many(move |pool| {
-            let now =
-                pool.with_model(
-                    |c, head| {
-                        if seq_max >= head { reader::domains_now(c).map(Some) } else { Ok(None) }
-                    },
-                )?;
-            now.map_or_else(|| pool.with(|c| reader::domains_at(c, seq_max)), Ok)
+        self.read_many(move |pool| match seq_max {
+            u64::MAX => pool.with_model(|c, _| reader::domains_now(c)),
+            _ => pool.with(|c| reader::domains_at(c, seq_max)),
         })
         .await
     }

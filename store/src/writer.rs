@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
+use snaptree_engine::claim::{Claimed, Claims};
 use snaptree_engine::driver::Head;
 use snaptree_engine::event::{Envelope, Hash};
 use snaptree_engine::log::{Checkpoint, LogError};
@@ -25,7 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::chain::{Field, link};
 use crate::error::{Tried, Words, copy_of, failed};
 use crate::read_model::{self, Place};
-use crate::reader::locked;
+use crate::reader::{self, locked};
 use crate::row::{Prepared, PreparedEvent, integer};
 use crate::{CHECKPOINT_BYTES_MAX, schema};
 
@@ -105,7 +106,7 @@ impl Desk {
 
 impl Drop for Desk {
     fn drop(&mut self) {
-        schema::shorten_wal(&self.core.connection);
+        schema::bring_home(&self.core.connection);
     }
 }
 
@@ -190,6 +191,9 @@ pub(crate) struct Core {
     pub(crate) commits: u64,
     /// What the connection's commits outlast; none before it was set.
     durability: Option<Durability>,
+    /// Who has what, with the appends of the transaction in hand; none before it was asked for, and after an append that
+    /// was taken back. Derived from the log alone, so that no table can contradict it.
+    claims: Option<Claims>,
 }
 
 /// What a commit outlasts.
@@ -205,7 +209,7 @@ impl Core {
     /// Over a connection to a database that is up to date.
     pub(crate) fn new(connection: Connection, identity: Identity) -> Result<Self, LogError> {
         let head = stored_head(&connection)?;
-        Ok(Self { connection, identity, epoch: None, head, commits: 0, durability: None })
+        Ok(Self { connection, identity, epoch: None, head, commits: 0, durability: None, claims: None })
     }
 
     /// Carries out a group; one answer each, in order.
@@ -238,7 +242,8 @@ impl Core {
         Ok(())
     }
 
-    fn roll_back(&self) {
+    fn roll_back(&mut self) {
+        self.claims = None;
         if !self.connection.is_autocommit()
             && let Err(error) = self.connection.execute_batch("ROLLBACK")
         {
@@ -288,13 +293,14 @@ impl Core {
     }
 
     /// One request in its savepoint. The outer error is the whole group's.
-    fn one(&self, work: Work, epoch: u64, head: &mut Head) -> Result<Result<Done, LogError>, LogError> {
+    fn one(&mut self, work: Work, epoch: u64, head: &mut Head) -> Result<Result<Done, LogError>, LogError> {
         let what = "cannot write the log";
         self.run("SAVEPOINT one").tried(what)?;
         let before = *head;
         let result = self.carry_out(work, epoch, head);
         if let Err(error) = result {
             *head = before;
+            self.claims = None;
             // A full disk ends the whole transaction, and with it every savepoint.
             if self.connection.is_autocommit() {
                 return Err(error);
@@ -307,7 +313,7 @@ impl Core {
         Ok(result)
     }
 
-    fn carry_out(&self, work: Work, epoch: u64, head: &mut Head) -> Result<Done, LogError> {
+    fn carry_out(&mut self, work: Work, epoch: u64, head: &mut Head) -> Result<Done, LogError> {
         match work {
             Work::Append(append) => self.append(append, epoch, head).map(Done::Appended),
             Work::Keep(checkpoint) => keep(&self.connection, &checkpoint).map(|()| Done::Kept),
@@ -356,13 +362,14 @@ impl Core {
         Ok(epoch)
     }
 
-    fn append(&self, append: Prepared, epoch: u64, head: &mut Head) -> Result<Vec<Envelope>, LogError> {
+    fn append(&mut self, append: Prepared, epoch: u64, head: &mut Head) -> Result<Vec<Envelope>, LogError> {
         for (stream, expected) in &append.expect {
             let found = stored_version(&self.connection, &stream.to_string())?;
             if found != *expected {
                 return Err(LogError::Conflict { stream: stream.clone(), expected: *expected, found });
             }
         }
+        self.take_claims(&append, head.seq)?;
         let mut versions: HashMap<String, u64> = HashMap::new();
         let mut envelopes = Vec::with_capacity(append.events.len());
         let Prepared { at, at_us, actor, actor_text, origin, origin_text, events, .. } = append;
@@ -396,6 +403,28 @@ impl Core {
             envelopes.push(envelope);
         }
         Ok(envelopes)
+    }
+
+    /// Judges what the append takes, and keeps it. `head` is the last event before the append.
+    fn take_claims(&mut self, append: &Prepared, head: u64) -> Result<(), LogError> {
+        if !append.events.iter().any(|event| Claims::concern(&event.event)) {
+            return Ok(());
+        }
+        let claims = match &mut self.claims {
+            Some(claims) => claims,
+            None => self.claims.insert(reader::claims_at(&self.connection, head)?),
+        };
+        for PreparedEvent { stream, event, .. } in &append.events {
+            let Claimed { claim, owner } = match claims.check(stream, event) {
+                Ok(()) => {
+                    claims.apply(stream, event);
+                    continue;
+                }
+                Err(claimed) => claimed,
+            };
+            return Err(LogError::Claimed { claim, owner });
+        }
+        Ok(())
     }
 
     fn check_key(&self, event: &PreparedEvent) -> Result<(), LogError> {

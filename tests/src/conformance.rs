@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
+use snaptree_engine::claim::{Claim, ClaimKind};
 use snaptree_engine::domain::{Capabilities, Domain, DriverKind};
 use snaptree_engine::event::{
     Actor, DeleteScope, DeleteWhat, DomainChanged, DomainRegistered, DomainUnregistered, Event, MemoryKind,
@@ -34,7 +35,8 @@ macro_rules! conformance {
             streams_are_read_in_pieces, filters_let_through_what_they_say, a_checkpoint_must_agree_with_the_log,
             domains_are_listed_now_and_then, operations_are_listed_newest_last,
             operations_keep_the_names_of_their_snapshots, times_stand_for_prefixes,
-            concurrent_appends_all_get_in, one_of_two_racing_appends_loses);
+            concurrent_appends_all_get_in, one_of_two_racing_appends_loses, what_one_has_no_other_takes,
+            what_is_taken_at_once_has_one_owner);
     };
     (@each $make:expr; $($name:ident),* $(,)?) => {
         $(#[tokio::test]
@@ -96,6 +98,7 @@ pub fn registered(id: DomainId, name: &str) -> Event {
             labels: BTreeMap::new(),
             capabilities,
         },
+        claims: Vec::new(),
     }
     .into()
 }
@@ -596,6 +599,50 @@ pub async fn one_of_two_racing_appends_loses(log: &impl EventLog) {
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     assert!(results.iter().filter_map(|r| r.as_ref().err()).all(|e| matches!(e, LogError::Conflict { .. })));
     assert_eq!(log.read_stream(&a, 0, u64::MAX, 100).await.unwrap().len(), 1);
+}
+
+/// A name and whatever else an event claims, until it is given back; nothing of a refused append is kept.
+pub async fn what_one_has_no_other_takes(log: &impl EventLog) {
+    let (a, b) = (domain_id(), domain_id());
+    let (of_a, of_b) = (StreamId::Domain(a), StreamId::Domain(b));
+    let having = |image: &str| {
+        let claims = Some(vec![Claim::new(ClaimKind::Image, image)]);
+        DomainChanged { claims, ..DomainChanged::default() }
+    };
+    let named =
+        |name: &str| DomainChanged { name: Some(DomainName::new(name).unwrap()), ..DomainChanged::default() };
+    log.append(facts(vec![new(&of_a, registered(a, "a")), new(&of_a, having("/a"))])).await.unwrap();
+    log.append(facts(vec![new(&of_b, registered(b, "b"))])).await.unwrap();
+    let before = all(log).await;
+    for events in [
+        vec![new(&of_b, named("a"))],
+        vec![new(&of_b, having("/a"))],
+        // What the first of them takes is not taken.
+        vec![new(&of_b, named("free")), new(&of_b, having("/a"))],
+    ] {
+        match log.append(facts(events)).await {
+            Err(LogError::Claimed { owner, .. }) => assert_eq!(owner, a),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(all(log).await, before);
+    log.append(facts(vec![new(&of_a, named("free"))])).await.unwrap();
+    log.append(facts(vec![new(&of_b, named("a"))])).await.unwrap();
+    let gone = DomainUnregistered { wish: UnregisterWish::KeepLayers, left: Vec::new() };
+    log.append(facts(vec![new(&of_a, gone), new(&of_b, having("/a"))])).await.unwrap();
+}
+
+/// Also where several appends are carried out together.
+pub async fn what_is_taken_at_once_has_one_owner(log: &impl EventLog) {
+    let ids: Vec<DomainId> = (0..16).map(|_| domain_id()).collect();
+    let register = |id: &DomainId, index: usize| {
+        let name = if index % 2 == 0 { "same".to_owned() } else { format!("own-{index}") };
+        log.append(facts(vec![new(&StreamId::Domain(*id), registered(*id, &name))]))
+    };
+    let results = join(ids.iter().enumerate().map(|(index, id)| register(id, index))).await;
+    let refused = results.iter().filter(|r| matches!(r, Err(LogError::Claimed { .. }))).count();
+    assert_eq!((refused, results.iter().filter(|r| r.is_ok()).count()), (7, 9), "{results:?}");
+    assert_eq!(log.domains(u64::MAX).await.unwrap().len(), 9);
 }
 
 /// Polls all of them together, and gives their results in order.

@@ -1,7 +1,11 @@
 //! `snaptree serve` as a process that can be stopped, let go on, and killed.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Stdio};
+
+use serde_json::Value;
 
 use crate::images::tool;
 use crate::program::{Program, wait_until_stopped};
@@ -112,4 +116,24 @@ impl Drop for Daemon {
         self.0.kill().ok();
         self.0.wait().ok();
     }
+}
+
+/// Asks the daemon that listens on `socket`, as any program may that speaks HTTP. The status, and the body if it is JSON.
+///
+/// # Panics
+/// Nobody listens, or what answers is no HTTP.
+pub fn post(socket: &Path, path: &str, body: &Value) -> (u16, Value) {
+    let body = body.to_string();
+    let mut stream = UnixStream::connect(socket).expect("it listens");
+    let length = body.len();
+    let head =
+        format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+    // A server that has seen enough closes without reading the rest.
+    let _ = stream.write_all(&[head.as_bytes(), body.as_bytes()].concat());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    (status.expect("a status"), serde_json::from_str(body).unwrap_or(Value::Null))
 }

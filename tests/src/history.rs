@@ -37,7 +37,7 @@ pub fn history(name: &str, snapshots: usize, reverts: usize) -> Vec<NewEvent> {
         labels: BTreeMap::new(),
         capabilities: Profile::Default.capabilities(),
     };
-    let mut events = vec![event(id, None, DomainRegistered { domain })];
+    let mut events = vec![event(id, None, DomainRegistered { domain, claims: Vec::new() })];
     let disks = BTreeSet::from([disk]);
     let ids: Vec<SnapshotId> = (0..snapshots).map(|_| SnapshotId::from_uuid(Uuid::now_v7())).collect();
     for (number, snapshot) in ids.iter().enumerate() {

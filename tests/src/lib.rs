@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod alive;
 pub mod conformance;
+pub mod crowd;
 pub mod daemon;
 pub mod fleet;
 pub mod guest;

@@ -32,6 +32,7 @@ struct VerifyView {
     events: u64,
     head: Option<HeadView>,
     problem: Option<String>,
+    differences: Vec<String>,
 }
 
 /// Carries out a command on the log as evidence.
@@ -57,16 +58,25 @@ async fn head(context: &Context) -> Result<Exit> {
 
 async fn verify(context: &Context, expected: Option<&str>) -> Result<Exit> {
     let expected = expected.map(head_of).transpose()?;
-    let reader = context.reader().await?;
+    let reader = context.planner().await?;
     let view = match reader.files()?.verify(expected)? {
         Verification::Sound(sound) => {
-            VerifyView { ok: true, events: sound.events, head: Some(sound.head.into()), problem: None }
+            let mut differences = reader.files()?.differences()?;
+            differences.extend(reader.engine.contradictions().await?);
+            VerifyView {
+                ok: differences.is_empty(),
+                events: sound.events,
+                head: Some(sound.head.into()),
+                problem: None,
+                differences,
+            }
         }
         Verification::Broken(problem) => VerifyView {
             ok: false,
             events: problem.seq.saturating_sub(1),
             head: None,
             problem: Some(problem.to_string()),
+            differences: Vec::new(),
         },
     };
     let exit = if view.ok { Exit::Done } else { Exit::Failed };
@@ -83,6 +93,17 @@ async fn verify(context: &Context, expected: Option<&str>) -> Result<Exit> {
         (None, Some(head)) => {
             let found = look.paint.good("sound");
             render::print(&format!("{found}: {} events\nhead {}:{}\n", view.events, head.seq, head.hash))?;
+            for difference in &view.differences {
+                let told = format!("{}: {}\n", look.paint.bad("differs"), safe(difference));
+                render::print(&told)?;
+            }
+            if !view.differences.is_empty() {
+                render::note(
+                    "the log itself is what was written, and everything that is decided goes by it; \
+                     rows that differ are made again after: sqlite3 snaptree.db 'DELETE FROM read_model; \
+                     DELETE FROM checkpoints'",
+                );
+            }
         }
         (None, None) => {}
     }

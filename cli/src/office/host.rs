@@ -7,6 +7,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde_json::Value;
 use snaptree_drivers::esx::{EsxConfig, EsxDriver, HostBook, HostConfig};
+use snaptree_engine::decide::ACCESS_BYTES_MAX;
 use snaptree_engine::domain::DriverKind;
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::engine::{Engine, EngineError, Requester};
@@ -67,6 +68,10 @@ async fn add(
             .into());
     }
     let kept = config.to_value().map_err(DriverError::from).map_err(EngineError::Driver)?;
+    if kept.to_string().len() > ACCESS_BYTES_MAX {
+        let message = format!("what is kept of a host has at most {ACCESS_BYTES_MAX} bytes");
+        return Err(Trouble::new(Exit::Refused, "invalid", message).into());
+    }
     let introduced = driver.introduce(&host, config).await.map_err(EngineError::Driver)?;
     engine.add_host(requester, HostAdded { host, driver: DriverKind::Esx, config: kept }, known).await?;
     Ok(HostAnswer { introduced: Some(introduced), machines: Vec::new() })

@@ -127,6 +127,7 @@ pub async fn register(
     requester: &Requester,
     registering: Registering,
 ) -> Result<Registered> {
+    registering.fits()?;
     let options = match registering.driver {
         DriverKind::Sim => sim_options(registering.profile.as_deref())?,
         DriverKind::Qemu => qemu_options(engine, &registering).await?,

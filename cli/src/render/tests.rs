@@ -160,6 +160,7 @@ fn registered() -> DomainRegistered {
                 depth_max: 200,
             },
         },
+        claims: Vec::new(),
     }
 }
 

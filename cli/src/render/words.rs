@@ -377,6 +377,7 @@ fn operation_words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         }
         Event::OperationNeedsAttention(e) => format!("operation needs attention: {}", e.failure),
         Event::OperationRetried(_) => "operation may try again".to_owned(),
+        Event::CheckpointKept(_) => "checkpoint kept".to_owned(),
         other => other.kind().to_owned(),
     }
 }

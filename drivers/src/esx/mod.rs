@@ -43,6 +43,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use snaptree_engine::claim::{Claim, ClaimKind};
 use snaptree_engine::domain::Domain;
 use snaptree_engine::driver::{
     Driver, DriverError, Observation, Plan, PowerWish, Probe, Registration, Resolution, StepContext,
@@ -192,6 +193,7 @@ impl Driver for EsxDriver {
             let message = format!("'{}' is a template, and has no snapshots", about.name);
             return Err(Failure::new(Code::Unsupported, message).refused().into());
         }
+        let claims = vec![Claim::new(ClaimKind::Machine, format!("esx {} {}", options.host, vm.id))];
         let config = EsxConfig { host: options.host, vm: vm.id, uuid: about.uuid, name: about.name };
         Ok(Probe {
             notes: left_out_notes(&about.disks),
@@ -199,6 +201,7 @@ impl Driver for EsxDriver {
             config: serde_json::to_value(&config)
                 .map_err(|error| Failure::new(Code::Invalid, error.to_string()))?,
             capabilities: config::capabilities(),
+            claims,
         })
     }
 

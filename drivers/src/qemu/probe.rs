@@ -5,8 +5,10 @@ use std::fs::{self, Metadata};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use serde::Deserialize;
+use snaptree_engine::claim::{Claim, ClaimKind};
 use snaptree_engine::domain::Disk;
 use snaptree_engine::driver::{CallOff, DriverError, NoWatch, Probe, Registration};
 use snaptree_engine::operation::{Code, Failure};
@@ -101,7 +103,26 @@ pub(super) async fn probe(
     config.layers = layers_folder(registration, &options, &config)?;
     note_running(&registration.name, &config, &mut notes)?;
     let capabilities = capabilities(config.agent.as_ref(), &config.runs);
-    Ok(Probe { disks, config: config.to_value()?, capabilities, notes })
+    let claims = claims(&config)?;
+    Ok(Probe { disks, config: config.to_value()?, capabilities, claims, notes })
+}
+
+/// What the domain would have for itself: its images, by every path that they can be reached by, and its layers folder.
+pub(super) fn claims(config: &QemuConfig) -> Result<Vec<Claim>, DriverError> {
+    let mut claims = vec![Claim::new(ClaimKind::Layers, config.layers.to_string_lossy())];
+    for paths in config.disks.values() {
+        claims.push(Claim::new(ClaimKind::Image, paths.given.to_string_lossy()));
+        claims.push(Claim::new(ClaimKind::Image, paths.resolved.to_string_lossy()));
+        let found = fs::metadata(&paths.resolved).doing("look at", &paths.resolved)?;
+        // A number is used again when its file is gone, so the file's birth is part of what it is. Where the file system
+        // knows none, who came first is told by the paths alone.
+        let born = found.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+        if let Some(born) = born {
+            let file = format!("{}:{}:{}", found.dev(), found.ino(), born.as_nanos());
+            claims.push(Claim::new(ClaimKind::File, file));
+        }
+    }
+    Ok(claims)
 }
 
 /// Refuses a QMP socket that is libvirt's own, or behind which nobody speaks to us though somebody is there. A machine

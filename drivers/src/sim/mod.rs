@@ -457,6 +457,7 @@ impl Driver for SimDriver {
             disks: disks(&registration.disks)?,
             config: json(&options)?,
             capabilities: options.profile.capabilities(),
+            claims: Vec::new(),
             notes: Vec::new(),
         })
     }

@@ -38,6 +38,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::OperationId;
+use snaptree_engine::claim::{Claim, ClaimKind};
 use snaptree_engine::domain::{Capabilities, Disk};
 use snaptree_engine::driver::{
     Driver, DriverError, ErrorClass, Observation, Plan, PowerWish, Probe, Registration, Resolution,
@@ -203,12 +204,13 @@ impl Driver for VirtualboxDriver {
             return Err(Failure::new(Code::Exists, message).refused().into());
         }
         let detail = observe::read(&file).await?;
+        let claims = vec![Claim::new(ClaimKind::Machine, format!("virtualbox {uuid}"))];
         let machine = Machine { uuid, file };
         let config = serde_json::to_value(&machine);
         let config = config.map_err(|error| Failure::new(Code::Invalid, error.to_string()))?;
         let disks = self.disks(&[], &detail.settings).await?;
         let notes = left_out_notes(&disks);
-        Ok(Probe { disks, config, capabilities: CAPABILITIES, notes })
+        Ok(Probe { disks, config, capabilities: CAPABILITIES, claims, notes })
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {

@@ -178,7 +178,7 @@ impl Lab {
             labels: Labels::new(),
             capabilities: probe.capabilities,
         };
-        lab.apply(None, DomainRegistered { domain }.into());
+        lab.apply(None, DomainRegistered { domain, claims: Vec::new() }.into());
         lab
     }
 

@@ -105,7 +105,7 @@ impl Bench {
             labels: BTreeMap::new(),
             capabilities: probe.capabilities,
         };
-        bench.log(DomainRegistered { domain });
+        bench.log(DomainRegistered { domain, claims: Vec::new() });
         bench
     }
 

@@ -27,7 +27,7 @@ use crate::together::Gates;
 pub use crate::error::EngineError;
 pub use crate::settings::{Clock, Foreign, Settings, Stop, SystemClock};
 pub(crate) use request::command_digest;
-pub use request::{DryRun, Submitted};
+pub use request::{DryRun, KEY_BYTES_MAX, Submitted};
 
 /// How often a request is decided anew because somebody else appended first.
 pub(crate) const CONFLICTS_MAX: u32 = 16;

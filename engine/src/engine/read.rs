@@ -3,12 +3,12 @@
 use jiff::Timestamp;
 use tracing::instrument;
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, Requester};
 use crate::command::reject;
 use crate::driver::Observation;
-use crate::event::Envelope;
+use crate::event::{Actor, CheckpointKept, Envelope, Event};
 use crate::ids::{DomainId, DomainName, OperationId, StreamId};
-use crate::log::{Checkpoint, DomainRow, EventFilter, SeqAt};
+use crate::log::{Checkpoint, DomainRow, EventFilter, LogError, NewEvent, OF_THE_LOG, SeqAt};
 use crate::near::nearest;
 use crate::operation::Code;
 use crate::project::{DomainState, PROJECTOR};
@@ -49,19 +49,29 @@ impl Engine {
     /// `NotFound`, or the store failed.
     pub async fn find_domain_at(&self, wanted: &str, seq_max: u64) -> Result<DomainId, EngineError> {
         if let Ok(id) = wanted.parse::<DomainId>() {
-            let known = self.log.domains(seq_max).await?;
-            return match known.iter().any(|row| row.id == id) {
-                true => Ok(id),
-                false => Err(unknown_domain(wanted, &known)),
+            return match self.load_at(id, seq_max).await {
+                Ok(state) if state.registered => Ok(id),
+                Ok(_) => Err(unknown_domain(wanted, &self.log.domains(seq_max).await?)),
+                // What contradicts itself is told by whoever works with it, and its log can be read.
+                Err(EngineError::Illegal { .. }) => Ok(id),
+                Err(error) => Err(error),
             };
         }
         if seq_max == u64::MAX
             && let Ok(name) = DomainName::new(wanted)
             && let Some(row) = self.log.domain_by_name(&name).await?
         {
-            return Ok(row.id);
+            match self.load(row.id).await {
+                Ok(state) if state.registered && state.domain.as_ref().is_some_and(|d| d.name == name) => {
+                    return Ok(row.id);
+                }
+                Ok(_) => tracing::warn!(domain = %name, "the list of domains is not what the log says"),
+                Err(EngineError::Illegal { .. } | EngineError::Log(LogError::Damaged(_))) => {}
+                Err(error) => return Err(error),
+            }
         }
-        let known = self.log.domains(seq_max).await?;
+        // What is not in a read model may have been taken out of it.
+        let known = self.log.domains(seq_max.min(OF_THE_LOG)).await?;
         let found = known.iter().find(|row| row.name.as_str() == wanted);
         found.map(|row| row.id).ok_or_else(|| unknown_domain(wanted, &known))
     }
@@ -92,10 +102,7 @@ impl Engine {
         let stream = StreamId::Domain(domain);
         let mut state = match self.loaded.get(domain, seq_max) {
             Some(state) => state,
-            None => {
-                let checkpoint = self.log.checkpoint(&stream, PROJECTOR, seq_max).await?;
-                checkpoint.and_then(|c| serde_json::from_str(&c.state).ok()).unwrap_or_default()
-            }
+            None => self.checkpointed(&stream, seq_max).await?.unwrap_or_default(),
         };
         let known = state.version;
         loop {
@@ -129,6 +136,43 @@ impl Engine {
         }
     }
 
+    /// What the stored checkpoint of a stream says, if the log says that it is the one that was stored.
+    async fn checkpointed(
+        &self,
+        stream: &StreamId,
+        seq_max: u64,
+    ) -> Result<Option<DomainState>, EngineError> {
+        let Some(checkpoint) = self.log.checkpoint(stream, PROJECTOR, seq_max).await? else {
+            return Ok(None);
+        };
+        let next = self.log.read_stream(stream, checkpoint.version, seq_max, 1).await?;
+        let stored = CheckpointKept::of(PROJECTOR, &checkpoint.state);
+        let witnessed =
+            next.iter().any(|next| matches!(&next.event, Event::CheckpointKept(kept) if *kept == stored));
+        if !witnessed {
+            tracing::warn!(%stream, "a checkpoint is not the one that was stored, and is not used");
+            return Ok(None);
+        }
+        Ok(serde_json::from_str(&checkpoint.state).ok())
+    }
+
+    /// Whether the stored checkpoint of a domain, if there is one, is what its events come to from the first on.
+    pub(crate) async fn checkpoint_is_true(&self, domain: DomainId) -> Result<bool, EngineError> {
+        let stream = StreamId::Domain(domain);
+        let Some(checkpoint) = self.log.checkpoint(&stream, PROJECTOR, u64::MAX).await? else {
+            return Ok(true);
+        };
+        let mut state = DomainState::default();
+        while state.version < checkpoint.version {
+            let page = self.log.read_stream(&stream, state.version, checkpoint.seq, PAGE_EVENTS).await?;
+            if page.is_empty() {
+                break;
+            }
+            state.apply_all(&page);
+        }
+        Ok(serde_json::from_str::<DomainState>(&checkpoint.state).is_ok_and(|stored| stored == state))
+    }
+
     /// Keeps what a worker knows of its domain, so that it need not be read again.
     pub(crate) fn remember(&self, state: &DomainState) {
         if let (Some(domain), None) = (&state.domain, &state.illegal) {
@@ -136,12 +180,28 @@ impl Engine {
         }
     }
 
-    /// Keeps a checkpoint of `state`, whose last event is `last`.
-    pub(crate) async fn keep_checkpoint(&self, state: &DomainState, last: &Envelope) {
-        let Some(domain) = &state.domain else { return };
-        let Ok(text) = serde_json::to_string(state) else { return };
+    /// Keeps a checkpoint of `state`, whose last event is `last`, and returns the event that says so. Where somebody
+    /// appended meanwhile there is none this time.
+    pub(crate) async fn keep_checkpoint(
+        &self,
+        requester: &Requester,
+        state: &DomainState,
+        last: &Envelope,
+    ) -> Option<Envelope> {
+        let stream = StreamId::Domain(state.domain.as_ref()?.id);
+        let text = serde_json::to_string(state).ok()?;
+        let told = CheckpointKept::of(PROJECTOR, &text);
+        let told = NewEvent::of_itself(stream.clone(), told.into());
+        let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
+        let told = match self.append(&requester, vec![(stream.clone(), state.version)], vec![told]).await {
+            Ok(told) => told.into_iter().next(),
+            Err(error) => {
+                tracing::debug!(%error, "no checkpoint is kept; nothing depends on it");
+                return None;
+            }
+        };
         let checkpoint = Checkpoint {
-            stream: StreamId::Domain(domain.id),
+            stream,
             version: state.version,
             seq: state.seq,
             hash: last.hash.to_string(),
@@ -151,6 +211,7 @@ impl Engine {
         if let Err(error) = self.log.save_checkpoint(checkpoint).await {
             tracing::debug!(%error, "the checkpoint was not kept; nothing depends on it");
         }
+        told
     }
 
     /// The prefix of the log that a time stands for.

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use tracing::instrument;
 
 use super::{CONFLICTS_MAX, Engine, EngineError, Requester};
+use crate::claim::{Claim, ClaimKind};
 use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::Domain;
@@ -21,6 +22,9 @@ use crate::project::DomainState;
 use crate::reconcile::beside::{self, Blocked};
 use crate::reconcile::merge::Verdict;
 use crate::reconcile::space::{self, Frees, Occupied};
+
+/// Longest key of a request, in bytes.
+pub const KEY_BYTES_MAX: usize = 255;
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,7 @@ impl Engine {
     ) -> Result<(Domain, Vec<String>), EngineError> {
         self.name_is_free(&registration.name).await?;
         crate::decide::labels_fit(&labels)?;
+        crate::decide::name_is_seen("domain name", registration.name.as_str())?;
         let driver = self.driver(registration.driver)?;
         let probe = driver.probe(&registration).await.map_err(EngineError::Driver)?;
         let domain = Domain {
@@ -75,15 +80,24 @@ impl Engine {
             capabilities: probe.capabilities,
         };
         let stream = StreamId::Domain(domain.id);
-        let event = NewEvent {
-            stream: stream.clone(),
-            event: DomainRegistered { domain: domain.clone() }.into(),
-            operation: None,
-            cause: None,
-            key: None,
-        };
-        self.append(requester, vec![(stream, 0)], vec![event]).await?;
-        Ok((domain, probe.notes))
+        let registered = DomainRegistered { domain: domain.clone(), claims: probe.claims };
+        let event = NewEvent::of_itself(stream.clone(), registered.into());
+        match self.append(requester, vec![(stream, 0)], vec![event]).await {
+            Ok(_) => Ok((domain, probe.notes)),
+            Err(LogError::Claimed { claim, owner }) => Err(self.claimed(&claim, owner).await),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// That somebody else has it: whoever asked looked before, and somebody came in between.
+    async fn claimed(&self, claim: &Claim, owner: DomainId) -> EngineError {
+        if claim.kind == ClaimKind::Name {
+            return name_is_taken(&claim.value);
+        }
+        let state = self.load(owner).await.ok();
+        let name = state.and_then(|state| state.domain).map(|domain| domain.name.to_string());
+        let message = format!("{claim} already belongs to domain '{}'", name.unwrap_or(owner.to_string()));
+        reject(Code::Exists, message).into()
     }
 
     /// A fresh domain id.
@@ -92,11 +106,11 @@ impl Engine {
     }
 
     async fn name_is_free(&self, name: &DomainName) -> Result<(), EngineError> {
-        match self.log.domain_by_name(name).await? {
-            Some(_) => Err(reject(Code::Exists, format!("a domain '{name}' is registered already"))
-                .hint("choose another name, or `snaptree domain remove` the old one")
-                .into()),
-            None => Ok(()),
+        // Not by a row alone, which somebody may have made up or taken out.
+        match self.find_domain(name.as_str()).await {
+            Ok(_) => Err(name_is_taken(name.as_str())),
+            Err(EngineError::Rejected(failure)) if failure.code == Code::NotFound => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -120,6 +134,7 @@ impl Engine {
                 self.name_is_free(name).await?;
             }
         }
+        key_fits(key)?;
         if *command == Command::Unregister(UnregisterWish::Forget) {
             return self.forget(requester, domain).await;
         }
@@ -151,6 +166,7 @@ impl Engine {
                 Err(LogError::Conflict { .. } | LogError::KeyUsed { .. }) if conflicts < CONFLICTS_MAX => {
                     conflicts += 1;
                 }
+                Err(LogError::Claimed { claim, owner }) => return Err(self.claimed(&claim, owner).await),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -307,6 +323,22 @@ impl Engine {
         }
         Ok(DryRun { request, plan, merges, frees, state, after })
     }
+}
+
+/// Whether a key can be kept: it goes into the log and into its index.
+fn key_fits(key: Option<&str>) -> Result<(), EngineError> {
+    let Some(key) = key else { return Ok(()) };
+    if key.is_empty() || key.len() > KEY_BYTES_MAX || key.chars().any(char::is_control) {
+        let message = format!("a key has 1 to {KEY_BYTES_MAX} bytes and no control characters");
+        return Err(reject(Code::Invalid, message).into());
+    }
+    Ok(())
+}
+
+fn name_is_taken(name: &str) -> EngineError {
+    reject(Code::Exists, format!("a domain '{name}' is registered already"))
+        .hint("choose another name, or `snaptree domain remove` the old one")
+        .into()
 }
 
 /// What an abandoned operation may have unlinked: layers that nobody needs, and whose files are gone; upper ones first.

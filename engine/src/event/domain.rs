@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{RequestTerms, UnregisterWish};
+use crate::claim::Claim;
 use crate::domain::{Access, Disk, Domain};
 use crate::ids::DomainName;
 use crate::tree::Labels;
@@ -12,6 +13,9 @@ use crate::tree::Labels;
 pub struct DomainRegistered {
     /// All of it.
     pub domain: Domain,
+    /// What it has for itself beside its name and the paths of its disks, as its driver says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub claims: Vec<Claim>,
 }
 
 /// Payload: what of a domain changed; what is left out stayed.
@@ -29,6 +33,9 @@ pub struct DomainChanged {
     /// All disks that its machine has from now on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<Disk>>,
+    /// All that it has for itself from now on beside its name, the paths of its disks included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claims: Option<Vec<Claim>>,
 }
 
 /// Payload: something that the hypervisor had left broken was put right.

@@ -180,6 +180,8 @@ events! {
     SystemOpened = "System.Opened" 1,
     /// The log was older than what is kept beside the layers, and took that over.
     SystemRestored = "System.Restored" 1,
+    /// A stored projection of the stream is as this says.
+    CheckpointKept = "Checkpoint.Kept" 1,
     /// The end of a step was not known, and was made out. It is in the stream of the operation's domain.
     SystemRecovered = "System.Recovered" 1,
 }

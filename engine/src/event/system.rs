@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::domain::DriverKind;
 use crate::ids::{HostName, OperationId, SnapshotId, SnapshotName};
@@ -60,6 +61,24 @@ pub struct SystemOpened {
     pub installation: String,
     /// The program's version.
     pub program: String,
+}
+
+/// Payload: a projection of the stream as it was before this event was stored. A stored one that is not as its event says
+/// is not used, so whoever changes it has to change the log as well.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointKept {
+    /// The projector that made it.
+    pub projector: u32,
+    /// The SHA-256 of its text (hex).
+    pub sha256: String,
+}
+
+impl CheckpointKept {
+    /// Of a projection's text.
+    pub fn of(projector: u32, text: &str) -> Self {
+        let sha256 = Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { projector, sha256 }
+    }
 }
 
 /// What an observation showed of a step whose end was not known.

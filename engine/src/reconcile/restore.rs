@@ -10,7 +10,7 @@ use crate::driver::{ErrorClass, Head, Kept};
 use crate::engine::{Engine, EngineError, Requester};
 use crate::event::{Actor, Event, OperationNeedsAttention, OperationResolved, SystemRestored};
 use crate::ids::{DomainId, OperationId, SnapshotName, StreamId};
-use crate::log::{EventFilter, NewEvent};
+use crate::log::{EventFilter, NewEvent, OF_THE_LOG};
 use crate::operation::{Code, Failure, Phase, Verdict};
 use crate::project::DomainState;
 use crate::tree::Tree;
@@ -49,6 +49,33 @@ impl Engine {
         let requester = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
         self.append(&requester, vec![(stream.clone(), state.version)], events(&stream, &state, kept)).await?;
         self.load(domain).await
+    }
+
+    /// What is kept elsewhere and contradicts the log, in sentences: checkpoints that are not what the events come to, and
+    /// layers whose manifest knows of an event that the log does not have.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn contradictions(&self) -> Result<Vec<String>, EngineError> {
+        let mut found = Vec::new();
+        for row in self.log.domains(OF_THE_LOG).await? {
+            if !self.checkpoint_is_true(row.id).await? {
+                found.push(format!("the checkpoint of domain '{}' is not what its events come to", row.name));
+            }
+            let Ok(state) = self.load(row.id).await else { continue };
+            let Ok(driver) = self.driver_of(&state) else { continue };
+            // A hypervisor that cannot be asked is no contradiction.
+            let Ok(Some(head)) = driver.kept_head(&state).await else { continue };
+            let taken_over = state.restored_from == Some((head.seq, head.hash.to_string()));
+            if !taken_over && !self.has(head).await? {
+                found.push(format!(
+                    "the layers of domain '{}' know of event {}, which this log does not have: it is an older copy, or \
+                     has lost its newest events; the next request takes over what is kept there",
+                    row.name, head.seq
+                ));
+            }
+        }
+        Ok(found)
     }
 
     /// Whether that event is in the log.

@@ -474,7 +474,11 @@ impl<'a> Worker<'a> {
         self.head = Some(Head { seq: last.seq, hash: last.hash });
         appended.iter().for_each(|envelope| self.watch.happened(envelope));
         if before / CHECKPOINT_EVENTS != self.state.version / CHECKPOINT_EVENTS {
-            self.engine.keep_checkpoint(&self.state, last).await;
+            let told = self.engine.keep_checkpoint(self.requester, &self.state, last).await;
+            if let Some(told) = told {
+                self.state.apply(&told);
+                self.head = Some(Head { seq: told.seq, hash: told.hash });
+            }
         }
         Ok(())
     }

@@ -76,7 +76,7 @@ impl History {
             labels: BTreeMap::new(),
             capabilities: capabilities(),
         };
-        history.push(None, DomainRegistered { domain });
+        history.push(None, DomainRegistered { domain, claims: Vec::new() });
         history
     }
 

@@ -6,9 +6,9 @@ use jiff::SignedDuration;
 use snaptree_engine::command::{Command, Content, Create, Delete, SnapshotRef};
 use snaptree_engine::domain::RunState;
 use snaptree_engine::driver::NoWatch;
-use snaptree_engine::engine::{Clock, EngineError, Submitted};
-use snaptree_engine::event::{DeleteScope, DeleteWhat, MergeWish, UnregisterWish};
-use snaptree_engine::log::{Checkpoint, EventLog};
+use snaptree_engine::engine::{Clock, EngineError, Requester, Submitted};
+use snaptree_engine::event::{CheckpointKept, DeleteScope, DeleteWhat, MergeWish, UnregisterWish};
+use snaptree_engine::log::{Append, Checkpoint, EventLog, NewEvent};
 use snaptree_engine::operation::Code;
 use snaptree_engine::project::PROJECTOR;
 use snaptree_engine::{OperationId, SnapshotId, StreamId};
@@ -311,6 +311,17 @@ impl Cast {
             projector: PROJECTOR,
             state: serde_json::to_string(&state).must("a state can be written")?,
         };
+        let told = NewEvent {
+            stream: checkpoint.stream.clone(),
+            event: CheckpointKept::of(PROJECTOR, &checkpoint.state).into(),
+            operation: None,
+            cause: None,
+            key: None,
+        };
+        let Requester { actor, origin } = life.requester.clone();
+        let expect = vec![(checkpoint.stream.clone(), checkpoint.version)];
+        let append = Append { expect, actor, origin, at: self.world.now(), events: vec![told] };
+        life.engine.log().append(append).await.must("a checkpoint can be told")?;
         life.store.save_checkpoint(checkpoint).await.must("a checkpoint can be kept")
     }
 }

@@ -1,6 +1,7 @@
 //! A: what is told, and whether it is so.
 
 mod busy;
+mod forged;
 mod gone;
 mod passing;
 mod policies_unreadable;
