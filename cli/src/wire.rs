@@ -38,6 +38,7 @@ use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::tree::Labels;
 use snaptree_engine::{DiskName, DomainId, DomainName, EventId, HostName, OperationId, PolicyName, StreamId};
+use snaptree_policies::leap::{Doubt, Leap};
 
 use crate::exit::{ErrorView, Exit, Told, Trouble, told, whole};
 
@@ -304,6 +305,8 @@ pub enum PolicyAsk {
         /// The domain.
         domain: DomainId,
     },
+    /// Believe the machine's clock, which leapt.
+    ConfirmClock,
     /// Suspend it if its last runs took no snapshot. A daemon does that by itself.
     Review {
         /// Its name.
@@ -345,6 +348,29 @@ pub struct Status {
     /// The policies that do not run since this program cannot read them, and why.
     #[serde(default)]
     pub sick_policies: BTreeMap<PolicyName, String>,
+    /// Why what policies delete is held back, if it is.
+    #[serde(default)]
+    pub clock: Option<ClockView>,
+}
+
+/// A clock that leapt and is not believed again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClockView {
+    /// What it should have shown, at the latest if it went forward.
+    pub from: Timestamp,
+    /// What it showed.
+    pub to: Timestamp,
+    /// Until when policies hold back their deletes, if it goes on.
+    pub until: Timestamp,
+    /// The same in words, and what to do.
+    pub message: String,
+}
+
+impl From<Doubt> for ClockView {
+    fn from(doubt: Doubt) -> Self {
+        let Leap { from, to } = doubt.leap;
+        Self { from, to, until: doubt.until(), message: doubt.to_string() }
+    }
 }
 
 /// How many domains are in work.

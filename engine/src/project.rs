@@ -67,6 +67,16 @@ enum Remains {
     Listed,
 }
 
+/// When a snapshot was taken, by the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dated {
+    /// The event that made it known. Of two snapshots the one with the greater is the later, whatever clocks said.
+    pub seq: u64,
+    /// When it was taken. What a hypervisor's own clock says counts as far as it lies between the request and the
+    /// record of it, so that a host whose clock is wrong dates nothing.
+    pub at: Timestamp,
+}
+
 /// Whether the hypervisor has a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Presence {
@@ -83,6 +93,9 @@ pub struct DomainState {
     pub registered: bool,
     /// Its snapshots.
     pub tree: Tree,
+    /// When each of them was taken, by the log.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub dated: BTreeMap<SnapshotId, Dated>,
     /// Its files.
     pub layers: LayerGraph,
     /// The operations without an outcome, in the order of their requests.
@@ -159,9 +172,16 @@ impl DomainState {
                 }
             }
             Event::DomainUnregistered(_) => self.registered = false,
-            Event::SnapshotCreated(e) => self.tree.create(e.snapshot.clone()),
+            Event::SnapshotCreated(e) => {
+                self.dated.insert(e.snapshot.id, self.dated(envelope, &e.snapshot));
+                self.tree.create(e.snapshot.clone());
+            }
             Event::SnapshotReverted(e) => self.tree.revert(e.snapshot),
-            Event::SnapshotAdopted(e) => self.tree.adopt(e.known(), &e.children),
+            Event::SnapshotAdopted(e) => {
+                let dated = Dated { seq: envelope.seq, at: e.snapshot.created };
+                self.dated.insert(e.snapshot.id, dated);
+                self.tree.adopt(e.known(), &e.children);
+            }
             Event::SystemRestored(e) => self.restore(envelope, e),
             Event::SnapshotDeleted(e) => self.delete(envelope, e),
             Event::SnapshotEdited(_) | Event::SnapshotHeld(_) | Event::SnapshotReleased(_) => {
@@ -192,6 +212,13 @@ impl DomainState {
     /// Applies events in order.
     pub fn apply_all<'a>(&mut self, envelopes: impl IntoIterator<Item = &'a Envelope>) {
         envelopes.into_iter().for_each(|envelope| self.apply(envelope));
+    }
+
+    fn dated(&self, envelope: &Envelope, snapshot: &Snapshot) -> Dated {
+        let open = self.open.iter().find(|open| Some(open.id) == envelope.operation);
+        let requested = open.map(|open| open.requested).filter(|requested| *requested <= envelope.at);
+        let at = snapshot.created.clamp(requested.unwrap_or(envelope.at), envelope.at);
+        Dated { seq: envelope.seq, at }
     }
 
     fn begin(&mut self, envelope: &Envelope, request: Request) {
@@ -340,11 +367,17 @@ impl DomainState {
             self.tombstones.insert(id, tombstone);
         }
         self.tree.delete(id);
+        self.dated.remove(&id);
     }
 
     /// Takes over what is kept beside the layers.
     fn restore(&mut self, envelope: &Envelope, restored: &SystemRestored) {
         self.tree = restored.tree.clone();
+        self.dated.retain(|id, _| restored.tree.contains(*id));
+        for snapshot in restored.tree.iter() {
+            let dated = Dated { seq: envelope.seq, at: snapshot.created };
+            self.dated.entry(snapshot.id).or_insert(dated);
+        }
         self.layers = restored.layers.clone();
         self.drift.clear();
         self.restored_from = Some((restored.seq, restored.hash.clone()));

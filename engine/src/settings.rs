@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use crate::event::Actor;
+use crate::event::{Actor, Uptime};
 use crate::ids::OperationId;
 use crate::reconcile::merge::{COPY_BYTES_MAX_DEFAULT, MergePolicy, PutOff};
 use crate::reconcile::space::MARGIN_BYTES_DEFAULT;
@@ -18,6 +18,10 @@ use crate::reconcile::space::MARGIN_BYTES_DEFAULT;
 pub trait Clock: Send + Sync {
     /// Now.
     fn now(&self) -> Timestamp;
+    /// For how long the machine has been up, which nobody can set; none if that is not known.
+    fn uptime(&self) -> Option<Uptime> {
+        None
+    }
     /// Returns at `until`, or at once if that has passed.
     async fn sleep_until(&self, until: Timestamp);
 }
@@ -30,6 +34,15 @@ pub struct SystemClock;
 impl Clock for SystemClock {
     fn now(&self) -> Timestamp {
         Timestamp::now()
+    }
+
+    /// From `/proc/uptime`, which goes on while the machine sleeps (proc_uptime(5): `CLOCK_BOOTTIME`).
+    fn uptime(&self) -> Option<Uptime> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+        let seconds: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+        let up = Duration::try_from_secs_f64(seconds).ok()?;
+        Some(Uptime { boot: boot.trim().parse().ok()?, ms: u64::try_from(up.as_millis()).ok()? })
     }
 
     async fn sleep_until(&self, until: Timestamp) {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`file`](mod@file) | the policy file: what it may say, and a [`Policy`](file::Policy), checked, as `Policy.Defined` records it |
 //! | [`schedule`] | which instants are planned, and which of them are due |
+//! | [`leap`] | whether the clock goes on from where it was |
 //! | [`retention`] | which snapshots stay and which go, why, and in which order |
 //!
 //! Architecture Invariant: what is here is a pure function of its arguments: no clock, no randomness, no environment.
@@ -20,6 +21,7 @@
 //!    [`Plan::deletes`](retention::Plan::deletes) with their reasons.
 
 pub mod file;
+pub mod leap;
 pub mod retention;
 pub mod runner;
 pub mod schedule;

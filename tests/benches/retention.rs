@@ -58,7 +58,7 @@ fn chain(count: usize) -> (Vec<Candidate>, Shape) {
         shape.nodes.insert(id, Node { parent, bytes, file: File::Layer });
         parent = Some(id);
         let created = first + SignedDuration::from_hours(i64::try_from(number).expect("few"));
-        candidates.push(Candidate { snapshot: id, created, standing: Standing::Counted });
+        candidates.push(Candidate { snapshot: id, created, seq: number as u64, standing: Standing::Counted });
     }
     shape.current = parent;
     (candidates, shape)

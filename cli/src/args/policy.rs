@@ -38,7 +38,7 @@ const PLAN_EXAMPLES: &str = "Examples:
   snaptree policy plan hourly                  every snapshot that it made: keep or delete, and why
   snaptree policy plan hourly web-1
 
-With --json: {\"policy\", \"max_depth\", \"long_run\": {\"how\": \"levels\"|\"more-than\"|\"grows\", \"snapshots\"}, \"domains\": [{\"domain\",
+With --json: {\"policy\", \"clock\": {\"from\",\"to\",\"until\",\"message\"}, \"notes\": [], \"max_depth\", \"long_run\": {\"how\": \"levels\"|\"more-than\"|\"grows\", \"snapshots\"}, \"domains\": [{\"domain\",
 \"depth\", \"snapshots\": [{\"snapshot\",\"created\",\"verdict\",\"reasons\":[],\"bytes_moved\",\"bytes_freed\"}]}]}; a verdict is `keep`,
 `delete`, or `delete-later` where the run deletes no more than it may.";
 const RUN_EXAMPLES: &str = "Examples:
@@ -52,7 +52,7 @@ const RUNS_EXAMPLES: &str = "Examples:
   snaptree policy runs                         what ran, how it ended, and what was skipped
   snaptree policy runs hourly --count 100
 
-With --json: {\"runs\": [...]}, the newest first; each has \"policy\", \"domain\", \"at\" and \"what\". Where `what` is `ran` it is like
+With --json: {\"runs\": [...], \"clock\", \"notes\": []}, the newest first; each has \"policy\", \"domain\", \"at\" and \"what\". Where `what` is `ran` it is like
 one of `policy run` with \"planned\" and \"asked_by\", where it is `skipped` it has \"first\", \"last\", \"count\", \"more\" and \"why\".";
 const NEXT_EXAMPLES: &str = "Example:
   snaptree policy next --count 20
@@ -62,6 +62,12 @@ const SUSPEND_EXAMPLES: &str = "Example:
   snaptree policy suspend hourly --reason 'storage is being moved'";
 const RESUME_EXAMPLES: &str = "Example:
   snaptree policy resume hourly";
+const CONFIRM_CLOCK_EXAMPLES: &str = "Example:
+  snaptree policy confirm-clock
+
+After a leap of the clock, forward or back, policies take their snapshots and hold back their deletes: until somebody says
+that the clock is right, or until it has gone on for as long as it leapt, a day at most. `snaptree policy plan` tells whether
+it is so. Check `date` first: what a policy lets go by its age is gone for good.";
 const REMOVE_EXAMPLES: &str = "Example:
   snaptree policy remove hourly                its snapshots stay";
 
@@ -113,6 +119,9 @@ pub enum PolicyCommand {
     /// Let a suspended policy run again; what it missed does not run
     #[command(after_help = RESUME_EXAMPLES)]
     Resume(NameArgs),
+    /// Say that the machine's clock is right, after it leapt: policies delete again
+    #[command(after_help = CONFIRM_CLOCK_EXAMPLES)]
+    ConfirmClock(ConfirmClockArgs),
     /// End a policy; its snapshots stay
     #[command(after_help = REMOVE_EXAMPLES)]
     Remove(RemoveArgs),
@@ -164,6 +173,14 @@ pub struct SuspendArgs {
 pub struct NameArgs {
     /// Its name
     pub name: String,
+    /// Waiting for the state.
+    #[command(flatten)]
+    pub writer: WriterArgs,
+}
+
+/// `policy confirm-clock`
+#[derive(Debug, Args)]
+pub struct ConfirmClockArgs {
     /// Waiting for the state.
     #[command(flatten)]
     pub writer: WriterArgs,

@@ -1,17 +1,20 @@
 //! `snaptree policy ...`
 
 use std::io::Read as _;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_engine::engine::Engine;
-use snaptree_engine::event::PolicyRequest;
+use snaptree_engine::event::{Actor, PolicyRequest};
+use snaptree_engine::project::DomainState;
 use snaptree_policies::file::{FILE_BYTES_MAX, Policy};
-use snaptree_policies::retention::long_run;
+use snaptree_policies::retention::{LongRun, long_run};
 use snaptree_policies::runner::{
-    Book, Chosen, Entry, PolicyState, Run, RunOutcome, agenda, chosen, outcome_of, plan_of, told,
+    Book, Chosen, ClockState, Entry, For, PolicyState, Run, RunOutcome, agenda, chosen, depth_max,
+    failure_of, outcome_of, plan_of, told,
 };
 
 use crate::args::policy::{PolicyCommand, RemoveArgs, RunArgs, SetArgs};
@@ -26,7 +29,7 @@ use crate::render::policy::{
 };
 use crate::render::text::{Look, count, safe};
 use crate::story::Story;
-use crate::wire::{LeftOut, PolicyAsk};
+use crate::wire::{ClockView, LeftOut, PolicyAsk};
 
 use super::carry::open;
 
@@ -52,6 +55,16 @@ pub async fn run(context: &Context, command: PolicyCommand) -> Result<Exit> {
             let writer = open(context, &args.writer).await?;
             let ask = PolicyAsk::Resume { name: args.name.clone() };
             recorded(context, &writer, ask, &args.name, "running").await
+        }
+        PolicyCommand::ConfirmClock(args) => {
+            let writer = open(context, &args.writer).await?;
+            writer.office.policy(PolicyAsk::ConfirmClock).await?;
+            if context.json {
+                render::json(&serde_json::json!({ "clock": "believed" }))?;
+            } else {
+                render::print("The clock is believed: policies delete again, after their next runs.\n")?;
+            }
+            Ok(Exit::Done)
         }
         PolicyCommand::Remove(args) => remove(context, args).await,
     }
@@ -170,6 +183,12 @@ async fn tell_unquiesced(engine: &Engine, policy: &Policy) -> Result<()> {
 
 async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Result<PlanView> {
     let now = Timestamp::now();
+    let clock = ClockState::read(engine).await?;
+    let lasting = long_run(&policy.schedule, &policy.keep, now, policy.zone());
+    let mut notes = Vec::new();
+    if domains.is_empty() {
+        notes.push(matches_nothing(policy));
+    }
     let (mut views, mut left_out) = (Vec::with_capacity(domains.len()), Vec::new());
     for domain in domains {
         let state = match engine.load(domain.id).await {
@@ -180,15 +199,63 @@ async fn plan_view(engine: &Engine, policy: &Policy, domains: &[Chosen]) -> Resu
             }
             Err(error) => return Err(error.into()),
         };
-        views.push(DomainPlanView::of(domain.name.clone(), &state, &plan_of(policy, &state, now)));
+        let plan = plan_of(policy, &state, now, For::Show, clock.trust());
+        notes.extend(notes_on(policy, &state, lasting));
+        views.push(DomainPlanView::of(domain.name.clone(), &state, &plan));
     }
     Ok(PlanView {
         policy: policy.name.clone(),
+        clock: clock.doubt.map(ClockView::from),
+        notes,
         max_depth: policy.max_depth.get(),
-        long_run: long_run(&policy.schedule, &policy.keep, now, policy.zone()).into(),
+        long_run: lasting.into(),
         domains: views,
         left_out,
     })
+}
+
+/// That a policy does nothing as it is.
+fn matches_nothing(policy: &Policy) -> String {
+    format!(
+        "policy '{}' is for no registered domain, and takes no snapshot: `snaptree domain list` lists the domains",
+        policy.name
+    )
+}
+
+/// What an administrator should know of a policy on a domain before its runs tell.
+fn notes_on(policy: &Policy, state: &DomainState, lasting: LongRun) -> Vec<String> {
+    let Some(domain) = &state.domain else { return Vec::new() };
+    let mut notes = Vec::new();
+    let keeps = match lasting {
+        LongRun::Levels { snapshots } => Some(snapshots),
+        LongRun::MoreThan { .. } | LongRun::Grows => None,
+    };
+    let room = depth_max(state).map(NonZeroU32::get).filter(|room| *room < policy.max_depth.get());
+    let too_many =
+        |room: &u32| keeps.is_none_or(|keeps| keeps > usize::try_from(*room).unwrap_or(usize::MAX));
+    if let Some(room) = room.filter(too_many) {
+        let keeps = keeps.map_or("all".to_owned(), |keeps| keeps.to_string());
+        notes.push(format!(
+            "{}: the policy would keep {keeps}; {} takes {} snapshots in a row, so {room} are kept and the oldest of the \
+             finest rule go",
+            domain.name, domain.driver, domain.capabilities.depth_max
+        ));
+    }
+    let alike = format!("{}-", policy.name);
+    let adopted = state
+        .tree
+        .iter()
+        .filter(|snapshot| snapshot.made_by == Actor::Engine && snapshot.name.as_str().starts_with(&alike));
+    let adopted = adopted.count();
+    if adopted > 0 {
+        notes.push(format!(
+            "{}: {} named like this policy's were found at the hypervisor when the domain was added, and no policy deletes \
+             them: `snaptree delete` does",
+            domain.name,
+            count(adopted, "snapshot")
+        ));
+    }
+    notes
 }
 
 async fn list(context: &Context) -> Result<Exit> {
@@ -308,7 +375,8 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
     for (run, create, outcome, asked) in ended {
         let mut deletes = Vec::with_capacity(asked.len());
         for request in &asked {
-            deletes.push(DeleteView::of(request, awaited(&writer, run.domain, request).await?));
+            let outcome = awaited(&writer, run.domain, request).await?;
+            deletes.push(delete_view(&writer.engine, request, outcome).await?);
         }
         runs.push(ran_view(&writer.engine, run.name.clone(), create, outcome, deletes).await?);
     }
@@ -326,7 +394,11 @@ async fn run_now(context: &Context, args: RunArgs) -> Result<Exit> {
         let resume = format!("`snaptree policy resume {}`", args.name);
         render::note(&safe(&format!("the policy does not run by itself any more, until {resume}: {reason}")));
     }
-    let view = RunView { policy: args.name, planned: answer.planned, runs, left_out, suspended };
+    let clock = ClockState::read(&writer.engine).await?.doubt.map(ClockView::from);
+    if let Some(clock) = &clock {
+        render::note(&safe(&clock.message));
+    }
+    let view = RunView { policy: args.name, planned: answer.planned, runs, left_out, suspended, clock };
     if context.json {
         render::json(&view)?;
     } else {
@@ -377,6 +449,23 @@ fn exit_of(runs: &[RanView]) -> Exit {
     }
 }
 
+/// Why a request did not come to what it asked for, as far as the log tells.
+async fn error_of(
+    engine: &Engine,
+    request: &PolicyRequest,
+    outcome: RunOutcome,
+) -> Result<Option<ErrorView>> {
+    if outcome.is_success() || outcome == RunOutcome::Open {
+        return Ok(None);
+    }
+    let failure = failure_of(engine, request).await?;
+    Ok(failure.as_ref().map(ErrorView::from))
+}
+
+async fn delete_view(engine: &Engine, request: &PolicyRequest, outcome: RunOutcome) -> Result<DeleteView> {
+    Ok(DeleteView::of(request, outcome, error_of(engine, request, outcome).await?))
+}
+
 async fn ran_view(
     engine: &Engine,
     domain: snaptree_engine::DomainName,
@@ -388,9 +477,7 @@ async fn ran_view(
         Some(operation) => Story::of(&engine.operation_events(operation).await?),
         None => None,
     };
-    let failure = story.as_ref().and_then(|story| story.failure.as_ref());
-    let failure = failure.filter(|_| !outcome.is_success() && outcome != RunOutcome::Open);
-    let error = create.refused.as_ref().or(failure).map(ErrorView::from);
+    let error = error_of(engine, create, outcome).await?;
     let hooks = story.iter().flat_map(|story| &story.hooks).map(HookView::from).collect();
     Ok(RanView {
         domain,
@@ -435,9 +522,21 @@ async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exi
         };
         views.push(EntryView { policy: state.name.clone(), at: at(&entry), what });
     }
+    let clock = ClockState::read(&engine).await?.doubt.map(ClockView::from);
+    let mut notes = Vec::new();
+    for state in book.defined().filter(|state| name.is_none_or(|name| state.name.as_str() == name)) {
+        if let Some(policy) = state.policy()
+            && chosen(&engine, policy).await?.is_empty()
+        {
+            notes.push(matches_nothing(policy));
+        }
+    }
     if context.json {
-        render::json(&serde_json::json!({ "runs": views }))?;
-    } else if views.is_empty() {
+        render::json(&serde_json::json!({ "runs": views, "clock": clock, "notes": notes }))?;
+        return Ok(Exit::Done);
+    }
+    clock.iter().map(|clock| &clock.message).chain(&notes).for_each(|note| render::note(&safe(note)));
+    if views.is_empty() {
         render::note("nothing has run");
     } else {
         render::print(&render::policy::runs(&views, &Look::of_stdout()))?;
@@ -448,7 +547,7 @@ async fn runs(context: &Context, name: Option<&str>, count: usize) -> Result<Exi
 async fn ran(engine: &Engine, run: &Run) -> Result<What> {
     let mut deletes = Vec::new();
     for request in run.deletes.iter().flatten() {
-        deletes.push(DeleteView::of(request, outcome_of(engine, request).await?));
+        deletes.push(delete_view(engine, request, outcome_of(engine, request).await?).await?);
     }
     let outcome = outcome_of(engine, &run.create).await?;
     Ok(What::Ran {

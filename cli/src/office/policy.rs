@@ -6,13 +6,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use jiff::{SignedDuration, Timestamp};
 use snaptree_engine::engine::{Engine, EngineError, Requester};
-use snaptree_engine::event::PolicyRun;
+use snaptree_engine::event::{Actor, PolicyRun};
 use snaptree_engine::log::LogError;
 use snaptree_engine::{DomainId, PolicyName};
 use snaptree_policies::file::Policy;
+use snaptree_policies::retention::Trust;
 use snaptree_policies::runner::{
-    Book, Chosen, Firing, PolicyRequestError, PolicyState, chosen, define, fire, outcome_of, remove, resume,
-    retain, suspend, suspend_if_hopeless,
+    Book, Chosen, Firing, PolicyRequestError, PolicyState, chosen, confirm_clock, define, fire, outcome_of,
+    remove, resume, retain, suspend, suspend_if_hopeless, watch_clock,
 };
 use tokio::sync::Mutex;
 
@@ -33,6 +34,15 @@ impl Policies {
         book.refresh(engine).await?;
         let name = &book.find(name)?.name;
         Ok(book.shared(name).ok_or_else(|| Trouble::not_found(format!("there is no policy '{name}'")))?)
+    }
+
+    /// Looks whether the machine's clock leapt, before anything is written by it.
+    async fn watch_clock(&self, engine: &Engine, requester: &Requester) -> Result<Trust> {
+        let mut book = self.0.lock().await;
+        book.refresh(engine).await?;
+        let by_itself = Requester { actor: Actor::Engine, origin: requester.origin.clone() };
+        let (clock, _) = watch_clock(engine, &by_itself, &book, None).await?;
+        Ok(clock.trust())
     }
 
     /// Why those policies do not run that this program cannot read, by name.
@@ -85,14 +95,19 @@ async fn once(
     requester: &Requester,
     ask: &PolicyAsk,
 ) -> Result<PolicyAnswer> {
+    let trust = policies.watch_clock(engine, requester).await?;
     match ask {
+        PolicyAsk::ConfirmClock => {
+            confirm_clock(engine, requester).await?;
+            return Ok(PolicyAnswer::default());
+        }
         PolicyAsk::Run { name, domain } => {
             let state = policies.find(engine, name).await?;
             return run(engine, requester, &state, domain.as_deref()).await;
         }
         PolicyAsk::Retain { name, planned, domain } => {
             let state = policies.find(engine, name).await?;
-            return keep(engine, requester, &state, *planned, *domain).await;
+            return keep(engine, requester, &state, (*planned, *domain), trust).await;
         }
         PolicyAsk::Review { name } => {
             let state = policies.find(engine, name).await?;
@@ -108,7 +123,10 @@ async fn once(
         PolicyAsk::Remove { name } => remove(engine, requester, book, name).await,
         PolicyAsk::Suspend { name, reason } => suspend(engine, requester, book, name, reason).await,
         PolicyAsk::Resume { name } => resume(engine, requester, book, name).await,
-        PolicyAsk::Run { .. } | PolicyAsk::Retain { .. } | PolicyAsk::Review { .. } => Ok(()),
+        PolicyAsk::Run { .. }
+        | PolicyAsk::Retain { .. }
+        | PolicyAsk::Review { .. }
+        | PolicyAsk::ConfirmClock => Ok(()),
     };
     done.map(|()| PolicyAnswer::default()).map_err(in_engine)
 }
@@ -195,8 +213,8 @@ async fn keep(
     engine: &Engine,
     requester: &Requester,
     state: &PolicyState,
-    planned: Timestamp,
-    domain: DomainId,
+    (planned, domain): (Timestamp, DomainId),
+    trust: Trust,
 ) -> Result<PolicyAnswer> {
     let policy = readable(state)?;
     let run = state.runs_of(domain).find(|run| run.planned == planned);
@@ -210,8 +228,7 @@ async fn keep(
     let requests = match &run.deletes {
         Some(deletes) => deletes.clone(),
         None if outcome_of(engine, &run.create).await?.is_success() => {
-            let domain = Chosen { id: domain, name: run.name.clone() };
-            retain(engine, &requester.origin, state, policy, planned, &domain).await?
+            retain(engine, &requester.origin, state, policy, run, trust).await?
         }
         None => Vec::new(),
     };

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use snaptree_engine::domain::{Disk, Domain};
 use snaptree_engine::event::{
-    Course, DeleteScope, DeleteWhat, DomainChanged, DriftCleared, DriftFound, Envelope, Event, HowFinished,
-    SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
+    ClockWitness, Course, DeleteScope, DeleteWhat, DomainChanged, DriftCleared, DriftFound, Envelope, Event,
+    HowFinished, SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
 };
 use snaptree_engine::operation::{Request, Verdict};
 use snaptree_engine::reconcile::drift::Finding;
@@ -172,6 +172,7 @@ fn painted(event: &Event, words: &str, look: &Look) -> String {
         | Event::SystemRecovered(_)
         | Event::DriftFound(_)
         | Event::SystemRestored(_)
+        | Event::ClockLeapt(_)
         | Event::MergeDeferred(_) => look.paint.warn(words),
         Event::SnapshotCreated(_)
         | Event::SnapshotReverted(_)
@@ -215,6 +216,15 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
         }
         Event::HostAdded(e) => format!("registered host '{}', or what is kept of it", e.host),
         Event::HostRemoved(e) => format!("forgot host '{}'", e.host),
+        Event::ClockLeapt(e) => format!(
+            "found that the clock went from {} to {}: policies hold back their deletes",
+            look.time(e.from),
+            look.time(e.to)
+        ),
+        Event::ClockConfirmed(e) => match e.by {
+            ClockWitness::Person => "said that the clock is right: policies delete again".to_owned(),
+            ClockWitness::Time => "the clock has gone on for long enough: policies delete again".to_owned(),
+        },
         event if event.kind().starts_with("Policy.") => super::policy::words(event, look),
         _ => operation_words(envelope, known, look),
     }

@@ -23,6 +23,7 @@ use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::reconcile::dispatch::{Wish, account_since};
 use snaptree_engine::reconcile::recovery::{accounts, unrecovered};
 use snaptree_engine::{DomainId, DomainName, OperationId};
+use snaptree_policies::runner::ClockState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -34,8 +35,8 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, LeftOut, Line, PolicyAnswer,
-    PolicyAsk, Powering, QueueView, Registered, Registering, Status, WireError,
+    Account, Accounts, Ask, Asked, ClockView, Drifted, Failed, HostAnswer, HostAsk, LeftOut, Line,
+    PolicyAnswer, PolicyAsk, Powering, QueueView, Registered, Registering, Status, WireError,
 };
 
 /// Largest body of a request, in bytes.
@@ -286,6 +287,7 @@ async fn status(State(daemon): Shared) -> Answer<Status> {
         connections: daemon.engine.connections(),
         open: open(&daemon.engine).await?,
         sick_policies: daemon.known.sick(&daemon.engine).await?,
+        clock: ClockState::read(&daemon.engine).await?.doubt.map(ClockView::from),
     }))
 }
 

@@ -83,10 +83,14 @@ fn tell(notable: &Notable, policy: Option<&Policy>, now: Timestamp) {
         Notable::Failed { .. }
         | Notable::DeleteFailed { .. }
         | Notable::NeedsAttention { .. }
+        | Notable::ClockLeapt { .. }
+        | Notable::Left { .. }
         | Notable::HookFailed { .. } => {
             tracing::warn!(policy = %name, "{notable}")
         }
-        Notable::Recovered { .. } => tracing::info!(policy = %name, "{notable}"),
+        Notable::Recovered { .. } | Notable::ClockBelieved { .. } => {
+            tracing::info!(policy = %name, "{notable}")
+        }
         Notable::Suspended { .. } => tracing::error!(policy = %name, "{notable}"),
     }
     let wanted = policy.and_then(|policy| policy.notify.clone());

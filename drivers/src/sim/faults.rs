@@ -1,6 +1,7 @@
 //! Faults on demand: what can go wrong with a step, and who says when.
 
 use async_trait::async_trait;
+use jiff::SignedDuration;
 use snaptree_engine::driver::{DriverError, ErrorClass};
 use snaptree_engine::operation::{Code, Reversal};
 use snaptree_engine::{DomainId, OperationId};
@@ -100,6 +101,11 @@ pub struct FaultPoint {
 pub trait Faults: Send + Sync {
     /// What goes wrong with this step, this time.
     fn fault(&self, point: &FaultPoint) -> Option<Fault>;
+
+    /// How far the host's own clock, by which it dates snapshots, is from ours.
+    fn clock_off(&self) -> SignedDuration {
+        SignedDuration::ZERO
+    }
 
     /// Returns when the step's time is up; by the clock of whoever wrote it.
     async fn latency(&self, _point: &FaultPoint) {}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snaptree_engine::domain::{Domain, RunState};
@@ -33,8 +33,10 @@ pub(super) struct At {
 }
 
 impl At {
-    pub(super) fn of(context: &StepContext<'_>) -> Self {
-        Self { operation: context.operation, index: context.index, now: context.now }
+    /// `clock_off` is how far the host's clock is from ours.
+    pub(super) fn of(context: &StepContext<'_>, clock_off: SignedDuration) -> Self {
+        let now = context.now.checked_add(clock_off).unwrap_or(context.now);
+        Self { operation: context.operation, index: context.index, now }
     }
 }
 

@@ -320,7 +320,7 @@ impl SimDriver {
         step: &Step,
     ) -> Result<StepReport, DriverError> {
         let (word, effects) = H::kind(step)?;
-        let at = At::of(context);
+        let at = At::of(context, self.faults.clock_off());
         let fault = self.fault(context, step, word, Direction::Forward).await?;
         context.hooks.reached(&format!("sim.{word}.before"));
         match fault {
@@ -366,7 +366,7 @@ impl SimDriver {
         step: &Step,
     ) -> Result<StepReport, DriverError> {
         let (word, _) = H::kind(step)?;
-        let at = At::of(context);
+        let at = At::of(context, self.faults.clock_off());
         let fault = self.fault(context, step, word, Direction::Back).await?;
         context.hooks.reached("sim.undo.before");
         match fault {

@@ -150,6 +150,11 @@ impl Engine {
         self.clock.now()
     }
 
+    /// For how long the machine has been up, by the engine's clock.
+    pub fn uptime(&self) -> Option<crate::event::Uptime> {
+        self.clock.uptime()
+    }
+
     /// Returns at `until` by the engine's clock, or at once if that has passed.
     pub async fn sleep_until(&self, until: Timestamp) {
         self.clock.sleep_until(until).await;

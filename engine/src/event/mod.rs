@@ -4,6 +4,7 @@
 //! payload as JSON. Old payloads are upcast in [`Event::decode`]; what is stored is never rewritten.
 
 mod actor;
+mod clock;
 mod domain;
 mod merge;
 mod operation;
@@ -20,6 +21,7 @@ use serde::de::Error as _;
 use crate::ids::{EventId, OperationId, StreamId};
 
 pub use actor::*;
+pub use clock::*;
 pub use domain::*;
 pub use merge::*;
 pub use operation::*;
@@ -172,6 +174,10 @@ events! {
     PolicyFired = "Policy.Fired" 1,
     /// Planned instants were passed over.
     PolicySkipped = "Policy.Skipped" 1,
+    /// The clock leapt: policies delete nothing that they need not.
+    ClockLeapt = "Clock.Leapt" 1,
+    /// It is believed again.
+    ClockConfirmed = "Clock.Confirmed" 1,
     /// A host is spoken to as it says from here on.
     HostAdded = "Host.Added" 1,
     /// It is not any more.

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Actor;
+use super::{Actor, Uptime};
 use crate::ids::{DomainId, DomainName, OperationId};
 use crate::operation::Failure;
 
@@ -53,6 +53,9 @@ pub struct PolicyFired {
     pub asked_by: Option<Actor>,
     /// Domain by domain.
     pub domains: Vec<PolicyRun>,
+    /// For how long the machine had been up, which tells whether its clock leapt until the next run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uptime: Option<Uptime>,
 }
 
 /// What a run asked of one domain.

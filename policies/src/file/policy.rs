@@ -12,7 +12,7 @@ use snaptree_engine::tree::Labels;
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
 use super::values::{DomainGlob, NameTemplate, TimeZoneName, Webhook};
-use crate::retention::{Candidate, Keep, Limits, Plan, Shape, plan};
+use crate::retention::{Candidate, Keep, Limits, Plan, Shape, Trust, plan};
 use crate::schedule::{Asked, CatchUp, History, Schedule, delay};
 use crate::span::Elapsed;
 
@@ -79,8 +79,12 @@ impl Policy {
     }
 
     /// The retention of one domain: what `policy plan` prints and a run carries out.
-    pub fn plan(&self, candidates: &[Candidate], shape: &Shape, now: Timestamp) -> Plan {
-        plan(candidates, &self.keep, self.limits(), shape, now, self.zone())
+    pub fn plan(&self, candidates: &[Candidate], shape: &Shape, now: Timestamp, trust: Trust) -> Plan {
+        let of = |keep: &Keep| plan(candidates, keep, self.limits(), shape, now, self.zone());
+        match trust {
+            Trust::Sound => of(&self.keep),
+            Trust::InDoubt => of(&self.keep.by_count()).held_back(shape, self.limits()),
+        }
     }
 
     /// What bounds a run besides the rules.

@@ -153,6 +153,13 @@ impl Keep {
         self.max_age
     }
 
+    /// The same without what goes by age.
+    pub fn by_count(&self) -> Self {
+        let counts = |rule: &&Rule| !matches!(rule.limit, Limit::Within(_));
+        let rules = self.rules.iter().filter(counts).copied().collect();
+        Self { rules, max_age: None, min_keep: self.min_keep }
+    }
+
     /// The fewest snapshots that are left, the newest ones, whatever `max-age` says.
     pub fn min_keep(&self) -> NonZeroU32 {
         self.min_keep

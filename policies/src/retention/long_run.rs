@@ -120,15 +120,15 @@ pub(super) fn steady(schedule: &Schedule, keep: &Keep, moment: Timestamp, zone: 
         // What lies before all that it keeps.
         instants.extend(next);
     }
-    let candidates: Vec<Candidate> = instants.iter().zip(0_u128..).map(candidate).collect();
+    let candidates: Vec<Candidate> = instants.iter().zip(0_u64..).map(candidate).collect();
     let judged = verdicts(&candidates, keep, newest, zone);
     let kept = judged.iter().filter(|verdict| verdict.keeps()).map(|verdict| verdict.created).collect();
     Some(Steady { kept, looked_for })
 }
 
-fn candidate((created, number): (&Timestamp, u128)) -> Candidate {
-    let snapshot = SnapshotId::from_uuid(Uuid::from_u128(number));
-    Candidate { snapshot, created: *created, standing: Standing::Counted }
+fn candidate((created, seq): (&Timestamp, u64)) -> Candidate {
+    let snapshot = SnapshotId::from_uuid(Uuid::from_u128(seq.into()));
+    Candidate { snapshot, created: *created, seq, standing: Standing::Counted }
 }
 
 /// The first instant of the period that `at` is in.

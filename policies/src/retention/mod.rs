@@ -17,11 +17,11 @@ mod plan;
 mod tests;
 mod verdict;
 
-pub use depth::{Depth, press};
+pub use depth::{Depth, DepthLimit, press};
 pub use keep::{Keep, KeepError, Limit, Rule};
 pub(crate) use keep::{count_key, within_key};
 pub use long_run::{LongRun, long_run};
 pub use order::{Delete, File, Node, Shape, order};
 pub use period::{Per, Period};
-pub use plan::{Limits, Plan, plan};
+pub use plan::{Limits, Plan, Trust, plan};
 pub use verdict::{Candidate, Decision, Reason, Standing, Uncounted, Verdict, verdicts};

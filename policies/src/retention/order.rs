@@ -6,6 +6,7 @@
 //! exactly once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
 use snaptree_engine::SnapshotId;
 
@@ -38,6 +39,9 @@ pub struct Shape {
     pub current: Option<SnapshotId>,
     /// What the machine has written since.
     pub active_bytes: u64,
+    /// How many snapshots the hypervisor lets a disk stand upon for long, where it sets a limit: one fewer than it
+    /// takes, since the next one is taken before the oldest goes.
+    pub depth_max: Option<NonZeroU32>,
 }
 
 impl Shape {

@@ -30,7 +30,7 @@ pub enum Per {
 /// One period of a [`Per`].
 ///
 /// Keyed by the rule's kind as well as by its number: week 1 and month 1 of a year are not the same period.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Period {
     /// A snapshot of its own.
     Snapshot,

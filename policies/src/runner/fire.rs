@@ -13,7 +13,7 @@ use snaptree_engine::together::{Beside, Decided, Wanted};
 use snaptree_engine::{DomainId, NameError, OperationId, SnapshotName, StreamId};
 
 use super::book::{Chosen, actor};
-use super::look::depth_with_one_more;
+use super::look::{depth_max, depth_with_one_more};
 use super::project::PolicyState;
 use crate::file::Policy;
 use crate::retention::Depth;
@@ -180,7 +180,8 @@ async fn fire_some(
                 });
                 let asked_by = asked_by.cloned();
                 let domains = runs.collect();
-                events.push(PolicyFired { planned, part: RunPart::Snapshots, asked_by, domains }.into());
+                let (part, uptime) = (RunPart::Snapshots, engine.uptime());
+                events.push(PolicyFired { planned, part, asked_by, domains, uptime }.into());
             }
             events
         };
@@ -270,18 +271,23 @@ fn name_of(
 
 /// The refusal of a snapshot that the machine's disk would stand upon beside more than it may.
 fn too_deep(engine: &Engine, policy: &Policy, state: &DomainState) -> Option<Failure> {
-    match depth_with_one_more(policy, state, engine.now()) {
-        Depth::Fits(_) => None,
-        Depth::Exceeds(depth) => {
-            let message = format!(
+    let room = depth_max(state).filter(|room| *room < policy.max_depth);
+    let (message, hint) = match (depth_with_one_more(policy, state, engine.now()), room) {
+        (Depth::Fits(_), _) => return None,
+        (Depth::Exceeds(depth), None) => (
+            format!(
                 "with it the disk would stand upon {depth} snapshots, max-depth is {}, and none of them may go",
                 policy.max_depth
-            );
-            Some(
-                Failure::new(Code::Invalid, message)
-                    .hint("delete or release some, or raise max-depth")
-                    .refused(),
-            )
-        }
-    }
+            ),
+            "delete or release some, or raise max-depth",
+        ),
+        (Depth::Exceeds(depth), Some(room)) => (
+            format!(
+                "with it the disk would stand upon {depth} snapshots, the hypervisor has room for {room} and the next one, \
+                 and none of them may go"
+            ),
+            "delete or release some; `snaptree policy plan` tells why each of them stays",
+        ),
+    };
+    Some(Failure::new(Code::Invalid, message).hint(hint).refused())
 }

@@ -1,15 +1,17 @@
 //! What retention looks at, from what the log tells of a domain.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU32;
 
 use jiff::Timestamp;
 use snaptree_engine::operation::Request;
 use snaptree_engine::project::DomainState;
-use snaptree_engine::{PolicyName, SnapshotId};
+use snaptree_engine::tree::Snapshot;
+use snaptree_engine::{OperationId, PolicyName, SnapshotId};
 use uuid::Uuid;
 
 use crate::file::Policy;
-use crate::retention::{Candidate, Depth, File, Node, Plan, Shape, Standing, Uncounted};
+use crate::retention::{Candidate, Depth, File, Node, Plan, Shape, Standing, Trust, Uncounted};
 
 /// The domain's snapshots as `policy` sees them at `now`.
 pub fn candidates(state: &DomainState, policy: &PolicyName, now: Timestamp) -> Vec<Candidate> {
@@ -20,7 +22,8 @@ pub fn candidates(state: &DomainState, policy: &PolicyName, now: Timestamp) -> V
         .flat_map(|open| open.request.snapshots())
         .collect();
     let candidate = |snapshot| {
-        let mut candidate = Candidate::of(snapshot, policy, now);
+        let snapshot: &Snapshot = snapshot;
+        let mut candidate = Candidate::of(snapshot, state.dated.get(&snapshot.id).copied(), policy, now);
         if wanted.contains(&snapshot.id) && !matches!(candidate.standing, Standing::Uncounted(_)) {
             candidate.standing = Standing::Uncounted(Uncounted::Unfinished);
         }
@@ -48,12 +51,38 @@ pub fn shape(state: &DomainState) -> Shape {
         nodes: nodes.collect(),
         current: state.tree.current().map(|snapshot| snapshot.id),
         active_bytes: active.map(|stamp| stamp.size_bytes).sum(),
+        depth_max: depth_max(state),
     }
 }
 
+/// How many snapshots the domain's disks can stand upon for long.
+pub fn depth_max(state: &DomainState) -> Option<NonZeroU32> {
+    let takes = state.domain.as_ref()?.capabilities.depth_max;
+    // Where layers are files, the one that the machine writes to is one of them.
+    let active = usize::from(!state.layers.disks.is_empty());
+    NonZeroU32::new(u32::try_from(takes.saturating_sub(1 + active)).ok()?)
+}
+
+/// Whom a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum For {
+    /// Someone who wants to know.
+    Show,
+    /// The run whose snapshot that operation took.
+    Run(OperationId),
+}
+
 /// What retention would do to the domain at `now`: what `policy plan` prints and a run carries out.
-pub fn plan_of(policy: &Policy, state: &DomainState, now: Timestamp) -> Plan {
-    policy.plan(&candidates(state, &policy.name, now), &shape(state), now)
+pub fn plan_of(policy: &Policy, state: &DomainState, now: Timestamp, plan_for: For, trust: Trust) -> Plan {
+    let mut candidates = candidates(state, &policy.name, now);
+    if let For::Run(operation) = plan_for {
+        let own = state.tree.iter().find(|snapshot| snapshot.made_in == Some(operation));
+        let own = own.and_then(|own| candidates.iter_mut().find(|found| found.snapshot == own.id));
+        if let Some(own) = own.filter(|own| own.standing == Standing::Counted) {
+            own.standing = Standing::Own;
+        }
+    }
+    policy.plan(&candidates, &shape(state), now, trust)
 }
 
 /// What the machine's disk stands upon once `policy` has taken one more snapshot of it at `now`, and retention has
@@ -61,10 +90,11 @@ pub fn plan_of(policy: &Policy, state: &DomainState, now: Timestamp) -> Plan {
 pub fn depth_with_one_more(policy: &Policy, state: &DomainState, now: Timestamp) -> Depth {
     let one_more = SnapshotId::from_uuid(Uuid::max());
     let mut candidates = candidates(state, &policy.name, now);
-    candidates.push(Candidate { snapshot: one_more, created: now, standing: Standing::Counted });
+    let standing = Standing::Own;
+    candidates.push(Candidate { snapshot: one_more, created: now, seq: u64::MAX, standing });
     let mut shape = shape(state);
     let bytes = std::mem::take(&mut shape.active_bytes);
     shape.nodes.insert(one_more, Node { parent: shape.current, bytes, file: File::Layer });
     shape.current = Some(one_more);
-    policy.plan(&candidates, &shape, now).depth
+    policy.plan(&candidates, &shape, now, Trust::Sound).depth
 }

@@ -18,6 +18,7 @@
 
 mod agenda;
 mod book;
+mod clock;
 mod define;
 mod fire;
 mod look;
@@ -30,10 +31,11 @@ mod told;
 
 pub use agenda::{Appointment, agenda};
 pub use book::{Book, Chosen, News, chosen};
+pub use clock::{ClockState, Seen, Turn, confirm_clock, watch_clock};
 pub use define::{PolicyRequestError, define, remove, resume, suspend};
 pub use fire::{Firing, Ran, fire};
-pub use look::{candidates, plan_of, shape};
-pub use notable::Notable;
+pub use look::{For, candidates, depth_max, plan_of, shape};
+pub use notable::{Notable, failure_of};
 pub use outcome::{Open, RunOutcome, outcome_of};
 pub use project::{Definition, Entry, PROJECTOR, PolicyState, RUNS_KEPT_MAX, Run, Skip, Suspension};
 pub use retain::retain;

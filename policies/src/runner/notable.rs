@@ -5,11 +5,13 @@ use std::fmt;
 use snaptree_engine::around::HookPhase;
 use snaptree_engine::engine::{Engine, EngineError};
 use snaptree_engine::event::{Event, PolicyRequest};
+use snaptree_engine::operation::Failure;
 use snaptree_engine::{DomainName, OperationId, PolicyName};
 
 use super::outcome::RunOutcome;
 use super::project::Run;
 use crate::file::Occasion;
+use crate::leap::Doubt;
 
 /// Something that someone may want to hear of.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +63,25 @@ pub enum Notable {
         /// What went wrong.
         why: String,
     },
+    /// The policy was for a domain, and is not any more, though the domain is there and the policy is as it was.
+    Left {
+        /// The policy.
+        policy: PolicyName,
+        /// The domain, by the name that it has now.
+        domain: DomainName,
+    },
+    /// The clock leapt, and deletes are held back.
+    ClockLeapt {
+        /// The policy.
+        policy: PolicyName,
+        /// The leap, and since when.
+        doubt: Doubt,
+    },
+    /// The clock is believed again, and the next run deletes.
+    ClockBelieved {
+        /// The policy.
+        policy: PolicyName,
+    },
     /// The policy does not run any more.
     Suspended {
         /// The policy.
@@ -79,6 +100,9 @@ impl Notable {
             | Self::Recovered { policy, .. }
             | Self::DeleteFailed { policy, .. }
             | Self::HookFailed { policy, .. }
+            | Self::ClockLeapt { policy, .. }
+            | Self::Left { policy, .. }
+            | Self::ClockBelieved { policy }
             | Self::Suspended { policy, .. } => policy,
         }
     }
@@ -90,8 +114,9 @@ impl Notable {
             | Self::NeedsAttention { domain, .. }
             | Self::Recovered { domain, .. }
             | Self::DeleteFailed { domain, .. }
+            | Self::Left { domain, .. }
             | Self::HookFailed { domain, .. } => Some(domain),
-            Self::Suspended { .. } => None,
+            Self::Suspended { .. } | Self::ClockLeapt { .. } | Self::ClockBelieved { .. } => None,
         }
     }
 
@@ -102,8 +127,10 @@ impl Notable {
             | Self::DeleteFailed { .. }
             | Self::HookFailed { .. }
             | Self::Suspended { .. } => Occasion::Failure,
-            Self::NeedsAttention { .. } => Occasion::NeedsAttention,
-            Self::Recovered { .. } => Occasion::Recovery,
+            Self::NeedsAttention { .. } | Self::ClockLeapt { .. } | Self::Left { .. } => {
+                Occasion::NeedsAttention
+            }
+            Self::Recovered { .. } | Self::ClockBelieved { .. } => Occasion::Recovery,
         }
     }
 }
@@ -124,6 +151,13 @@ impl fmt::Display for Notable {
             Self::HookFailed { domain, hook, why, .. } => {
                 write!(f, "the hook {} the run on {domain} failed: {why}", hook.as_str())
             }
+            Self::Left { domain, .. } => write!(
+                f,
+                "the policy is no longer for domain {domain}: its new name or labels do not match, and it takes and \
+                 deletes none of its snapshots any more"
+            ),
+            Self::ClockLeapt { doubt, .. } => write!(f, "{doubt}"),
+            Self::ClockBelieved { .. } => f.write_str("the clock is believed again: the next run deletes"),
             Self::Recovered { domain, .. } => write!(f, "runs on {domain} take their snapshots again"),
             Self::Suspended { policy, reason } => {
                 write!(f, "the policy is suspended until `snaptree policy resume {policy}`: {reason}")
@@ -163,9 +197,12 @@ pub(super) async fn delete_failure(
     Ok(Notable::DeleteFailed { policy, domain, snapshot: request.snapshot.clone(), why })
 }
 
-/// How a request ended, and why.
-async fn why(engine: &Engine, request: &PolicyRequest, outcome: RunOutcome) -> Result<String, EngineError> {
-    let failure = match (&request.refused, request.operation) {
+/// Why a request was refused, or its operation did not succeed; none if nothing of that is so, or not yet.
+///
+/// # Errors
+/// The store failed.
+pub async fn failure_of(engine: &Engine, request: &PolicyRequest) -> Result<Option<Failure>, EngineError> {
+    Ok(match (&request.refused, request.operation) {
         (Some(refused), _) => Some(refused.clone()),
         (None, Some(operation)) => {
             let events = engine.operation_events(operation).await?;
@@ -174,11 +211,17 @@ async fn why(engine: &Engine, request: &PolicyRequest, outcome: RunOutcome) -> R
                 Event::OperationCancelled(e) => Some(e.failure.clone()),
                 Event::OperationExpired(e) => Some(e.failure.clone()),
                 Event::OperationResolved(e) => e.abandoned(),
+                Event::OperationNeedsAttention(e) => Some(e.failure.clone()),
                 _ => None,
             })
         }
         (None, None) => None,
-    };
+    })
+}
+
+/// How a request ended, and why.
+async fn why(engine: &Engine, request: &PolicyRequest, outcome: RunOutcome) -> Result<String, EngineError> {
+    let failure = failure_of(engine, request).await?;
     let word = outcome.as_str().unwrap_or("open");
     Ok(failure.map_or_else(|| word.to_owned(), |failure| format!("{word}: {failure}")))
 }

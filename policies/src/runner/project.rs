@@ -9,11 +9,13 @@ use snaptree_engine::event::{
 };
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
+use super::clock::Seen;
 use crate::file::Policy;
+use crate::leap::Reading;
 use crate::schedule::History;
 
 /// The version of this projector. A checkpoint of another version is dropped.
-pub const PROJECTOR: u32 = 1;
+pub const PROJECTOR: u32 = 2;
 
 /// How many of the last runs are kept of each domain: what the next look needs. Whoever wants to tell of more reads the
 /// log, see [`told`](super::told).
@@ -100,6 +102,8 @@ pub struct PolicyState {
     runs: BTreeMap<DomainId, VecDeque<Run>>,
     /// The planned instant of the last run.
     pub last: Option<Timestamp>,
+    /// The last event, and what the clocks showed then.
+    pub seen: Option<Seen>,
     /// The version of the last event applied.
     pub version: u64,
 }
@@ -116,6 +120,7 @@ impl PolicyState {
             histories: BTreeMap::new(),
             runs: BTreeMap::new(),
             last: None,
+            seen: None,
             version: 0,
         }
     }
@@ -175,6 +180,11 @@ impl PolicyState {
     /// Applies the next event of the stream. Total: what is not a policy's changes nothing.
     pub fn apply(&mut self, envelope: &Envelope) {
         self.version = envelope.version;
+        let uptime = match &envelope.event {
+            Event::PolicyFired(e) => e.uptime,
+            _ => None,
+        };
+        self.seen = Some(Seen { seq: envelope.seq, reading: Reading { at: envelope.at, uptime } });
         match &envelope.event {
             Event::PolicyDefined(e) => {
                 let policy = Policy::deserialized(&e.policy);

@@ -1,6 +1,5 @@
 //! A run's requests for deletes.
 
-use jiff::Timestamp;
 use snaptree_engine::command::{Command, Delete, SnapshotRef};
 use snaptree_engine::engine::{Engine, EngineError};
 use snaptree_engine::event::{
@@ -9,14 +8,13 @@ use snaptree_engine::event::{
 use snaptree_engine::project::DomainState;
 use snaptree_engine::together::{Decided, Wanted};
 
-use super::book::Chosen;
 use super::fire::{beside, is_of_a_run, key, requester};
-use super::look::plan_of;
-use super::project::PolicyState;
+use super::look::{For, plan_of};
+use super::project::{PolicyState, Run};
 use crate::file::Policy;
-use crate::retention::Plan;
+use crate::retention::{Plan, Trust};
 
-/// Asks for the deletes of `policy` on `domain` that follow the run of `planned`, in the plan's order, and records
+/// Asks for the deletes of `policy` that follow `run`, in the plan's order, and records
 /// them: one append, and none if nothing goes.
 ///
 /// The caller knows that the run's snapshot was taken.
@@ -28,22 +26,22 @@ pub async fn retain(
     origin: &Origin,
     state: &PolicyState,
     policy: &Policy,
-    planned: Timestamp,
-    domain: &Chosen,
+    run: &Run,
+    trust: Trust,
 ) -> Result<Vec<PolicyRequest>, EngineError> {
-    let there = engine.load(domain.id).await?;
-    let plan = plan_of(policy, &there, engine.now());
+    let there = engine.load(run.domain).await?;
+    let plan = plan_of(policy, &there, engine.now(), run.create.operation.map_or(For::Show, For::Run), trust);
     let mut requests = wishes(&there, &plan);
     if requests.is_empty() {
         return Ok(Vec::new());
     }
-    let run = key(policy, planned, domain.id);
+    let key = key(policy, run.planned, run.domain);
     let wanted: Vec<Wanted> = plan
         .deletes
         .iter()
         .zip(&requests)
         .map(|(delete, request)| Wanted {
-            domain: domain.id,
+            domain: run.domain,
             command: Command::Delete(Delete {
                 snapshots: vec![SnapshotRef::Id(delete.snapshot)],
                 scope: DeleteScope::Named,
@@ -51,21 +49,22 @@ pub async fn retain(
                 merge: MergeWish::Auto,
                 reasons: request.reasons.clone(),
             }),
-            key: format!("{run}/delete/{}", delete.snapshot),
+            key: format!("{key}/delete/{}", delete.snapshot),
             around: None,
         })
         .collect();
     let tell = |decided: &[Decided]| {
         let mut requests = requests.clone();
         settle(&mut requests, decided);
-        let run = PolicyRun { domain: domain.id, name: domain.name.clone(), requests };
-        let fired = PolicyFired { planned, part: RunPart::Retention, asked_by: None, domains: vec![run] };
+        let domains = vec![PolicyRun { domain: run.domain, name: run.name.clone(), requests }];
+        let (planned, part, uptime) = (run.planned, RunPart::Retention, engine.uptime());
+        let fired = PolicyFired { planned, part, asked_by: None, domains, uptime };
         vec![Event::from(fired)]
     };
     // Deletes of the domain that another run has asked for make the plan another one.
     let matters = |event: &Event| match event {
         Event::PolicyFired(fired) if fired.part == RunPart::Retention => {
-            fired.domains.iter().any(|run| run.domain == domain.id)
+            fired.domains.iter().any(|other| other.domain == run.domain)
         }
         event => !is_of_a_run(event),
     };

@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
-use snaptree_engine::engine::{Engine, EngineError};
-use snaptree_engine::event::{Origin, PolicyRequest, PolicyRun, PolicySkipped, PolicySuspended};
+use snaptree_engine::engine::{Engine, EngineError, Requester};
+use snaptree_engine::event::{Actor, Origin, PolicyRequest, PolicyRun, PolicySkipped, PolicySuspended};
 use snaptree_engine::log::{DomainRow, LogError};
 use snaptree_engine::{DomainId, DomainName, PolicyName};
 
 use super::book::{Book, Chosen, News, chosen_of, registered_at};
+use super::clock::{ClockState, Seen, Turn, reading, watch_clock};
 use super::define::write;
 use super::fire::{Firing, fire, requester};
 use super::notable::{Notable, delete_failure, failure, hooks_failed};
@@ -17,7 +18,7 @@ use super::project::{Entry, PolicyState, Run};
 use super::retain::retain;
 use super::told::Back;
 use crate::file::{Hooks, Policy};
-use crate::schedule::{Count, Due, History, SkipReason, Skipped, due};
+use crate::schedule::{Count, Due, History, SkipReason, Skipped, delay, due};
 
 /// What a look came to.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +63,11 @@ pub struct Scheduler {
     watched: BTreeMap<(PolicyName, DomainId), Watched>,
     deletes: Vec<WatchedDelete>,
     registered: BTreeMap<DomainId, Timestamp>,
+    /// The clock at the last look.
+    looked: Option<Seen>,
+    clock: ClockState,
+    /// Which domains each policy was for at the last look, by its definition then.
+    chosen: BTreeMap<PolicyName, (Timestamp, BTreeSet<DomainId>)>,
 }
 
 impl Scheduler {
@@ -84,7 +90,9 @@ impl Scheduler {
                 }));
             }
         }
-        Ok(Self { engine, origin, book, watched, deletes, registered: BTreeMap::new() })
+        let (registered, looked, clock) = (BTreeMap::new(), None, ClockState::default());
+        let chosen = BTreeMap::new();
+        Ok(Self { engine, origin, book, watched, deletes, registered, looked, clock, chosen })
     }
 
     /// What a policy says, as of the last look.
@@ -99,6 +107,7 @@ impl Scheduler {
     pub async fn tick(&mut self) -> Result<Tick, EngineError> {
         let mut tick = Tick::default();
         self.learn().await?;
+        self.watch_clock(&mut tick).await?;
         self.settle(&mut tick).await?;
         self.settle_deletes(&mut tick).await?;
         let names: Vec<PolicyName> = self.book.defined().map(|state| state.name.clone()).collect();
@@ -112,6 +121,30 @@ impl Scheduler {
         }
         self.learn().await?;
         Ok(tick)
+    }
+
+    /// Looks whether the clock leapt, and tells whom the policies name.
+    async fn watch_clock(&mut self, tick: &mut Tick) -> Result<(), EngineError> {
+        let requester = Requester { actor: Actor::Engine, origin: self.origin.clone() };
+        let (clock, turn) = watch_clock(&self.engine, &requester, &self.book, self.looked).await?;
+        let reading = reading(&self.engine);
+        // Within one boot a look is worth as much as a record.
+        self.looked = match reading.uptime {
+            Some(_) => Some(Seen { seq: self.engine.log().head().await?.seq, reading }),
+            None => None,
+        };
+        self.clock = clock;
+        let names = self.book.defined().map(|state| state.name.clone());
+        match (turn, clock.doubt) {
+            (Turn::Leapt, Some(doubt)) => {
+                tick.notable.extend(names.map(|policy| Notable::ClockLeapt { policy, doubt }));
+            }
+            (Turn::Believed, _) => {
+                tick.notable.extend(names.map(|policy| Notable::ClockBelieved { policy }));
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Reads what is new, and watches what was asked for in it.
@@ -183,7 +216,8 @@ impl Scheduler {
                         tick.notable.push(Notable::Recovered { policy, domain });
                     }
                     let explicit = run.asked_by.is_some();
-                    if run.deletes.is_none() && (running || explicit) {
+                    let follows = how == Watched::Fresh || !self.has_passed(&policy, &run);
+                    if run.deletes.is_none() && follows && (running || explicit) {
                         match self.retention(&policy, &run).await {
                             Ok(true) => tick.woken.insert(domain),
                             Ok(false) => false,
@@ -224,6 +258,14 @@ impl Scheduler {
         ended
     }
 
+    /// Whether the run after `run`, which is of a time before this process, is planned for a moment that has passed. Then
+    /// it is that one's to delete, once its own snapshot is there.
+    fn has_passed(&self, policy: &Policy, run: &Run) -> bool {
+        let next = policy.schedule.next_after(run.planned, policy.zone());
+        let delay = delay(policy.jitter, &policy.name, run.domain);
+        next.and_then(|next| next.checked_add(delay).ok()).is_some_and(|next| next <= self.engine.now())
+    }
+
     /// Whether the run before `run` on its domain took no snapshot.
     async fn failed_before(&self, name: &PolicyName, run: &Run) -> Result<bool, EngineError> {
         let state = self.book.get(name);
@@ -237,8 +279,7 @@ impl Scheduler {
     /// Whether anything was asked for.
     async fn retention(&mut self, policy: &Policy, run: &Run) -> Result<bool, EngineError> {
         let Some(state) = self.book.shared(&policy.name) else { return Ok(false) };
-        let domain = Chosen { id: run.domain, name: run.name.clone() };
-        let asked = retain(&self.engine, &self.origin, &state, policy, run.planned, &domain).await?;
+        let asked = retain(&self.engine, &self.origin, &state, policy, run, self.clock.trust()).await?;
         drop(state);
         self.learn().await?;
         Ok(asked.iter().any(|request| request.operation.is_some()))
@@ -271,7 +312,9 @@ impl Scheduler {
         let mut runs: BTreeMap<Timestamp, Vec<Chosen>> = BTreeMap::new();
         let mut skips = Vec::new();
         let mut operations = None;
-        for domain in chosen_of(&self.engine, rows.to_vec(), policy).await? {
+        let domains = chosen_of(&self.engine, rows.to_vec(), policy).await?;
+        self.tell_left(&state, rows, &domains, tick);
+        for domain in domains {
             let Due { run, skipped, next_at } = self.due(&state, policy, &domain, now).await?;
             if let Some(next_at) = next_at {
                 tick.look_again(next_at);
@@ -303,6 +346,17 @@ impl Scheduler {
             state = newer;
         }
         Ok(())
+    }
+
+    /// Tells of domains that the policy was for at the last look and is not for any more, though neither ended.
+    fn tell_left(&mut self, state: &PolicyState, rows: &[DomainRow], domains: &[Chosen], tick: &mut Tick) {
+        let Some(defined) = state.definition.as_ref().map(|definition| definition.at) else { return };
+        let now: BTreeSet<DomainId> = domains.iter().map(|domain| domain.id).collect();
+        let before = self.chosen.insert(state.name.clone(), (defined, now.clone()));
+        let Some((_, before)) = before.filter(|(then, _)| *then == defined) else { return };
+        for row in rows.iter().filter(|row| before.contains(&row.id) && !now.contains(&row.id)) {
+            tick.notable.push(Notable::Left { policy: state.name.clone(), domain: row.name.clone() });
+        }
     }
 
     async fn due(

@@ -127,10 +127,11 @@ pub fn withins(random: &mut Rng, pers: &[Per]) -> Vec<(Rule, u32)> {
 pub fn ours(instants: &BTreeSet<Timestamp>, rules: &[Rule], zone: &TimeZone) -> Vec<Verdict> {
     let candidates: Vec<Candidate> = instants
         .iter()
-        .zip(1_u128..)
+        .zip(1_u64..)
         .map(|(created, number)| Candidate {
-            snapshot: SnapshotId::from_uuid(Uuid::from_u128(number)),
+            snapshot: SnapshotId::from_uuid(Uuid::from_u128(number.into())),
             created: *created,
+            seq: number,
             standing: Standing::Counted,
         })
         .collect();

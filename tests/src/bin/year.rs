@@ -1,6 +1,6 @@
 //! A simulated year of domains under hourly, daily, weekly and monthly policies, with crashes.
 //!
-//! `cargo run --release -p snaptree-tests --bin year -- --domains N --days D --crashes C [--seed S] [--dir DIR]`
+//! `cargo run --release -p snaptree-tests --bin year -- --domains N --days D --crashes C [--leaps L] [--seed S] [--dir DIR]`
 //!
 //! The state is kept in a folder in `DIR` (`/dev/shm`) and removed at the end. It fails if the trees or the log at the
 //! end are not what the rules say.
@@ -17,7 +17,7 @@ use snaptree_tests::year::{Figures, Wanted, live};
 const DAYS_TOLD: u32 = 10;
 
 fn asked() -> Result<(Wanted, PathBuf), String> {
-    let mut wanted = Wanted { domains: 20, days: 365, crashes: 100, seed: 1 };
+    let mut wanted = Wanted { domains: 20, days: 365, crashes: 100, leaps: 0, seed: 1 };
     let mut dir = PathBuf::from("/dev/shm");
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -30,6 +30,7 @@ fn asked() -> Result<(Wanted, PathBuf), String> {
             "--domains" => wanted.domains = usize::try_from(number(1)?).expect("a number"),
             "--days" => wanted.days = number(1)?,
             "--crashes" => wanted.crashes = number(0)?,
+            "--leaps" => wanted.leaps = number(0)?,
             "--seed" => wanted.seed = u64::from(number(0)?),
             "--dir" => dir = PathBuf::from(text),
             other => return Err(format!("unknown option {other}")),
@@ -42,7 +43,9 @@ fn main() -> ExitCode {
     let (wanted, dir) = match asked() {
         Ok(asked) => asked,
         Err(error) => {
-            eprintln!("{error}\nusage: year [--domains N] [--days D] [--crashes C] [--seed S] [--dir DIR]");
+            eprintln!(
+                "{error}\nusage: year [--domains N] [--days D] [--crashes C] [--leaps L] [--seed S] [--dir DIR]"
+            );
             return ExitCode::from(2);
         }
     };
@@ -87,6 +90,7 @@ fn tell(wanted: &Wanted, figures: &Figures) {
         "{} crashes ({} asleep, then away for hours: {} planned instants passed over; {} steps made out)",
         figures.crashes, figures.away, audited.skipped, audited.resolved
     );
+    println!("{} leaps of the clock were told, and of each its deletes were held back", audited.leapt);
     println!(
         "{} events, a database of {} MiB; {:.1} s, of which processors worked {:.1} s ({:.1} s of it in starts), and {:.1} s \
          for the audit",

@@ -32,6 +32,8 @@ pub struct Audited {
     pub resolved: u64,
     /// Planned instants that were passed over.
     pub skipped: u64,
+    /// Leaps of the clock.
+    pub leapt: u64,
     /// What stays of each domain.
     left: BTreeMap<DomainId, BTreeSet<String>>,
 }
@@ -53,6 +55,7 @@ impl Audited {
 struct Asked {
     name: String,
     policy: usize,
+    at: Timestamp,
 }
 
 /// Where the reading of the log stands.
@@ -64,6 +67,10 @@ struct Reading {
     live: BTreeMap<(DomainId, usize), Vec<Taken>>,
     /// All that were ever taken.
     names: BTreeMap<(DomainId, usize), Vec<String>>,
+    /// When the last one of each was taken, and whether the clock was in doubt then.
+    last_taken: BTreeMap<(DomainId, usize), (Timestamp, bool)>,
+    /// Whether the clock leapt and was not believed since.
+    in_doubt: bool,
     /// The deletes that a run has told of, with the reasons.
     told: BTreeMap<OperationId, (usize, String, Vec<String>)>,
 }
@@ -96,7 +103,6 @@ pub async fn audit(
     for (number, policy) in POLICIES.iter().enumerate() {
         let expected = policy.taken(looked);
         let names: Vec<&str> = expected.iter().map(|taken| taken.name.as_str()).collect();
-        let stay = policy.stay(&expected);
         for domain in domains {
             let there = reading.names.remove(&(*domain, number)).unwrap_or_default();
             if names != there {
@@ -108,8 +114,16 @@ pub async fn audit(
                     names.len(),
                 ));
             }
+            let key = (*domain, number);
+            let live = reading.live.remove(&key).unwrap_or_default();
+            if let Some((now, false)) = reading.last_taken.get(&key) {
+                let (_, going) = going(policy, &live, *now);
+                if !going.is_empty() {
+                    return Err(format!("{domain}: no rule keeps {going:?}, and it stays"));
+                }
+            }
             let left = reading.audited.left.entry(*domain).or_default();
-            left.extend(stay.iter().map(|name| (*name).to_owned()));
+            left.extend(live.into_iter().map(|taken| taken.name));
         }
     }
     Ok(reading.audited)
@@ -121,14 +135,32 @@ fn policy_of(actor: &Actor) -> Result<usize, String> {
     found.ok_or_else(|| format!("there is no policy {name}"))
 }
 
+/// Those that count at `now`, and the names of those of them that no rule keeps.
+fn going(policy: &Policy, live: &[Taken], now: Timestamp) -> (Vec<Taken>, BTreeSet<String>) {
+    let counted: Vec<Taken> = live.iter().filter(|taken| taken.at <= now).cloned().collect();
+    let stay = policy.stay(&counted);
+    let going = counted.iter().filter(|taken| !stay.contains(taken.name.as_str()));
+    let going = going.map(|taken| taken.name.clone()).collect();
+    (counted, going)
+}
+
 impl Reading {
     fn read(&mut self, envelope: &Envelope) -> Result<(), String> {
         match (&envelope.stream, &envelope.event) {
             (StreamId::Policy(name), Event::PolicyFired(fired)) if fired.part == RunPart::Retention => {
-                self.retention(policy_of(&Actor::Policy(name.clone()))?, fired)
+                self.retention(policy_of(&Actor::Policy(name.clone()))?, fired, envelope.at)
             }
             (_, Event::PolicySkipped(skipped)) => {
                 self.audited.skipped += u64::from(skipped.count);
+                Ok(())
+            }
+            (_, Event::ClockLeapt(_)) => {
+                self.audited.leapt += 1;
+                self.in_doubt = true;
+                Ok(())
+            }
+            (_, Event::ClockConfirmed(_)) => {
+                self.in_doubt = false;
                 Ok(())
             }
             (_, Event::MergeFinished(_)) => {
@@ -147,14 +179,19 @@ impl Reading {
     fn of_domain(&mut self, domain: DomainId, envelope: &Envelope, event: &Event) -> Result<(), String> {
         match event {
             Event::SnapshotCreateRequested(request) => {
-                let asked = Asked { name: request.name.to_string(), policy: policy_of(&envelope.actor)? };
+                let (name, at) = (request.name.to_string(), envelope.at);
+                let asked = Asked { name, policy: policy_of(&envelope.actor)?, at };
                 self.asked.insert((domain, request.snapshot), asked);
             }
             Event::SnapshotCreated(created) => {
                 let Some(asked) = self.asked.get(&(domain, created.snapshot.id)) else {
                     return Err("created and not asked for".to_owned());
                 };
-                let taken = Taken::new(&POLICIES[asked.policy], asked.name.clone(), created.snapshot.created);
+                // What a host's clock says counts as far as the log allows it.
+                let began = asked.at.min(envelope.at);
+                let at = created.snapshot.created.max(began).min(envelope.at);
+                let taken = Taken::new(&POLICIES[asked.policy], asked.name.clone(), at);
+                self.last_taken.insert((domain, asked.policy), (envelope.at, self.in_doubt));
                 self.names.entry((domain, asked.policy)).or_default().push(asked.name.clone());
                 self.live.entry((domain, asked.policy)).or_default().push(taken);
                 self.audited.created += 1;
@@ -185,20 +222,22 @@ impl Reading {
         Ok(())
     }
 
-    /// A run of retention deletes what the rules do not keep of what is there, no more and no less, and says why.
-    fn retention(&mut self, policy: usize, fired: &PolicyFired) -> Result<(), String> {
+    /// A run of retention deletes what the rules do not keep of what is there, no more and no less, and says why. It
+    /// deletes nothing while the clock is in doubt, and nothing that is dated later than now.
+    fn retention(&mut self, policy: usize, fired: &PolicyFired, now: Timestamp) -> Result<(), String> {
         let rules: &Policy = &POLICIES[policy];
         for run in &fired.domains {
             let nothing = Vec::new();
             let live = self.live.get(&(run.domain, policy)).unwrap_or(&nothing);
-            let stay = rules.stay(live);
-            let mut going: BTreeSet<&str> = live.iter().map(|taken| taken.name.as_str()).collect();
-            going.retain(|name| !stay.contains(name));
+            let (live, mut going) = going(rules, live, now);
+            if self.in_doubt {
+                return Err(format!("{:?} is deleted while the clock is in doubt", run.requests));
+            }
             for request in &run.requests {
                 let name = request.snapshot.as_str();
                 let index = live.iter().position(|taken| taken.name == name);
                 let index = index.ok_or_else(|| format!("{name} is to be deleted and does not live"))?;
-                let reasons = rules.reasons(live, index);
+                let reasons = rules.reasons(&live, index);
                 if !going.remove(name) || request.reasons != reasons {
                     return Err(format!("{name} is deleted for {:?}; right is {reasons:?}", request.reasons));
                 }
@@ -235,7 +274,8 @@ pub fn end_of(
     }
     for snapshot in state.tree.iter() {
         let mut blocks = BTreeMap::new();
-        let before = writes.iter().take_while(|write| write.at < snapshot.created);
+        let taken = state.dated.get(&snapshot.id).map_or(0, |dated| dated.seq);
+        let before = writes.iter().take_while(|write| write.seq < taken);
         before.for_each(|write| {
             blocks.insert(write.block, write.value);
         });

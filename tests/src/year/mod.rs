@@ -25,7 +25,7 @@ use snaptree_engine::engine::{Engine, Requester};
 use snaptree_engine::event::{Actor, Origin};
 use snaptree_engine::log::EventLog;
 use snaptree_engine::{DiskName, DomainId, DomainName};
-use snaptree_policies::runner::{Book, Scheduler, define};
+use snaptree_policies::runner::{Book, Notable, Scheduler, define};
 use snaptree_store::{Commits, LockWait, Store};
 
 use crate::measure::processor_time;
@@ -44,6 +44,13 @@ const AWAY_HOURS_MAX: usize = 40;
 /// How often its successor is killed while it recovers, in percent.
 const AGAIN_PERCENT: usize = 15;
 
+/// How far clocks leap, in seconds: to either side, and by that much or less.
+const LEAPS_S: [i64; 6] = [10, 600, 7_200, 3 * 86_400, 40 * 86_400, 3 * 365 * 86_400];
+/// How often a leap takes the clock back to the truth, in percent.
+const RIGHT_AGAIN_PERCENT: usize = 60;
+/// How often the clocks of hosts are wrong by as much as ours may be, in percent.
+const HOSTS_WRONG_PERCENT: usize = 50;
+
 /// What is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
@@ -53,6 +60,8 @@ pub struct Wanted {
     pub days: u32,
     /// How often the process is killed.
     pub crashes: u32,
+    /// How often the clock leaps, and those of hosts with it.
+    pub leaps: u32,
     /// What chance goes by.
     pub seed: u64,
 }
@@ -92,8 +101,8 @@ pub struct Figures {
 /// What the guest of a domain wrote.
 #[derive(Clone, Copy, Debug)]
 pub struct Write {
-    /// When.
-    pub at: Timestamp,
+    /// The last event of the log then.
+    pub seq: u64,
     /// Where.
     pub block: u64,
     /// What.
@@ -113,6 +122,8 @@ struct Cast<'a> {
     writes: BTreeMap<DomainId, Vec<Write>>,
     /// The hours in which it is to be killed, the last first.
     deaths: Vec<Timestamp>,
+    /// The moments at which the clock leaps, the last first.
+    leaps: Vec<Timestamp>,
     progress: Progress,
     away: u32,
     starting: Duration,
@@ -164,7 +175,8 @@ pub fn live(wanted: Wanted, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Resul
                 cast.progress.crashes += 1;
                 cast.away += 1;
                 let hours = i64::try_from(1 + cast.random.below(AWAY_HOURS_MAX)).expect("few");
-                cast.sky.go_to(cast.sky.time() + SignedDuration::from_hours(hours));
+                cast.sky.go_to(cast.sky.truth() + SignedDuration::from_hours(hours));
+                cast.sky.boot();
             }
             Ok(End::KilledAtLast) => cast.progress.crashes += 1,
             Err(panic) if panic.is::<Killed>() => {
@@ -203,16 +215,22 @@ impl<'a> Cast<'a> {
             .map(|_| begin + SignedDuration::from_hours(hour(&mut random)) - SignedDuration::from_secs(60))
             .collect();
         deaths.sort_unstable_by(|a, b| b.cmp(a));
+        let mut leaps: Vec<Timestamp> = (0..wanted.leaps)
+            .map(|_| begin + SignedDuration::from_hours(hour(&mut random)) + SignedDuration::from_secs(777))
+            .collect();
+        leaps.sort_unstable_by(|a, b| b.cmp(a));
+        let sky = Sky::new(begin, wanted.seed);
         Self {
             wanted,
             dir,
-            sky: Sky::new(begin, wanted.seed),
+            driver: SimDriver::in_memory().with_faults(Arc::new(sky.clone())),
+            sky,
             random,
-            driver: SimDriver::in_memory(),
             domains: Vec::new(),
             looked: Vec::new(),
             writes: BTreeMap::new(),
             deaths,
+            leaps,
             progress: Progress::default(),
             away: 0,
             starting: Duration::ZERO,
@@ -275,10 +293,13 @@ impl<'a> Cast<'a> {
     async fn live(&mut self, tell: &mut dyn FnMut(Progress)) -> End {
         let mut life = self.start().await;
         loop {
-            let next = life.work().await;
-            let now = self.sky.time();
-            self.looked.push(now);
-            self.pass_the_day(&life, now, tell).await;
+            let next = self.sky.truth_at(life.work().await);
+            self.looked.push(self.sky.time());
+            self.pass_the_day(&life, self.sky.truth(), tell).await;
+            if self.leaps.last().is_some_and(|leap| *leap <= next.min(self.end())) {
+                self.leap();
+                continue;
+            }
             if next > self.end() {
                 let left = self.sky.spare() || self.deaths.pop().is_some();
                 return if left { End::KilledAtLast } else { End::Finished };
@@ -294,16 +315,34 @@ impl<'a> Cast<'a> {
         }
     }
 
+    /// The clock leaps, or is put right, and hosts' clocks are wrong or right.
+    fn leap(&mut self) {
+        let Some(at) = self.leaps.pop() else { return };
+        let far = |percent: usize, random: &mut Random| {
+            if !random.chance(percent) {
+                return SignedDuration::ZERO;
+            }
+            let most = LEAPS_S[random.below(LEAPS_S.len())];
+            let seconds = i64::try_from(random.next_u64() % most.unsigned_abs()).expect("few") + 1;
+            SignedDuration::from_secs(if random.chance(50) { seconds } else { -seconds })
+        };
+        let off = far(100 - RIGHT_AGAIN_PERCENT, &mut self.random);
+        let hosts_off = far(HOSTS_WRONG_PERCENT, &mut self.random);
+        self.sky.go_to(at);
+        self.sky.leap(off, hosts_off);
+    }
+
     /// Once a day every guest writes something.
     async fn pass_the_day(&mut self, life: &Life, now: Timestamp, tell: &mut dyn FnMut(Progress)) {
         let day = u32::try_from((now.as_second() - BEGIN_S) / 86_400).expect("few days");
         if day == self.progress.days {
             return;
         }
+        let seq = life.store.head().await.expect("the head").seq;
         for id in &self.domains {
             let state = life.engine.load(*id).await.expect("the domain");
             let block = self.random.next_u64() % BLOCKS;
-            let write = Write { at: now, block, value: self.random.next_u64() | 1 };
+            let write = Write { seq, block, value: self.random.next_u64() | 1 };
             self.driver.write(&state, &disk(), block, write.value).expect("written");
             self.writes.entry(*id).or_default().push(write);
         }
@@ -333,7 +372,10 @@ impl Life {
     async fn work(&mut self) -> Timestamp {
         loop {
             let tick = self.scheduler.tick().await.expect("a look");
-            assert!(tick.notable.is_empty(), "nothing fails: {:?}", tick.notable);
+            let failed = |notable: &&Notable| {
+                !matches!(notable, Notable::ClockLeapt { .. } | Notable::ClockBelieved { .. })
+            };
+            assert_eq!(tick.notable.iter().find(failed), None, "nothing fails");
             for domain in &tick.woken {
                 self.engine.drive(&requester(), *domain, &NoWatch).await.expect("driven");
             }

@@ -138,12 +138,19 @@ impl Policy {
     /// due at the others.
     pub fn taken(&self, looked: &[Timestamp]) -> Vec<Taken> {
         let Some((defined, looked)) = looked.split_first() else { return Vec::new() };
-        let mut last = *defined;
+        let mut ran = BTreeSet::new();
         let mut taken = Vec::new();
         for at in looked {
             let due = self.runs.began(&at.to_zoned(zone()));
+            // What ran at a moment that this clock has not come to settles nothing.
+            let last = ran.range(..=*at).next_back().copied();
+            let last = match last {
+                _ if defined <= at => last.unwrap_or(*defined).max(*defined),
+                Some(last) => last,
+                None => *at - 60.seconds(),
+            };
             if due > last {
-                last = due;
+                ran.insert(due);
                 let name = format!("{}-{}", self.name, due.strftime("%Y%m%dT%H%M%SZ"));
                 taken.push(Taken::new(self, name, *at));
             }
@@ -151,22 +158,22 @@ impl Policy {
         taken
     }
 
-    /// The names of those that stay, of `all` in the order in which they were taken.
+    /// The names of those that stay, of `all` in the order in which they were taken; none of them later than now.
     pub fn stay<'a>(&self, all: &'a [Taken]) -> BTreeSet<&'a str> {
         let mut stay = BTreeSet::new();
         for (number, Rule(_, count)) in self.keep.iter().enumerate() {
             let mut full = 0;
-            let mut last = None;
+            let mut seen = BTreeSet::new();
             for (index, taken) in all.iter().enumerate().rev() {
-                let new = last != Some(&taken.periods[number]);
                 if full == *count {
                     break;
                 }
+                // Two that were taken at the same moment are two.
+                let new = seen.insert(&taken.periods[number]) || self.keep[number].0 == Every::One;
                 if new || index == 0 {
                     full += 1;
                     stay.insert(taken.name.as_str());
                 }
-                last = Some(&taken.periods[number]);
             }
         }
         stay
@@ -177,14 +184,16 @@ impl Policy {
         let mut reasons = Vec::new();
         let mut full_rules = 0;
         for (number, Rule(every, count)) in self.keep.iter().enumerate() {
-            let mut newer: Vec<&String> =
-                all[index + 1..].iter().map(|taken| &taken.periods[number]).collect();
-            newer.dedup();
+            let newer = all[index + 1..].iter().map(|taken| &taken.periods[number]);
             let period = &all[index].periods[number];
-            if newer.len() >= *count {
+            let full = match every {
+                Every::One => newer.clone().count(),
+                _ => newer.clone().collect::<BTreeSet<_>>().len(),
+            };
+            if full >= *count {
                 full_rules += 1;
                 reasons.push(format!("{} {count}: full with newer ones", every.key()));
-            } else if newer.first() == Some(&period) && index > 0 {
+            } else if *every != Every::One && newer.clone().any(|other| other == period) && index > 0 {
                 reasons.push(format!("{}: {period} has a newer one", every.key()));
             } else {
                 return Vec::new();

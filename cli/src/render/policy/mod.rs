@@ -15,7 +15,7 @@ use snaptree_policies::runner::RunOutcome;
 
 use crate::exit::ErrorView;
 use crate::story::HookStory;
-use crate::wire::LeftOut;
+use crate::wire::{ClockView, LeftOut};
 
 /// A policy in the list.
 #[derive(Debug, Serialize)]
@@ -92,6 +92,10 @@ pub struct DomainPlanView {
 pub struct PlanView {
     /// The policy.
     pub policy: PolicyName,
+    /// Why deletes are held back, if they are.
+    pub clock: Option<ClockView>,
+    /// What should be known of it, in words.
+    pub notes: Vec<String>,
     /// How many snapshots a disk may stand upon.
     pub max_depth: u32,
     /// In the long run.
@@ -151,7 +155,7 @@ pub struct DeleteView {
     pub outcome: Option<&'static str>,
     /// Why it goes.
     pub reasons: Vec<String>,
-    /// Why it was refused.
+    /// Why it was refused, or did not succeed.
     pub error: Option<ErrorView>,
 }
 
@@ -207,13 +211,13 @@ impl RanView {
 
 impl DeleteView {
     /// A request for a delete, and how it ended.
-    pub fn of(request: &PolicyRequest, outcome: RunOutcome) -> Self {
+    pub fn of(request: &PolicyRequest, outcome: RunOutcome, error: Option<ErrorView>) -> Self {
         Self {
             snapshot: request.snapshot.clone(),
             operation: request.operation,
             outcome: outcome.as_str(),
             reasons: request.reasons.clone(),
-            error: request.refused.as_ref().map(ErrorView::from),
+            error,
         }
     }
 }
@@ -232,6 +236,8 @@ pub struct RunView {
     pub left_out: Vec<LeftOut>,
     /// Why the policy was suspended after it, if it was.
     pub suspended: Option<String>,
+    /// Why deletes are held back, if they are.
+    pub clock: Option<ClockView>,
 }
 
 /// What a run or a skip was.

@@ -10,7 +10,8 @@ use super::super::list::left_out;
 use super::super::table::{Cell, table};
 use super::super::text::{Look, count, safe};
 use super::{
-    EntryView, LongRunView, NextView, PlanView, PolicyView, RanView, RunView, SetView, VerdictView, What,
+    DeleteView, EntryView, LongRunView, NextView, PlanView, PolicyView, RanView, RunView, SetView,
+    VerdictView, What,
 };
 
 impl LongRunView {
@@ -110,6 +111,9 @@ pub fn plan(view: &PlanView, look: &Look) -> String {
     }
     text.extend(view.left_out.iter().map(|domain| left_out(domain, look)));
     text.push_str(&view.long_run.words(view.max_depth));
+    for note in view.clock.iter().map(|clock| &clock.message).chain(&view.notes) {
+        let _ = writeln!(text, "{}", look.paint.warn(safe(note)));
+    }
     text
 }
 
@@ -151,8 +155,33 @@ fn ran_words(ran: &RanView, look: &Look) -> String {
             delete.outcome.unwrap_or("open"),
             safe(&delete.reasons.join("; "))
         );
+        if let Some(error) = &delete.error {
+            let _ = write!(text, ": {}", safe(&error.message));
+        }
     }
     text
+}
+
+/// How the deletes of a run ended: those that did not succeed have not deleted anything.
+fn deletes_words(deletes: &[DeleteView]) -> String {
+    let mut words = String::new();
+    let of = |wanted: fn(&DeleteView) -> bool| deletes.iter().filter(|delete| wanted(delete)).count();
+    let deleted = of(|delete| delete.outcome == Some("succeeded"));
+    let open = of(|delete| delete.outcome.is_none());
+    if deleted > 0 {
+        let _ = write!(words, ", deleted {deleted}");
+    }
+    if open > 0 {
+        let _ = write!(words, ", {} open", count(open, "delete"));
+    }
+    for delete in deletes {
+        let Some(outcome) = delete.outcome.filter(|outcome| *outcome != "succeeded") else { continue };
+        let _ = write!(words, ", delete of '{}' {outcome}", safe(&delete.snapshot));
+        if let Some(error) = &delete.error {
+            let _ = write!(words, ": {}", safe(&error.message));
+        }
+    }
+    words
 }
 
 /// What ran and what was skipped.
@@ -167,9 +196,7 @@ pub fn runs(views: &[EntryView], look: &Look) -> String {
                 for (hook, error) in ran.hooks_failed() {
                     let _ = write!(words, ", hook {hook} failed: {}", safe(&error.message));
                 }
-                if !ran.deletes.is_empty() {
-                    let _ = write!(words, ", deleted {}", ran.deletes.len());
-                }
+                words.push_str(&deletes_words(&ran.deletes));
                 if let Some(by) = asked_by {
                     let _ = write!(words, ", asked for by {}", safe(by));
                 }

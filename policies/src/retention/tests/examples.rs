@@ -174,3 +174,46 @@ fn every_verdict_says_why() {
     let keep = Keep::new(rules, "6mo".parse().ok(), NonZeroU32::new(2).unwrap()).unwrap();
     insta::assert_snapshot!(told(&judged(&candidates, &keep, "Europe/Vienna")));
 }
+
+/// At the hours of that day in this order in the log.
+fn at_hours(hours: &[u32]) -> Vec<Candidate> {
+    let times: Vec<String> = hours.iter().map(|hour| format!("2026-11-23T{hour:02}:00:00Z")).collect();
+    taken(&times.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+#[test]
+fn what_is_dated_later_than_now_neither_counts_nor_goes() {
+    // It is 12:00; those of 20 and 21 were taken by a clock that was ahead.
+    let candidates = at_hours(&[20, 21, 9, 10, 11]);
+    let keep = Keep::new(vec![count(Per::Snapshot, 2)], "1h".parse().ok(), NonZeroU32::MIN).unwrap();
+    assert_eq!(kept(&judged(&candidates, &keep, "UTC")), [4, 1, 0]);
+}
+
+#[test]
+fn the_log_says_which_is_newer_once_the_clock_has_come_to_a_date_again() {
+    let candidates = at_hours(&[11, 9, 10]);
+    assert_eq!(kept(&judged(&candidates, &keep(&[count(Per::Snapshot, 2)]), "UTC")), [2, 1]);
+    // And an hour that the clock went through twice is one.
+    let candidates = at_hours(&[10, 11, 10]);
+    assert_eq!(
+        kept(&judged(&candidates, &keep(&[count(Per::Hour, 3)]), "UTC")),
+        [2, 1, 0],
+        "the oldest stays"
+    );
+    assert_eq!(kept(&judged(&candidates, &keep(&[count(Per::Hour, 2)]), "UTC")), [2, 1]);
+}
+
+#[test]
+fn what_a_clock_dated_years_back_is_as_old_as_what_was_taken_before_it() {
+    let times = ["2026-11-23T09:00:00Z", "2000-01-01T00:00:00Z", "2026-11-23T11:00:00Z"];
+    let keep = Keep::new(Vec::new(), "30d".parse().ok(), NonZeroU32::MIN).unwrap();
+    assert_eq!(kept(&judged(&taken(&times), &keep, "UTC")), [2, 1, 0]);
+    assert_eq!(kept(&judged(&taken(&times), &super::keep(&[within(Per::Snapshot, "1d")]), "UTC")), [2, 1, 0]);
+}
+
+#[test]
+fn a_run_keeps_what_it_has_taken_whatever_the_rules_say() {
+    let mut candidates = at_hours(&[8, 9, 10]);
+    candidates[0].standing = Standing::Own;
+    assert_eq!(kept(&judged(&candidates, &keep(&[count(Per::Snapshot, 1)]), "UTC")), [2, 0]);
+}

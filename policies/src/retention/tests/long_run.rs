@@ -20,7 +20,7 @@ fn played(schedule: &Schedule, keep: &Keep, days: i64, zone: &TimeZone) -> Vec<C
     let begin = end.checked_sub(SignedDuration::from_hours(24 * days)).unwrap();
     let mut there: Vec<Candidate> = Vec::new();
     for (n, created) in schedule.upcoming(begin, zone).take_while(|at| *at <= end).enumerate() {
-        there.push(Candidate { snapshot: id(n), created, standing: Standing::Counted });
+        there.push(Candidate { snapshot: id(n), created, seq: n as u64, standing: Standing::Counted });
         let judged = verdicts(&there, keep, created, zone);
         let stays = kept(&judged);
         there.retain(|candidate| stays.contains(&number(candidate.snapshot)));

@@ -28,7 +28,12 @@ fn taken(times: &[&str]) -> Vec<Candidate> {
     times
         .iter()
         .enumerate()
-        .map(|(n, time)| Candidate { snapshot: id(n), created: at(time), standing: Standing::Counted })
+        .map(|(n, time)| Candidate {
+            snapshot: id(n),
+            created: at(time),
+            seq: n as u64,
+            standing: Standing::Counted,
+        })
         .collect()
 }
 

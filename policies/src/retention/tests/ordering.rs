@@ -17,7 +17,7 @@ fn shape(nodes: &[(Option<usize>, u64)], active_bytes: u64) -> Shape {
     let nodes: BTreeMap<SnapshotId, Node> =
         nodes.iter().enumerate().map(|(n, found)| (id(n), node(found))).collect();
     let current = nodes.keys().next_back().copied();
-    Shape { nodes, current, active_bytes }
+    Shape { nodes, current, active_bytes, ..Shape::default() }
 }
 
 fn line(sizes: &[u64], active_bytes: u64) -> Shape {
@@ -173,6 +173,7 @@ proptest! {
         let candidates: Vec<Candidate> = hours.iter().enumerate().map(|(n, hour)| Candidate {
             snapshot: id(n),
             created: Timestamp::from_second(1_780_000_000 + hour * 3_600).unwrap(),
+            seq: n as u64,
             standing: Standing::Counted,
         }).collect();
         let keep = keep(&[count(Per::Snapshot, last), count(Per::Hour, hourly), count(Per::Day, 7)]);
@@ -198,7 +199,9 @@ proptest! {
 
 fn hourly(count: usize) -> Vec<Candidate> {
     let at = |n: usize| Timestamp::from_second(1_795_435_200 + 3_600 * i64::try_from(n).unwrap()).unwrap();
-    (0..count).map(|n| Candidate { snapshot: id(n), created: at(n), standing: Standing::Counted }).collect()
+    (0..count)
+        .map(|n| Candidate { snapshot: id(n), created: at(n), seq: n as u64, standing: Standing::Counted })
+        .collect()
 }
 
 fn planned(candidates: &[Candidate], keep: &Keep, depth_max: u32, deletes_max: Option<u32>) -> Plan {
@@ -251,6 +254,38 @@ fn a_branch_beside_the_machine_does_not_count_for_its_depth() {
     let mut shape = line(&[1, 1], 1);
     shape.current = Some(id(0));
     let mut verdicts = verdicts(&hourly(2), &keep(&[count(Per::Hour, 9)]), Timestamp::MAX, &TimeZone::UTC);
-    assert_eq!(press(&mut verdicts, &shape, NonZeroU32::MIN), Depth::Fits(1));
+    assert_eq!(press(&mut verdicts, &shape, DepthLimit::Policy(NonZeroU32::MIN)), Depth::Fits(1));
     assert_eq!(kept(&verdicts), [1, 0]);
+}
+
+#[test]
+fn what_is_dated_later_than_now_takes_no_place_of_the_policys_and_one_of_the_hypervisors() {
+    let shape = line(&[1; 6], 1);
+    let keep = keep(&[count(Per::Hour, 9)]);
+    let now = hourly(6)[3].created;
+    let press = |limit: fn(NonZeroU32) -> DepthLimit, most| {
+        let mut verdicts = verdicts(&hourly(6), &keep, now, &TimeZone::UTC);
+        let depth = press(&mut verdicts, &shape, limit(NonZeroU32::new(most).unwrap()));
+        (depth, kept(&verdicts).len())
+    };
+    assert_eq!(press(DepthLimit::Policy, 4), (Depth::Fits(6), 6));
+    assert_eq!(press(DepthLimit::Policy, 3), (Depth::Fits(5), 5));
+    assert_eq!(press(DepthLimit::Hypervisor, 4), (Depth::Exceeds(6), 6), "it displaces nothing");
+}
+
+#[test]
+fn the_hypervisors_limit_presses_what_last_counts_and_in_doubt_only_what_it_must() {
+    let mut shape = line(&[1; 6], 1);
+    shape.depth_max = NonZeroU32::new(4);
+    let keep = keep(&[count(Per::Snapshot, 9)]);
+    let limits = Limits { depth_max: NonZeroU32::new(64).unwrap(), deletes_max: None };
+    let planned = |keep: &Keep| plan(&hourly(6), keep, limits, &shape, Timestamp::MAX, &TimeZone::UTC);
+    assert_eq!(kept(&planned(&keep).verdicts), [5, 4, 3, 2]);
+    let few = super::keep(&[count(Per::Snapshot, 1)]);
+    assert_eq!(kept(&planned(&few).verdicts), [5]);
+    assert_eq!(
+        kept(&planned(&few).held_back(&shape, limits).verdicts),
+        [5, 4, 3, 2],
+        "room is needed for two"
+    );
 }

@@ -36,6 +36,7 @@ fn fired(hour: i64, domains: u128) -> NewEvent {
         requests: vec![request()],
     };
     let event = PolicyFired {
+        uptime: None,
         planned: at("2025-01-01T00:00:00Z") + SignedDuration::from_hours(hour),
         part: RunPart::Snapshots,
         asked_by: None,

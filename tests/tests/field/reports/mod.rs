@@ -4,5 +4,6 @@ mod busy;
 mod forged;
 mod gone;
 mod passing;
+mod policies;
 mod policies_unreadable;
 mod sick;
