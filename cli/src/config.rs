@@ -32,6 +32,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("merge", "copy-max", "a size, such as \"4 GiB\""),
     ("qemu", "tool-timeout", "a duration above 0, such as \"30s\""),
     ("qemu", "copy-timeout", "a duration above 0, such as \"24h\""),
+    ("qemu", "start-timeout", "a duration above 0, such as \"60s\""),
     ("qemu", "job-speed", "a size a second, such as \"100 MiB/s\"; 0 for no limit"),
     ("qemu", "left-out-disks", "\"warn\" or \"refuse\""),
     ("operation", "deadline", "a duration, such as \"1h\"; \"0s\" for none"),
@@ -170,6 +171,7 @@ impl Config {
             }
             ("qemu", "tool-timeout") => self.qemu.header = wait_of(value)?,
             ("qemu", "copy-timeout") => self.qemu.copy = wait_of(value)?,
+            ("qemu", "start-timeout") => self.qemu.start = wait_of(value)?,
             ("qemu", "job-speed") => self.job_speed_bytes = speed_of(value)?,
             ("qemu", "left-out-disks") => {
                 self.left_out_disks = match value.as_str()? {
@@ -299,10 +301,14 @@ mod tests {
     #[test]
     fn the_times_of_tools_are_read() {
         let mut config = Config::default();
-        config.read("[qemu]\ntool-timeout = \"2s\"\ncopy-timeout = \"1h\"").unwrap();
+        config.read("[qemu]\ntool-timeout = \"2s\"\ncopy-timeout = \"1h\"\nstart-timeout = \"5s\"").unwrap();
         assert_eq!(
             config.qemu,
-            ToolTimes { header: Duration::from_secs(2), copy: Duration::from_secs(3_600) }
+            ToolTimes {
+                header: Duration::from_secs(2),
+                copy: Duration::from_secs(3_600),
+                start: Duration::from_secs(5)
+            }
         );
     }
 

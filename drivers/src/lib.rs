@@ -5,6 +5,7 @@ mod disks;
 pub mod esx;
 mod failing;
 mod operation_lock;
+mod process;
 pub mod qemu;
 mod room;
 pub mod sim;

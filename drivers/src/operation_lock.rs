@@ -19,11 +19,11 @@ const TERM_WAIT: Duration = Duration::from_secs(3);
 const KILL_WAIT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(50);
 
-/// Whether a process has the inode open: device and number.
-pub(crate) fn has_inode(pid: u32, wanted: (u64, u64)) -> bool {
+/// Whether a process has one of the inodes open: device and number.
+pub(crate) fn has_one_of(pid: u32, wanted: &[(u64, u64)]) -> bool {
     let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     open.flatten()
-        .any(|entry| fs::metadata(entry.path()).is_ok_and(|file| (file.dev(), file.ino()) == wanted))
+        .any(|entry| fs::metadata(entry.path()).is_ok_and(|file| wanted.contains(&(file.dev(), file.ino()))))
 }
 
 /// The processes that have the inode open.
@@ -32,7 +32,7 @@ pub(crate) fn processes_with(device: u64, inode: u64) -> Vec<u32> {
     processes
         .flatten()
         .filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()))
-        .filter(|&pid| has_inode(pid, (device, inode)))
+        .filter(|&pid| has_one_of(pid, &[(device, inode)]))
         .collect()
 }
 

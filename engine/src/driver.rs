@@ -565,6 +565,10 @@ pub trait Driver: Send + Sync {
     /// What stands in the way; the operation then needs attention.
     async fn undo(&self, context: &StepContext<'_>, step: &Step) -> Result<StepReport, DriverError>;
 
+    /// Removes what it keeps in the state directory for a domain that was unregistered a moment ago. What cannot be
+    /// removed does no harm, so nothing is said of it.
+    fn forget(&self, _state: &DomainState) {}
+
     /// The last event of the log when the layers were switched last; none where nothing of it is kept beside them.
     ///
     /// # Errors

@@ -4,12 +4,10 @@
 //! memory and disk are of one instant. What a snapshot's disks read as is taken out of the images by qemu-img.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::images::{text, tool};
@@ -194,19 +192,6 @@ impl Inside {
     /// # Panics
     /// It is refused.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Value {
-        let stream = UnixStream::connect(&self.running.qmp).expect("the monitor");
-        let mut lines = BufReader::new(stream.try_clone().expect("a socket")).lines();
-        // What the client before did not wait for comes first.
-        while !lines.next().expect("a greeting").expect("a line").contains("\"QMP\"") {}
-        let mut ask = |message: Value| {
-            (&stream).write_all(format!("{message}\n").as_bytes()).expect("it listens");
-            let answers = lines.by_ref().map(|line| serde_json::from_str::<Value>(&line.expect("a line")));
-            let mut answers = answers.map(|answer| answer.expect("JSON"));
-            answers.find(|answer| answer.get("event").is_none()).expect("an answer")
-        };
-        ask(json!({ "execute": "qmp_capabilities" }));
-        let answer = ask(json!({ "execute": command, "arguments": arguments }));
-        assert!(answer.get("return").is_some(), "{command}: {answer}");
-        answer["return"].clone()
+        self.running.qmp(command, arguments)
     }
 }

@@ -14,6 +14,7 @@ pub mod images;
 pub mod inside;
 pub mod kept;
 pub mod lab;
+pub mod left;
 pub mod measure;
 pub mod program;
 pub mod random;

@@ -1,15 +1,18 @@
 //! A machine that runs and writes all the time, on a real QEMU, under Snaptree.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::guest::boot_sector;
 use crate::images::{text, tool};
+use crate::left::Left;
 use crate::program::Program;
 
 /// The disks: the guest boots from the first.
@@ -44,6 +47,8 @@ pub struct Running {
     pid_file: PathBuf,
     by_hand: Option<Child>,
     way: Way,
+    // Behind all that ends what it is about.
+    _left: Left,
 }
 
 /// Who starts the machine.
@@ -131,6 +136,7 @@ impl Running {
             by_hand: None,
             way,
             paths,
+            _left: Left::in_folder(folder),
         };
         let given: Vec<String> =
             DISKS.iter().zip(&running.paths).map(|(disk, path)| format!("{disk}={}", text(path))).collect();
@@ -205,6 +211,27 @@ impl Running {
         let child = command.spawn().expect("QEMU starts");
         self.by_hand = Some(child);
         wait_until("the monitor is there", || self.qmp.exists());
+    }
+
+    /// Says something to QEMU, beside the program.
+    ///
+    /// # Panics
+    /// It is refused.
+    pub fn qmp(&self, command: &str, arguments: &Value) -> Value {
+        let stream = UnixStream::connect(&self.qmp).expect("the monitor");
+        let mut lines = BufReader::new(stream.try_clone().expect("a socket")).lines();
+        // What the client before did not wait for comes first.
+        while !lines.next().expect("a greeting").expect("a line").contains("\"QMP\"") {}
+        let mut ask = |message: Value| {
+            (&stream).write_all(format!("{message}\n").as_bytes()).expect("it listens");
+            let answers = lines.by_ref().map(|line| serde_json::from_str::<Value>(&line.expect("a line")));
+            let mut answers = answers.map(|answer| answer.expect("JSON"));
+            answers.find(|answer| answer.get("event").is_none()).expect("an answer")
+        };
+        ask(json!({ "execute": "qmp_capabilities" }));
+        let answer = ask(json!({ "execute": command, "arguments": arguments }));
+        assert!(answer.get("return").is_some(), "{command}: {answer}");
+        answer["return"].clone()
     }
 
     /// The process id of QEMU, if it runs.

@@ -246,6 +246,9 @@ fn failed(view: &OperationView, story: &Story) -> String {
         Some(_) if !story.deleted.is_empty() => {
             "what is deleted stays so, and its data is merged later: `snaptree tree --all` shows it"
         }
+        Some(_) if story.steps.iter().any(|step| step.outcome == StepOutcome::Done) => {
+            "what was done before that stays so"
+        }
         Some(_) if touched => "what was done is taken back, and the domain is as it was",
         Some(_) => "nothing was changed",
         None if story.needs_attention => "it can go neither on nor back by itself",

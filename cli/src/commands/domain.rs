@@ -187,11 +187,11 @@ async fn list(context: &Context) -> Result<Exit> {
 async fn show(context: &Context, domain: &str) -> Result<Exit> {
     let reader = context.reader().await?;
     let prefix = reader.prefix(None).await?;
-    tell(context, &reader.domain(domain, prefix).await?)
+    tell(context, &reader.domain(domain, prefix).await?).await
 }
 
-fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
-    let view = DomainView::with_machine(state);
+async fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
+    let view = DomainView::with_machine(state).await;
     let view = view.ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
     if context.json {
         render::json(&view)?;
@@ -210,7 +210,7 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     let domain = engine.find_domain(&args.domain).await?;
     let command = Command::Set { name: args.name, labels: labels(&args.label), access };
     office.submit(domain, &command, None).await?;
-    tell(context, &engine.load(domain).await?)
+    tell(context, &engine.load(domain).await?).await
 }
 
 async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
@@ -235,7 +235,7 @@ async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
     let access = Some(serde_json::to_value(wish)?);
     let command = Command::Set { name: None, labels: labels(&[]), access };
     office.submit(domain, &command, None).await?;
-    tell(context, &engine.load(domain).await?)
+    tell(context, &engine.load(domain).await?).await
 }
 
 /// None if nothing is said of it.

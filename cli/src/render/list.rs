@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use snaptree_engine::domain::RunState;
 use snaptree_engine::event::MemoryKind;
 use snaptree_engine::layer::MemoryWay;
 use snaptree_engine::reconcile::merge::human_bytes;
@@ -205,9 +206,10 @@ fn machine_words(machine: &MachineView) -> String {
         _ => "run by somebody else, worked on only while it is off",
     };
     let socket = machine.qmp.as_ref().map(|socket| format!(" ({})", safe(&socket.display().to_string())));
-    let now = match machine.running {
-        Some(true) => "running",
-        Some(false) => "off",
+    let now = match machine.now {
+        Some(RunState::Running) => "running",
+        Some(RunState::Paused) => "paused",
+        Some(RunState::Off) => "off",
         None => "whether it runs cannot be seen",
     };
     format!("{by}{}; {now}", socket.unwrap_or_default())

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use snaptree_drivers::qemu::{MachineFacts, Runs, machine_of};
 use snaptree_drivers::virtualbox;
-use snaptree_engine::domain::Domain;
+use snaptree_engine::domain::{Domain, RunState};
 use snaptree_engine::event::{Actor, MemoryKind};
 use snaptree_engine::layer::{DiskLayers, Layer, MemoryWay, Role};
 use snaptree_engine::log::ClockOrder;
@@ -231,8 +231,10 @@ pub struct MachineView {
     pub qmp: Option<PathBuf>,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
-    /// Whether it runs; none if that cannot be seen.
+    /// Whether somebody is at work with it, also where its guest is paused; none if that cannot be seen.
     pub running: Option<bool>,
+    /// What it does; none if that cannot be seen.
+    pub now: Option<RunState>,
 }
 
 impl From<MachineFacts> for MachineView {
@@ -244,7 +246,13 @@ impl From<MachineFacts> for MachineView {
             Runs::Managed { .. } => "managed",
         };
         let qmp = facts.runs.qmp().map(PathBuf::from);
-        Self { run_by, qmp, agent: facts.agent, running: facts.is_running }
+        Self {
+            run_by,
+            qmp,
+            agent: facts.agent,
+            running: facts.now.map(|now| now != RunState::Off),
+            now: facts.now,
+        }
     }
 }
 
@@ -287,8 +295,9 @@ fn layers(state: &DomainState) -> Vec<LayerView> {
 
 impl DomainView {
     /// With who runs its machine, which is looked at. None for a domain that was never registered.
-    pub fn with_machine(state: &DomainState) -> Option<Self> {
-        let mut view = Self { machine: machine_of(state).map(MachineView::from), ..Self::of(state)? };
+    pub async fn with_machine(state: &DomainState) -> Option<Self> {
+        let machine = machine_of(state).await.map(MachineView::from);
+        let mut view = Self { machine, ..Self::of(state)? };
         if let Some(disks) = virtualbox::disks_now(state) {
             view.domain.disks = disks;
         }

@@ -206,8 +206,7 @@ impl Adopt {
     async fn prepare(&self, work: Work<'_>) -> Result<(), DriverError> {
         let mut after = work.context.state.layers.clone();
         self.changes().iter().for_each(|change| after.apply(change));
-        self.turn.prepare(&links(&after), &work.manifest(&after, Effect::None)?).await?;
-        self.turn.draft_link().await
+        self.turn.prepare(&links(&after), &work.manifest(&after, Effect::None)?).await
     }
 
     /// Puts the image back at its path. Renaming does no harm to a machine that was started meanwhile: the inode
@@ -230,7 +229,6 @@ impl Adopt {
                         generation: previous.clone(),
                     };
                     back.prepare(&links(&before), &work.manifest(&before, Effect::None)?).await?;
-                    back.draft_link().await?;
                     back.switch()?;
                 }
                 None => {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use snaptree_engine::domain::{Capabilities, Domain};
+use snaptree_engine::domain::{Capabilities, Domain, RunState};
 use snaptree_engine::driver::DriverError;
 use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
@@ -232,15 +232,20 @@ pub struct MachineFacts {
     pub runs: Runs,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
-    /// Whether somebody has its disks open for writing; none if that cannot be seen.
-    pub is_running: Option<bool>,
+    /// What it does; none if that cannot be seen.
+    pub now: Option<RunState>,
 }
 
-/// Looks at the locks of a domain's images, and asks nobody; none for a domain of another driver.
-pub fn machine_of(state: &DomainState) -> Option<MachineFacts> {
+/// Looks who has a domain's images, and asks its QEMU, if it answers; none for a domain of another driver.
+pub async fn machine_of(state: &DomainState) -> Option<MachineFacts> {
     let (_, config) = QemuConfig::of(state).ok()?;
-    let is_running = in_use(state, &config).ok().map(|holders| !holders.is_empty());
-    Some(MachineFacts { runs: config.runs, agent: config.agent, is_running })
+    let now = match (super::live::look(state).await, in_use(state, &config)) {
+        (Ok(machine), Ok(holders)) => {
+            Some(machine.run_state(machine.process().is_some() || !holders.is_empty()))
+        }
+        _ => None,
+    };
+    Some(MachineFacts { runs: config.runs, agent: config.agent, now })
 }
 
 /// Every file of a domain, for [`Registration::taken`](snaptree_engine::driver::Registration::taken): its layers,

@@ -1,4 +1,8 @@
 //! Generations: folders that say which file each disk opens, switched for all disks by one rename.
+//!
+//! A generation's folder takes some blocks, and switching is the way out of a full file system: what is deleted is
+//! deleted by a switch. So the folder that is switched on holds a reserve, which gives way piece by piece where there is
+//! no space, and is filled up again when there is.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +25,14 @@ pub(super) const MANIFEST: &str = "manifest.json";
 const PREFIX: &str = "gen-";
 const DRAFT_PREFIX: &str = "active.new-";
 const FROZEN_PREFIX: &str = "frozen-";
+/// The reserve's name in a generation folder.
+const RESERVE: &str = "reserve";
+/// How many switches it is for: a guest may take whatever one of them gives back.
+const RESERVE_SWITCHES: u64 = 4;
+/// What a switch takes at most besides its manifest and links: a folder, and a new name in the layers folder.
+const SWITCH_BYTES: u64 = 32 << 10;
+/// What a link takes, where it does not fit into its inode.
+const LINK_BYTES: u64 = 4 << 10;
 
 /// The generation that a step makes.
 pub(super) fn name(operation: OperationId, step: usize) -> String {
@@ -94,13 +106,26 @@ impl Turn {
         )
     }
 
-    /// Builds the generation's folder, anew if there is one that was not finished.
+    /// Builds the generation's folder, anew if there is one that was not finished, and the symlink that will be renamed
+    /// over `active`.
     pub(super) async fn prepare(
         &self,
         links: &BTreeMap<DiskName, PathBuf>,
         manifest: &Manifest,
     ) -> Result<(), DriverError> {
         make_folder(&self.layers).await?;
+        let path = self.folder().join(MANIFEST);
+        let text = serde_json::to_vec_pretty(manifest).map_err(io::Error::from).doing("write", &path)?;
+        let piece_bytes = piece_bytes(&text, links.len());
+        loop {
+            match self.build(links, &text).await {
+                Err(error) if error.failure.code == Code::NoSpace && self.give_way(piece_bytes)? => {}
+                built => return built,
+            }
+        }
+    }
+
+    async fn build(&self, links: &BTreeMap<DiskName, PathBuf>, manifest: &[u8]) -> Result<(), DriverError> {
         remove_folder(&self.layers, &self.generation)?;
         let folder = self.folder();
         fs::create_dir(&folder).doing("make the folder", &folder)?;
@@ -110,25 +135,56 @@ impl Turn {
             symlink(file, &link).doing("make the link", &link)?;
         }
         let path = folder.join(MANIFEST);
-        let text = serde_json::to_vec_pretty(manifest).map_err(io::Error::from).doing("write", &path)?;
         let mut file = fs::OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o644)
             .open(&path)
             .doing("make", &path)?;
-        file.write_all(&text).doing("write", &path)?;
+        file.write_all(manifest).doing("write", &path)?;
         drop(file);
         sync(&path).await?;
-        sync(&folder).await
-    }
-
-    /// Makes the symlink that will be renamed over `active`.
-    pub(super) async fn draft_link(&self) -> Result<(), DriverError> {
+        sync(&folder).await?;
         let draft = self.draft();
         remove(&draft)?;
         symlink(&self.generation, &draft).doing("make the link", &draft)?;
         sync(&self.layers).await
+    }
+
+    /// Frees a piece of the reserve; whether there was any.
+    fn give_way(&self, piece_bytes: u64) -> Result<bool, DriverError> {
+        let Some(previous) = &self.previous else { return Ok(false) };
+        let path = self.layers.join(previous).join(RESERVE);
+        let found = if_there(fs::OpenOptions::new().write(true).open(&path)).doing("open", &path)?;
+        let Some(reserve) = found else { return Ok(false) };
+        let size = reserve.metadata().doing("look at", &path)?.len();
+        reserve.set_len(size.saturating_sub(piece_bytes)).doing("shorten", &path)?;
+        Ok(size > 0)
+    }
+
+    /// The reserve goes on to the new generation, and is filled up as far as there is space.
+    fn keep_reserve(&self) -> Result<(), DriverError> {
+        let path = self.folder().join(RESERVE);
+        if let Some(previous) = &self.previous {
+            let before = self.layers.join(previous).join(RESERVE);
+            if_there(fs::rename(&before, &path)).doing("rename", &before)?;
+        }
+        let manifest = fs::metadata(self.folder().join(MANIFEST)).map_or(0, |manifest| manifest.len());
+        let links = fs::read_dir(self.folder()).map_or(0, Iterator::count);
+        let wanted = RESERVE_SWITCHES * needed_bytes(manifest, links);
+        let open = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let filled = open.and_then(|reserve| {
+            let have = reserve.metadata()?.len();
+            if have < wanted {
+                let flags = rustix::fs::FallocateFlags::empty();
+                rustix::fs::fallocate(&reserve, flags, have, wanted - have)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = filled {
+            tracing::debug!(%error, "the reserve is not filled up");
+        }
+        Ok(())
     }
 
     /// The switch: one rename for all disks.
@@ -140,6 +196,7 @@ impl Turn {
     /// Removes the generation before, once the new one is on disk.
     pub(super) async fn finish(&self) -> Result<(), DriverError> {
         sync(&self.layers).await?;
+        self.keep_reserve()?;
         if let Some(previous) = &self.previous {
             remove_folder(&self.layers, previous)?;
         }
@@ -182,6 +239,16 @@ impl Turn {
     }
 }
 
+/// What a switch takes at most; a manifest grows from one to the next.
+fn needed_bytes(manifest_bytes: u64, links: usize) -> u64 {
+    let links = u64::try_from(links).unwrap_or(u64::MAX).saturating_mul(LINK_BYTES);
+    SWITCH_BYTES.saturating_add(manifest_bytes.saturating_mul(2)).saturating_add(links)
+}
+
+fn piece_bytes(manifest: &[u8], links: usize) -> u64 {
+    needed_bytes(u64::try_from(manifest.len()).unwrap_or(u64::MAX), links)
+}
+
 /// Which generation is switched on, seen from a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stand {
@@ -205,7 +272,7 @@ pub(super) fn remove_folder(layers: &Path, name: &str) -> Result<(), DriverError
     for entry in entries {
         let entry = entry.doing("read the folder", &folder)?;
         let kind = entry.file_type().doing("look at", &entry.path())?;
-        if kind.is_symlink() || entry.file_name() == MANIFEST {
+        if kind.is_symlink() || entry.file_name() == MANIFEST || entry.file_name() == RESERVE {
             remove(&entry.path())?;
         }
     }

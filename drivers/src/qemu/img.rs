@@ -45,18 +45,24 @@ const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_CHARS_MAX: usize = 600;
 const MESSAGE_LINES_MAX: usize = 4;
 
-/// How long qemu-img may take. Past it the end of its work is unknown, and is made out.
+/// How long qemu-img and QEMU may take. Past it the end of qemu-img's work is unknown, and is made out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ToolTimes {
     /// For what reads or writes headers.
     pub header: Duration,
     /// For what moves a disk's data.
     pub copy: Duration,
+    /// For a machine that is started, until it is there.
+    pub start: Duration,
 }
 
 impl Default for ToolTimes {
     fn default() -> Self {
-        Self { header: Duration::from_secs(30), copy: Duration::from_secs(24 * 3600) }
+        Self {
+            header: Duration::from_secs(30),
+            copy: Duration::from_secs(24 * 3600),
+            start: Duration::from_secs(60),
+        }
     }
 }
 

@@ -47,7 +47,6 @@ impl KeepMemory {
             let mut after = work.context.state.layers.clone();
             self.changes(memory).iter().for_each(|change: &LayerChange| after.apply(change));
             self.turn.prepare(&links(&after), &work.manifest(&after, Effect::Request)?).await?;
-            self.turn.draft_link().await?;
             work.reached("qemu.keep.prepared");
             self.turn.switch()?;
         }

@@ -152,6 +152,7 @@ impl Push {
         let pushed = self.commit(work).await;
         self.close()?;
         pushed?;
+        self.check_grown()?;
         work.reached("qemu.push.pushed");
         sync(&self.into_file).await?;
         sync(&folder_of(&self.into_file)).await?;
@@ -192,6 +193,19 @@ impl Push {
         Ok(work.img.compare(Some(work.lock), from, into).await.is_ok())
     }
 
+    /// `into` is what the disk was until now only if it has its size, too.
+    pub(super) fn check_grown(&self) -> Result<(), DriverError> {
+        let (facts, _, _) =
+            files::facts(&self.into_file).map_err(|error| unreadable(&self.into_file, &error))?;
+        if facts.virtual_size_bytes == self.virtual_size_bytes {
+            return Ok(());
+        }
+        Err(DriverError::permanent(
+            Code::BadImage,
+            format!("{} was not grown to the size of what was pushed into it", self.into_file.display()),
+        ))
+    }
+
     /// What must be so at the last moment before a file with a dependant is written.
     pub(super) fn check(&self, work: Work<'_>, under: Under) -> Result<(), DriverError> {
         if under == Under::Nobody {
@@ -207,13 +221,16 @@ impl Push {
                 )
                 .hint("it is merged once the machine is off"));
             }
-            if facts.virtual_size_bytes != self.virtual_size_bytes {
+            // One that is smaller is grown by the push, or was by one that was cut off; a larger one would keep a tail
+            // that nobody wrote.
+            let is_as_planned = match file == &self.from_file {
+                true => facts.virtual_size_bytes == self.virtual_size_bytes,
+                false => facts.virtual_size_bytes <= self.virtual_size_bytes,
+            };
+            if !is_as_planned {
                 return Err(DriverError::permanent(
-                    Code::Unsupported,
-                    format!(
-                        "{} is of another size than the layers around it: only layers of one size can be pushed",
-                        file.display()
-                    ),
+                    Code::Drift,
+                    format!("{} was resized since this was planned", file.display()),
                 ));
             }
         }

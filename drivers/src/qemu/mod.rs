@@ -276,10 +276,14 @@ impl Driver for QemuDriver {
 
     async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {
         match wish {
-            PowerWish::Start => live::start(state, RunState::Running).await,
+            PowerWish::Start => live::start(state, RunState::Running, self.img.times.start).await,
             PowerWish::Shutdown => live::end(state, live::Ending::Shutdown).await,
             PowerWish::End => live::end(state, live::Ending::AtOnce).await,
         }
+    }
+
+    fn forget(&self, state: &DomainState) {
+        live::forget_machine(state);
     }
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {

@@ -21,9 +21,10 @@ use super::generation;
 use super::inside::inside;
 use super::internal::{listed, table};
 use super::libvirt;
-use super::live::Machine;
-use super::lock::writer;
+use super::live::{Machine, living};
+use super::lock::{used_by, writers};
 use super::qcow2::{Backing, FormatOptions, Header, ReadError};
+use super::runs::Runs;
 use crate::room::room;
 
 /// Most entries that are looked at in a folder that is not Snaptree's own.
@@ -127,12 +128,12 @@ pub(super) fn observe(
         current: None,
         detail: serde_json::Value::Null,
     };
-    if !seen.in_use.is_empty() {
-        seen.run_state = match &machine {
-            Machine::Live(machine) => machine.run.state(),
-            Machine::Mute { .. } | Machine::Silent => RunState::Running,
-        };
+    if seen.in_use.is_empty()
+        && let (Some(pid), Some(disk)) = (machine.process(), config.disks.keys().next())
+    {
+        seen.in_use.push(used_by(&current_file(state, &config, disk), pid));
     }
+    seen.run_state = machine.run_state(!seen.in_use.is_empty());
     detail.machine = machine;
     match generation::current(&config.layers) {
         Ok(current) => seen.generation = current,
@@ -234,22 +235,35 @@ fn known_files(state: &DomainState, config: &QemuConfig) -> BTreeSet<PathBuf> {
     layers.chain(untaken).collect()
 }
 
-/// Who writes the machine's disks.
+/// Who has the machine's disks: whoever writes them, and what Snaptree started and lives, whatever it has open.
 pub(super) fn in_use(state: &DomainState, config: &QemuConfig) -> Result<Vec<InUse>, DriverError> {
-    let mut found = Vec::new();
-    for (name, paths) in &config.disks {
-        let active = state.layers.disks.get(name).and_then(|disk| disk.active_layer());
-        let file = active.map_or(&paths.resolved, |(_, layer)| &layer.file);
-        found.extend(writer(file).doing("ask for the locks of", file)?);
-    }
+    let disks: Vec<PathBuf> = config.disks.keys().map(|disk| current_file(state, config, disk)).collect();
+    let paths: Vec<&Path> = disks.iter().map(PathBuf::as_path).collect();
+    let mut found = written(&paths)?;
     // A machine that can be reached may write a layer that the log does not call active yet.
     if found.is_empty() && config.runs.qmp().is_some() {
-        for name in names(&config.layers)?.iter().filter(|name| name.ends_with(".qcow2")) {
-            let file = config.layers.join(name);
-            found.extend(writer(&file).doing("ask for the locks of", &file)?);
-        }
+        let names = names(&config.layers)?;
+        let images = names.iter().filter(|name| name.ends_with(".qcow2"));
+        let files: Vec<PathBuf> = images.map(|name| config.layers.join(name)).collect();
+        found = written(&files.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
+    }
+    if let (true, Runs::Managed { pid_file, .. }, Some(disk)) =
+        (found.is_empty(), &config.runs, disks.first())
+    {
+        let started = living(pid_file, state, config);
+        found.extend(started.iter().map(|process| used_by(disk, Some(process.pid()))));
     }
     Ok(found)
+}
+
+fn written(files: &[&Path]) -> Result<Vec<InUse>, DriverError> {
+    let of = files.first().copied().unwrap_or(Path::new("/"));
+    writers(files).doing("ask for the locks of", of)
+}
+
+/// The file that the machine writes, by the log.
+pub(super) fn current_file(state: &DomainState, config: &QemuConfig, disk: &DiskName) -> PathBuf {
+    config.written(disk, state).unwrap_or_default()
 }
 
 fn entry(path: &Path) -> Result<Entry, DriverError> {

@@ -20,7 +20,8 @@ use super::lock::in_use;
 use super::observe::Detail;
 use super::runs::Runs;
 use super::step::{
-    DropLayers, Dropped, Expect, Guard, Live, LoadMemory, Next, QemuStep, Quiesce, Switch, Turn, Under,
+    DropLayers, Dropped, Expect, Guard, KeptMemory, Live, LoadMemory, Next, QemuStep, Quiesce, Switch, Turn,
+    Under,
 };
 
 /// Plans a request.
@@ -290,7 +291,7 @@ impl Planner<'_> {
             switch.gone.push((disk.clone(), active));
             self.costs.lost.push(format!("what the machine wrote to {disk} since its last snapshot"));
         }
-        let next = memory.as_ref().and_then(|_| self.next(&switch));
+        let next = memory.as_ref().and_then(|memory| self.next(&switch, memory));
         switch.next.clone_from(&next);
         self.push("switch", Reversal::PointOfNoReturn, Poison::Nothing, &QemuStep::Switch(switch))?;
         let (Some(memory), Some(next)) = (memory, next) else {
@@ -357,7 +358,7 @@ impl Planner<'_> {
     }
 
     /// The QEMU that is started on the new layers; paths of its own beside those of the one that runs.
-    fn next(&self, switch: &Switch) -> Option<Next> {
+    fn next(&self, switch: &Switch, memory: &MemoryFile) -> Option<Next> {
         let Runs::Managed { qmp, pid_file, .. } = &self.config.runs else { return None };
         // Shorter than the machine's own, so that they fit where that does.
         let random: String = self.operation.to_string().chars().rev().take(12).collect();
@@ -371,6 +372,7 @@ impl Planner<'_> {
             qmp: qmp.with_file_name(format!("{random}.qmp")),
             pid_file: pid_file.with_file_name(format!("{random}.pid")),
             disks: disks.collect(),
+            memory: Some(KeptMemory { file: memory.file.clone(), stamp: memory.stamp }),
         })
     }
 

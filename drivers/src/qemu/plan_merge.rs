@@ -191,15 +191,16 @@ impl Planner<'_> {
         for id in between {
             files.push(self.layer(disk, id)?.file.clone());
         }
-        for file in files.iter().chain([&lower.file]) {
-            if self.facts(file)?.virtual_size_bytes != virtual_size_bytes {
+        let mut size_below = 0;
+        for file in [&lower.file].into_iter().chain(&files).chain([&upper.file]) {
+            let size = self.facts(file)?.virtual_size_bytes;
+            if size < size_below {
                 return Err(Failure::new(
                     Code::Unsupported,
-                    format!(
-                        "disk '{disk}' was resized in between, and only layers of one size can be pushed"
-                    ),
+                    format!("disk '{disk}' was made smaller in between, and its layers cannot be pushed"),
                 ));
             }
+            size_below = size;
         }
         let push = Push {
             under: self.under(&upper.file)?,

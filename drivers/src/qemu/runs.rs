@@ -224,7 +224,46 @@ pub(super) fn command_line(launch: &str, values: Values<'_>) -> Result<Vec<Strin
     Ok(placed)
 }
 
+/// How a word of the command writes a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spelling {
+    /// As it is.
+    Plain,
+    /// In QEMU's `key=value,...`, where a comma in a value is written twice.
+    Options,
+    /// In JSON.
+    Json,
+}
+
+impl Spelling {
+    fn of(word: &str) -> Self {
+        if word.trim_start().starts_with('{') && word.contains('"') {
+            Self::Json
+        } else if word.contains(['=', ',']) || word.starts_with("unix:") {
+            Self::Options
+        } else {
+            Self::Plain
+        }
+    }
+
+    fn write(self, path: &Path) -> Result<String, Failure> {
+        let text = path.to_str().filter(|text| !text.contains(char::is_control)).ok_or_else(|| {
+            Failure::new(
+                Code::Unsupported,
+                format!("{} cannot be put into a launch command: it is no plain text", path.display()),
+            )
+            .refused()
+        })?;
+        Ok(match self {
+            Self::Plain => text.to_owned(),
+            Self::Options => text.replace(',', ",,"),
+            Self::Json => text.replace('\\', "\\\\").replace('"', "\\\""),
+        })
+    }
+}
+
 fn fill(word: &str, values: Values<'_>) -> Result<String, Failure> {
+    let spelling = Spelling::of(word);
     let mut filled = String::with_capacity(word.len());
     let mut rest = word;
     while let Some((before, from)) = rest.split_once('{') {
@@ -252,7 +291,7 @@ fn fill(word: &str, values: Values<'_>) -> Result<String, Failure> {
         };
         match path {
             Some(path) => {
-                filled.push_str(plain(path)?);
+                filled.push_str(&spelling.write(path)?);
                 rest = after;
             }
             None => {
@@ -265,27 +304,19 @@ fn fill(word: &str, values: Values<'_>) -> Result<String, Failure> {
     Ok(filled)
 }
 
-/// A path that means the same in QEMU's key=value options (where a comma ends a value) and in its JSON.
-fn plain(path: &Path) -> Result<&str, Failure> {
-    let text =
-        path.to_str().filter(|text| !text.contains([',', '"', '\\']) && !text.contains(char::is_control));
-    text.ok_or_else(|| {
-        Failure::new(
-            Code::Unsupported,
-            format!(
-                "{} cannot be put into a launch command: it has a comma, a quote or a backslash",
-                path.display()
-            ),
-        )
-        .refused()
-    })
-}
-
 /// The placeholders that a managed machine cannot do without, and disks that are not there.
 fn check_launch(launch: &str, disks: &[&DiskName]) -> Result<(), Failure> {
     let known = disks.iter().map(|disk| ((*disk).clone(), PathBuf::from("/disk"))).collect();
     let (qmp, pid_file) = (Path::new("/qmp"), Path::new("/pid"));
     command_line(launch, Values { disks: &known, qmp, pid_file, incoming: Incoming::No })?;
+    if let Some(found) = keeps_nothing(launch, disks) {
+        return Err(Failure::new(
+            Code::Invalid,
+            format!("the launch command has {found}: what the guest writes would not be kept"),
+        )
+        .refused()
+        .hint("take it out of the command"));
+    }
     let mut missing = String::new();
     let wanted = disks.iter().map(|disk| disk.as_str()).chain(["qmp", "pidfile"]);
     for name in wanted.filter(|name| !launch.contains(&format!("{{{name}}}"))) {
@@ -297,6 +328,25 @@ fn check_launch(launch: &str, disks: &[&DiskName]) -> Result<(), Failure> {
     Err(Failure::new(Code::Invalid, format!("the launch command lacks{missing}"))
         .refused()
         .hint("for instance: -blockdev driver={vda.format},node-name=vda,file.driver=file,file.filename={vda} -qmp unix:{qmp},server=on,wait=off -pidfile {pidfile}"))
+}
+
+/// What of a launch command keeps the guest's writes from the machine's disks, as far as it can be seen in it.
+fn keeps_nothing(launch: &str, disks: &[&DiskName]) -> Option<String> {
+    let of_disk = |word: &str| disks.iter().any(|disk| word.contains(&format!("{{{disk}}}")));
+    shell_words::split(launch).unwrap_or_default().into_iter().find_map(|word| {
+        if ["-snapshot", "--snapshot"].contains(&word.as_str()) {
+            return Some("-snapshot".to_owned());
+        }
+        let mut options = word.split(',').filter(|_| of_disk(&word));
+        let found = options.find(|option| {
+            let bare: String =
+                option.chars().filter(|c| !c.is_whitespace() && !"{}\"".contains(*c)).collect();
+            let (key, value) = bare.split_once(['=', ':']).unwrap_or((bare.as_str(), "on"));
+            ["snapshot", "readonly", "read-only"].contains(&key)
+                && ["on", "yes", "true", "y"].contains(&value)
+        });
+        found.map(|option| option.trim().to_owned())
+    })
 }
 
 #[cfg(test)]
@@ -353,11 +403,27 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_stand_in_an_option_is_refused() {
-        let disks = BTreeMap::from([(DiskName::new("vda").unwrap(), PathBuf::from("/vm/a,b"))]);
-        assert!(line_with("q {vda}", &disks, Incoming::No).unwrap_err().message.contains("comma"));
+    fn a_path_is_written_as_the_option_that_it_stands_in_reads_it() {
+        let disks = BTreeMap::from([(DiskName::new("vda").unwrap(), PathBuf::from("/vm/a,\"b"))]);
+        let words = |launch| line_with(launch, &disks, Incoming::No).unwrap();
+        assert_eq!(words("q -drive file={vda},if=virtio"), ["q", "-drive", "file=/vm/a,,\"b,if=virtio"]);
+        assert_eq!(words("q -hda {vda}"), ["q", "-hda", "/vm/a,\"b"]);
+        assert_eq!(words(r#"q '{"filename":"{vda}"}'"#), ["q", r#"{"filename":"/vm/a,\"b"}"#]);
+        let broken = BTreeMap::from([(DiskName::new("vda").unwrap(), PathBuf::from("/vm/a\nb"))]);
+        assert!(line_with("q {vda}", &broken, Incoming::No).is_err());
         assert!(line("q 'open").is_err());
         assert!(line("{incoming}").is_err());
+    }
+
+    #[test]
+    fn what_keeps_nothing_of_the_guests_writes_is_seen() {
+        let vda = DiskName::new("vda").unwrap();
+        let found = |launch| keeps_nothing(launch, &[&vda]);
+        assert_eq!(found("q -snapshot -hda {vda}").as_deref(), Some("-snapshot"));
+        assert_eq!(found("q -drive file={vda},snapshot=on").as_deref(), Some("snapshot=on"));
+        assert_eq!(found("q -drive file={vda},readonly").as_deref(), Some("readonly"));
+        assert!(found(r#"q '{"filename":"{vda}", "read-only": true}'"#).is_some());
+        assert_eq!(found("q -drive file=other.iso,readonly=on -drive file={vda},readonly=off"), None);
     }
 
     #[test]

@@ -238,6 +238,17 @@ pub(super) struct Next {
     pub(super) pid_file: PathBuf,
     /// What it opens.
     pub(super) disks: BTreeMap<DiskName, PathBuf>,
+    /// What it loads before the disks are switched, where that can be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<KeptMemory>,
+}
+
+/// A memory file that is loaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct KeptMemory {
+    pub(super) file: PathBuf,
+    /// As it was when it was kept.
+    pub(super) stamp: FileStamp,
 }
 
 /// [`QemuStep::Keep`].

@@ -193,8 +193,7 @@ impl Switch {
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) => Effect::Request,
             Request::Edit(_) | Request::Merge(_) | Request::Unregister(_) => Effect::None,
         };
-        self.turn.prepare(&links(&after), &work.manifest(&after, effect)?).await?;
-        self.turn.draft_link().await
+        self.turn.prepare(&links(&after), &work.manifest(&after, effect)?).await
     }
 
     /// The layer graph once it is switched and what the operation gives up is unlinked.

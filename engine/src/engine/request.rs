@@ -294,11 +294,11 @@ impl Engine {
             _ => {}
         }
         let policy = self.settings.merge_policy();
-        space::check_plan(&request, &plan, &observation, policy.margin_bytes)?;
+        space::check_plan(&request, &plan, (&state, &observation), policy.margin_bytes)?;
         for before in &requests {
             let mut first =
                 driver.plan(OperationId::from_uuid(self.ids.next()), before, &state, &observation)?;
-            space::check_plan(before, &first, &observation, policy.margin_bytes)?;
+            space::check_plan(before, &first, (&state, &observation), policy.margin_bytes)?;
             first.steps.append(&mut plan.steps);
             // What the revert would give up is in the snapshot that is taken first.
             plan = Plan {

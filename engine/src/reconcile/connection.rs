@@ -498,6 +498,10 @@ impl Driver for Bounded {
         self.driver.resolve(context, step, observation)
     }
 
+    fn forget(&self, state: &DomainState) {
+        self.driver.forget(state);
+    }
+
     fn touches(&self, step: &Step) -> Option<Touched> {
         self.driver.touches(step)
     }

@@ -457,10 +457,17 @@ impl Planner<'_> {
             self.may_unlink(disk, id)?;
         }
         self.has_no_foreign_dependant(disk, into)?;
-        let size = |id: &LayerId| disk.layers.get(id).map(|layer| layer.virtual_size_bytes);
-        if size(into) != size(&run.top) {
+        // What the machine writes may have been resized since the log was told of it.
+        let size = |id: &LayerId| {
+            let recorded = disk.layers.get(id).map(|layer| layer.virtual_size_bytes);
+            self.facts(disk, id).map(|facts| facts.virtual_size_bytes).or(recorded)
+        };
+        let sizes: Vec<_> = run.tombstones.iter().chain([&run.top]).map(size).collect();
+        if !sizes.is_sorted() {
             return Err(
-                "the disk was resized in between, and only layers of one size can be pushed".to_owned()
+                "the disk was made smaller in between, and a layer can only be pushed into one that is no \
+                        larger than it"
+                    .to_owned(),
             );
         }
         Ok(())

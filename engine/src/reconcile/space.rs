@@ -48,11 +48,29 @@ pub(crate) fn check(needed_bytes: u64, seen: &Observation, margin_bytes: u64) ->
     match shortage(needed_bytes, seen, margin_bytes) {
         None => Ok(()),
         Some(sentence) => Err(Failure::new(Code::NoSpace, sentence)
-            .hint(
-                "free some there, for instance by deleting snapshots that are not needed; with a smaller space.margin \
-                 in the settings less stays free",
-            )
+            .hint("free some there; with a smaller space.margin in the settings less stays free")
             .refused()),
+    }
+}
+
+/// What makes room on the domain's file system without needing any: the snapshot whose deletion frees most, or nothing.
+fn way_out(state: &DomainState, seen: &Observation) -> String {
+    let occupied = Occupied::new(state, |file| {
+        let image = seen.files.get(file).map(|facts| facts.allocated_bytes);
+        image.or_else(|| Some(seen.memory.get(file)?.size_bytes))
+    });
+    let freed = |id: SnapshotId| occupied.frees(&[id]).map_or(0, |frees| frees.at_least_bytes);
+    let best = state.tree.iter().max_by_key(|snapshot| freed(snapshot.id));
+    match best.map(|snapshot| (snapshot, u64::try_from(freed(snapshot.id)).unwrap_or(0))) {
+        Some((snapshot, bytes @ 1..)) => format!(
+            "free some there: `snaptree delete` of snapshot '{}' frees at least {}; with a smaller space.margin in the \
+             settings less stays free",
+            snapshot.name,
+            human_bytes(bytes)
+        ),
+        _ => "free some there: make the file system larger, or move other files away from it, since deleting a snapshot \
+              of this domain frees nothing there now; with a smaller space.margin in the settings less stays free"
+            .to_owned(),
     }
 }
 
@@ -60,12 +78,12 @@ pub(crate) fn check(needed_bytes: u64, seen: &Observation, margin_bytes: u64) ->
 pub(crate) fn check_plan(
     request: &Request,
     plan: &Plan,
-    seen: &Observation,
+    (state, seen): (&DomainState, &Observation),
     margin_bytes: u64,
 ) -> Result<(), Failure> {
     // A revert gives up more than the empty layers that it makes, and may be the way out of a full disk.
     let margin_bytes = if matches!(request, Request::Revert(_)) { 0 } else { margin_bytes };
-    check(plan.peak_space_bytes, seen, margin_bytes)
+    check(plan.peak_space_bytes, seen, margin_bytes).map_err(|failure| failure.hint(way_out(state, seen)))
 }
 
 /// Puts off the merges that there is no room for.

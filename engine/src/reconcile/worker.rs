@@ -321,7 +321,7 @@ impl<'a> Worker<'a> {
 
     /// The plan, if there is room for it, and for the merges that are to follow at once.
     fn check_room(&self, operation: &Operation, seen: &Observation, plan: Plan) -> Result<Plan, Failure> {
-        space::check_plan(&operation.request, &plan, seen, self.policy.margin_bytes)?;
+        space::check_plan(&operation.request, &plan, (&self.state, seen), self.policy.margin_bytes)?;
         if let Request::Delete(delete) = &operation.request
             && delete.merge == MergeWish::Now
         {

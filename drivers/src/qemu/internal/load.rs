@@ -102,7 +102,7 @@ impl Load {
         let state = work.context.state;
         let (domain, config) = QemuConfig::of(state)?;
         let why = if config.runs.can_start() {
-            live::start(state, RunState::Paused).await?;
+            live::start(state, RunState::Paused, work.img.times.start).await?;
             work.reached("qemu.load.waits");
             let Some(mut monitor) = live::machine_within(state, busy(memory.bytes)).await? else {
                 return Err(DriverError::new(

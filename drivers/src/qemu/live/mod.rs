@@ -22,6 +22,7 @@ mod load;
 mod memory;
 mod monitor;
 mod options;
+mod ours;
 mod process;
 mod quiesce;
 mod seen;
@@ -34,7 +35,7 @@ use snaptree_engine::operation::{Code, Failure};
 use snaptree_engine::project::DomainState;
 
 use super::config::QemuConfig;
-use super::lock::{DYING, in_use};
+use super::lock::{DYING, in_use, until_let_go};
 use super::observe::in_use as users;
 use super::qmp::QmpError;
 use super::step::{QemuStep, Switch};
@@ -42,6 +43,7 @@ use super::step::{QemuStep, Switch};
 pub(super) use exchange::Beside;
 pub(super) use memory::check_stream;
 pub(super) use monitor::{Monitor, failed};
+pub(super) use ours::{forget_machine, living};
 pub(super) use process::{Ending, end, start};
 pub(super) use seen::{LiveMachine, Machine, Run};
 
@@ -53,18 +55,25 @@ const POLL: Duration = Duration::from_millis(20);
 pub(super) async fn look(state: &DomainState) -> Result<Machine, DriverError> {
     let (_, config) = QemuConfig::of(state)?;
     let Some(socket) = config.runs.qmp() else { return Ok(Machine::Silent) };
-    let looked = match Monitor::connect(socket).await {
-        Ok(mut monitor) => monitor.look().await,
+    let mut monitor = match Monitor::connect(socket).await {
+        Ok(monitor) => monitor,
         Err(QmpError::Absent { .. }) => return Ok(Machine::Silent),
-        Err(error) => Err(failed(error)),
+        Err(error) => {
+            let is_connected = !matches!(error, QmpError::Closed { .. } | QmpError::Io { .. });
+            return Ok(Machine::Mute { why: failed(error).failure.message, is_connected });
+        }
     };
-    Ok(match looked {
+    Ok(match monitor.look().await {
         Ok(machine) => Machine::Live(machine),
-        Err(error) => Machine::Mute { why: error.failure.message },
+        // It has ended in this moment.
+        Err(error) if error.failure.code == Code::Io => {
+            Machine::Mute { why: error.failure.message, is_connected: false }
+        }
+        Err(error) => Machine::Mute { why: error.failure.message, is_connected: true },
     })
 }
 
-/// The machine at this moment; none if nobody has its disks open for writing.
+/// The machine at this moment; none if nobody answers for it and nobody has its disks.
 ///
 /// # Errors
 /// It runs, and cannot be asked.
@@ -81,22 +90,29 @@ pub(super) async fn machine_within(
     let (_, config) = QemuConfig::of(state)?;
     let until = Instant::now() + DYING;
     loop {
-        let Some(holder) = users(state, &config)?.into_iter().next() else { return Ok(None) };
-        let Some(socket) = config.runs.qmp() else { return Err(in_use(&holder).into()) };
-        match Monitor::connect(socket).await {
+        let holder = users(state, &config)?.into_iter().next();
+        let Some(socket) = config.runs.qmp() else {
+            return holder.map_or(Ok(None), |holder| Err(in_use(&holder).into()));
+        };
+        let error = match Monitor::connect(socket).await {
+            // One that answers is at work, whatever the locks of the images say.
             Ok(monitor) => return Ok(Some(monitor)),
+            Err(error) => error,
+        };
+        match (error, holder) {
+            (QmpError::Absent { .. } | QmpError::Closed { .. }, None) => return Ok(None),
             // One that was killed lets go of its files a moment after it looks dead, and of its socket before that.
-            Err(QmpError::Absent { .. } | QmpError::Closed { .. }) if Instant::now() < until => {
-                tokio::time::sleep(POLL).await;
+            (QmpError::Absent { .. } | QmpError::Closed { .. }, Some(holder)) if Instant::now() < until => {
+                until_let_go(&holder, POLL).await;
             }
-            Err(QmpError::Silent { .. } | QmpError::TimedOut { .. }) if begun.elapsed() < patience => {}
-            Err(QmpError::Absent { .. }) => {
+            (QmpError::Silent { .. } | QmpError::TimedOut { .. }, _) if begun.elapsed() < patience => {}
+            (QmpError::Absent { .. }, Some(holder)) => {
                 return Err(DriverError::from(
                     in_use(&holder)
                         .hint("nobody answers at its QMP socket: was the machine started without it?"),
                 ));
             }
-            Err(error) => return Err(failed(error)),
+            (error, _) => return Err(failed(error)),
         }
     }
 }

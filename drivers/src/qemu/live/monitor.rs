@@ -10,12 +10,15 @@ use snaptree_engine::operation::Code;
 
 use super::graph::{Graph, Node};
 use super::seen::{Chain, LiveMachine, LiveNode, Run};
+use crate::process::Process;
 use crate::qemu::qmp::{Limits, Qmp, QmpError, Version};
 
 /// Longest that QEMU's main loop may be busy with one of our commands: it flushes and reopens images in some of them.
 const LONG_REPLY_MS: u64 = 60_000;
 /// How often a job is looked at while nothing is heard of it.
 const JOB_LOOK_MS: u64 = 20;
+/// The first version that takes no disks behind an incoming migration until the guest goes on or it is told to.
+const WAITS_WITHOUT_DISKS_SINCE: Version = (10, 0);
 /// For what it answers at once.
 const REPLY_MS: u64 = 10_000;
 
@@ -72,14 +75,14 @@ impl Monitor {
         self.qmp.execute_with(command, arguments, file).await.map(|_| ()).map_err(failed)
     }
 
-    /// QEMU's process, as far as the kernel knows who listens.
-    pub(super) fn process(&self) -> Option<i32> {
-        self.qmp.peer()
-    }
-
     /// QEMU's version.
     pub(super) const fn version(&self) -> Version {
         self.qmp.version()
+    }
+
+    /// QEMU's process, as far as the kernel knows who listens.
+    pub(in crate::qemu) fn process(&self) -> Option<Process> {
+        Process::of(self.qmp.peer()?)
     }
 
     /// QEMU's word for what the guest does.
@@ -139,6 +142,7 @@ impl Monitor {
             jobs: self.jobs().await?.into_iter().map(|(id, _)| id).collect(),
             version: self.version(),
             ram_bytes: self.ram_bytes().await?,
+            pid: self.qmp.peer(),
         })
     }
 
@@ -356,12 +360,28 @@ impl Monitor {
         self.qmp.event(wait_ms).await.map(|_| ()).map_err(failed)
     }
 
+    /// Waits for QEMU's word that the guest has shut down.
+    pub(super) async fn is_guest_off_within(&mut self, wait: Duration) -> Result<bool, DriverError> {
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let event = self.qmp.event(wait_ms).await.map_err(failed)?;
+        Ok(event.is_some_and(|event| event["event"] == "SHUTDOWN"))
+    }
+
     /// Ends QEMU at once. The connection ends with it.
     pub(in crate::qemu) async fn quit(&mut self) -> Result<(), DriverError> {
         match self.qmp.execute("quit", Value::Null).await {
             Ok(_) | Err(QmpError::Closed { .. }) => Ok(()),
             Err(error) => Err(failed(error)),
         }
+    }
+
+    /// Has a QEMU that is stopped behind an incoming migration take its disks, with their locks. Before version 10 it has
+    /// them already.
+    pub(super) async fn take_disks(&mut self) -> Result<(), DriverError> {
+        if self.version() < WAITS_WITHOUT_DISKS_SINCE {
+            return Ok(());
+        }
+        self.act("blockdev-set-active", json!({ "active": true })).await.map(|_| ())
     }
 
     /// Presses the machine's power button.

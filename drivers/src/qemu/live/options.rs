@@ -96,7 +96,8 @@ impl Monitor {
                 return Ok(Some(aio.to_owned()));
             }
         }
-        let line = self.process().and_then(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
+        let line =
+            self.process().and_then(|process| fs::read(format!("/proc/{}/cmdline", process.pid())).ok());
         Ok(line.and_then(|line| aio_of(&String::from_utf8_lossy(&line), &file.named)))
     }
 

@@ -27,6 +27,9 @@ pub(in crate::qemu) enum Machine {
     Mute {
         /// In words.
         why: String,
+        /// Whether somebody is there behind its socket: then it is at work, whatever the locks say.
+        #[serde(default)]
+        is_connected: bool,
     },
     /// It answers.
     Live(LiveMachine),
@@ -49,6 +52,9 @@ pub(in crate::qemu) struct LiveMachine {
     /// The size of its memory; 0 where QEMU does not say.
     #[serde(default)]
     pub(in crate::qemu) ram_bytes: u64,
+    /// QEMU's process; none where it is in another namespace.
+    #[serde(default)]
+    pub(in crate::qemu) pid: Option<u32>,
 }
 
 /// Whether the guest runs.
@@ -237,6 +243,25 @@ pub(super) fn writes_beside(chains: &[Chain], is_ours: impl Fn(&Path) -> bool) -
 }
 
 impl Machine {
+    /// That there is a process behind the socket, and which one, as far as that is known. A QEMU that answers is at work
+    /// though it holds no locks: with `file.locking=off`, or waiting behind an incoming migration (QEMU 10).
+    pub(in crate::qemu) const fn process(&self) -> Option<Option<u32>> {
+        match self {
+            Self::Silent | Self::Mute { is_connected: false, .. } => None,
+            Self::Mute { .. } => Some(None),
+            Self::Live(machine) => Some(machine.pid),
+        }
+    }
+
+    /// What the machine does, where somebody has its disks.
+    pub(in crate::qemu) const fn run_state(&self, is_in_use: bool) -> RunState {
+        match self {
+            _ if !is_in_use => RunState::Off,
+            Self::Live(machine) => machine.run.state(),
+            Self::Mute { .. } | Self::Silent => RunState::Running,
+        }
+    }
+
     /// The machine, if it answers and has the domain's disks open; none if it is off. Pure.
     ///
     /// # Errors
@@ -249,7 +274,7 @@ impl Machine {
         let Some(holder) = seen.in_use.first() else { return Ok(None) };
         match self {
             Self::Live(machine) => Ok(Some(machine)),
-            Self::Mute { why } => Err(Failure::new(
+            Self::Mute { why, .. } => Err(Failure::new(
                 Code::InUse,
                 format!("{}, and QEMU cannot be asked: {why}", crate::qemu::lock::in_use(holder).message),
             )

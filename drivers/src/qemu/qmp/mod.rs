@@ -169,11 +169,6 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// The process that listens.
-    pub(super) fn peer(&self) -> Option<i32> {
-        self.stream.peer_cred().ok()?.pid()
-    }
-
     /// Reads up to the greeting. The answer to a command of the client before may come first.
     async fn greeting(&mut self) -> Result<(), QmpError> {
         for _ in 0..STRAYS_MAX {
@@ -205,6 +200,12 @@ impl Qmp {
     /// QEMU's version, as it greeted.
     pub(super) const fn version(&self) -> Version {
         self.version
+    }
+
+    /// The process that listens at the socket; none where the kernel does not say, as for one of another namespace.
+    pub(super) fn peer(&self) -> Option<u32> {
+        let pid = self.stream.peer_cred().ok()?.pid()?;
+        u32::try_from(pid).ok().filter(|pid| *pid != 0)
     }
 
     /// Executes a command.

@@ -119,6 +119,9 @@ impl Worker<'_> {
         }
         self.commit(operation, events).await?;
         self.engine.stop.forget(operation.id);
+        if matches!((&operation.request, &ended), (Request::Unregister(_), Some((Outcome::Succeeded, _)))) {
+            self.driver.forget(&self.state);
+        }
         if let Some((outcome, failure)) = ended {
             let operation = operation.clone();
             let found = self.found.take();

@@ -3,5 +3,7 @@
 mod beside;
 mod database;
 mod devices;
+#[cfg(feature = "lab")]
+mod full;
 mod lengths;
 mod state;

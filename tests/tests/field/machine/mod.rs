@@ -3,6 +3,8 @@
 #[cfg(feature = "lab")]
 mod disks;
 #[cfg(feature = "lab")]
+mod grown;
+#[cfg(feature = "lab")]
 mod left_out;
 mod listed_disks;
 #[cfg(feature = "lab")]
