@@ -22,7 +22,7 @@ use crate::reconcile::drift::Finding;
 use crate::tree::{Snapshot, Tree};
 
 /// The version of this projector. A checkpoint of another version is dropped.
-pub const PROJECTOR: u32 = 4;
+pub const PROJECTOR: u32 = 5;
 
 /// A deleted snapshot whose data the hypervisor still holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
