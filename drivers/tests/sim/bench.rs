@@ -221,6 +221,7 @@ impl Bench {
                     lost: false,
                     native: None,
                     left_out: Vec::new(),
+                    real_name: None,
                 };
                 self.log(SnapshotCreated { snapshot });
             }
