@@ -138,13 +138,10 @@ fn requests_are_judged_by_the_tree_after_the_open_ones() {
 #[test]
 fn what_is_not_there_is_not_found() {
     let revert = Command::Revert { snapshot: by_name("zz"), run_state: None, keep: false };
-    assert_eq!(
-        refused(&history(), &revert),
-        (Code::NotFound, "domain 'web' has no snapshot 'zz'".to_owned())
-    );
+    assert_eq!(refused(&history(), &revert), (Code::NotFound, "web has no snapshot 'zz'".to_owned()));
     let mut empty = History::new(&["vda"]);
     let revert = Command::Revert { snapshot: SnapshotRef::Current, run_state: None, keep: false };
-    assert_eq!(refused(&empty, &revert).1, "domain 'web' has no current snapshot");
+    assert_eq!(refused(&empty, &revert).1, "web has no current snapshot");
     empty.state.registered = false;
     assert_eq!(refused(&empty, &revert).1, "the domain is not registered");
 }

@@ -68,7 +68,7 @@ fn after_a_year(folder: &Path) {
     let days = std::env::var("SNAPTREE_BENCH_DAYS").map_or(365, |text| text.parse().expect("a number"));
     let state = folder.join("year");
     std::fs::create_dir(&state).expect("a folder");
-    let wanted = Wanted { domains: 20, days, crashes: 10, seed: 1 };
+    let wanted = Wanted { domains: 20, days, crashes: 10, leaps: 0, seed: 1 };
     live(wanted, &state, &mut |_| ()).expect("as the rules say");
     let program = Program::release(&state);
     let size = std::fs::metadata(state.join("snaptree.db")).expect("the database").len();

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 use snaptree_engine::SnapshotId;
 use snaptree_policies::file::Policy;
-use snaptree_policies::retention::{Candidate, File, Node, Shape, Standing};
+use snaptree_policies::retention::{Candidate, File, Node, Shape, Standing, Trust};
 use snaptree_tests::measure::{Times, processor_time, time};
 use snaptree_tests::random::Random;
 use uuid::Uuid;
@@ -79,7 +79,7 @@ fn planned(policy: &Policy, count: usize) -> Planned {
     let began = processor_time();
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        let plan = policy.plan(&candidates, &shape, now());
+        let plan = policy.plan(&candidates, &shape, now(), Trust::Sound);
         times.push(start.elapsed());
         deletes = plan.deletes.len() + plan.postponed.len();
     }

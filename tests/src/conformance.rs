@@ -636,7 +636,7 @@ pub async fn what_one_has_no_other_takes(log: &impl EventLog) {
 pub async fn what_is_taken_at_once_has_one_owner(log: &impl EventLog) {
     let ids: Vec<DomainId> = (0..16).map(|_| domain_id()).collect();
     let register = |id: &DomainId, index: usize| {
-        let name = if index % 2 == 0 { "same".to_owned() } else { format!("own-{index}") };
+        let name = if index.is_multiple_of(2) { "same".to_owned() } else { format!("own-{index}") };
         log.append(facts(vec![new(&StreamId::Domain(*id), registered(*id, &name))]))
     };
     let results = join(ids.iter().enumerate().map(|(index, id)| register(id, index))).await;

@@ -18,7 +18,7 @@ impl SmallDisk {
     /// It cannot: the lab's tests run as root.
     pub fn mount(at: &Path, size: &str) -> Self {
         fs::create_dir_all(at).expect("a folder");
-        tool("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", text(at)]);
+        tool("mount", &["-t", "tmpfs", "-o", &format!("size={size},mode=700"), "tmpfs", text(at)]);
         Self(at.to_owned())
     }
 

@@ -152,6 +152,8 @@ fn a_raw_image_is_refused_unless_it_is_converted() {
     bytes.resize(4 << 20, 0);
     let file = std::fs::OpenOptions::new().write(true).open(&image).expect("the image");
     file.set_len(4 << 20).expect("a hole");
+    // Whoever has an image open for writing uses it.
+    drop(file);
     let refused = add(&program, 4, "web", &image);
     assert!(refused["error"]["hint"].as_str().expect("a hint").contains("--convert"), "{refused}");
     assert_eq!(std::fs::read(&image).expect("the image"), bytes);

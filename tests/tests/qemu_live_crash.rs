@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use snaptree_tests::agent::{Agent, Freeze};
@@ -133,6 +133,10 @@ struct Stage {
     agent: Agent,
     /// None: all is made anew, for an image that shall be adopted must have one name, so nothing can keep its inode.
     rewind: Option<Rewind>,
+    /// Where the machine is.
+    machine: PathBuf,
+    /// How often all was made anew.
+    anew: usize,
     folder: tempfile::TempDir,
 }
 
@@ -141,18 +145,18 @@ impl Stage {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
         let agent = Agent::scripted(&folder.path().join("agent"));
         agent.takes(Freeze::Done);
-        let mut alive = Self::prepared(&scenario, folder.path());
+        let machine = folder.path().join("machine");
+        let mut alive = Self::prepared(&scenario, folder.path(), &machine);
         alive.running.kill();
-        let rewind = (!alive.model.snapshots.is_empty())
-            .then(|| Rewind::of(&folder.path().join("machine"), &folder.path().join("inodes")));
-        Self { scenario, model: alive.model.clone(), alive, agent, rewind, folder }
+        let rewind =
+            (!alive.model.snapshots.is_empty()).then(|| Rewind::of(&machine, &folder.path().join("inodes")));
+        Self { scenario, model: alive.model.clone(), alive, agent, rewind, machine, anew: 0, folder }
     }
 
-    fn prepared(scenario: &Scenario, folder: &Path) -> Alive {
-        let machine = folder.join("machine");
-        std::fs::create_dir(&machine).expect("a folder");
+    fn prepared(scenario: &Scenario, folder: &Path, machine: &Path) -> Alive {
+        std::fs::create_dir(machine).expect("a folder");
         let agent = folder.join("agent");
-        let mut alive = Alive::of(Running::with_options(&machine, Way::Managed, &["--agent", text(&agent)]));
+        let mut alive = Alive::of(Running::with_options(machine, Way::Managed, &["--agent", text(&agent)]));
         alive.running.program = alive.running.program.with_settings(&folder.join("settings"), SETTINGS);
         alive.running.start();
         alive.running.wait_for_rounds(2);
@@ -164,8 +168,12 @@ impl Stage {
     fn begin(&mut self) {
         self.kill_machine();
         let Some(rewind) = &self.rewind else {
-            std::fs::remove_dir_all(self.folder.path().join("machine")).expect("the folder");
-            self.alive = Self::prepared(&self.scenario, self.folder.path());
+            self.anew += 1;
+            // A folder of its own: the machine before is dropped when the next one runs.
+            let next = self.folder.path().join(format!("machine-{}", self.anew));
+            self.alive = Self::prepared(&self.scenario, self.folder.path(), &next);
+            let before = std::mem::replace(&mut self.machine, next);
+            std::fs::remove_dir_all(before).expect("the folder");
             return;
         };
         rewind.restore();

@@ -347,8 +347,8 @@ fn under_a_machine_a_merge_waits_for_room_goes_no_faster_than_it_may_and_tells_h
     assert_eq!(outcomes, ["succeeded"], "{listed}; told: {lines:?}");
     let progress: Vec<u64> = lines
         .iter()
-        .filter(|line| line["progress"]["total"].as_u64() > Some(MIB))
-        .filter_map(|line| line["progress"]["done"].as_u64())
+        .filter(|line| line["progress"]["bytes"]["total"].as_u64() > Some(MIB))
+        .filter_map(|line| line["progress"]["bytes"]["done"].as_u64())
         .collect();
     assert!(progress.iter().max() > progress.iter().min(), "it moves: {progress:?}");
     assert!(took >= Duration::from_secs(2), "some MiB took {took:?}");

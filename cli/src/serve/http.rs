@@ -20,8 +20,10 @@ use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use snaptree_engine::engine::{EngineError, Submitted};
 use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
+use snaptree_engine::project::DomainState;
 use snaptree_engine::reconcile::dispatch::{Wish, account_since};
 use snaptree_engine::reconcile::recovery::{accounts, unrecovered};
+use snaptree_engine::reconcile::worker::Driven;
 use snaptree_engine::{DomainId, DomainName, OperationId};
 use snaptree_policies::runner::ClockState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -402,6 +404,17 @@ async fn find(daemon: &Daemon, id: &str) -> Result<OperationRow, Failure> {
     Ok(rows.pop().ok_or_else(unknown)?)
 }
 
+/// What came of the operations that were open, and of whatever came after the first of them was asked for.
+async fn since_open(daemon: &Daemon, state: &DomainState) -> Result<Driven, EngineError> {
+    let Some(domain) = &state.domain else { return Ok(Driven { carried: Vec::new(), state: state.clone() }) };
+    let first = match state.open.first() {
+        Some(first) => daemon.engine.operation_events(first.id).await?.into_iter().next(),
+        None => None,
+    };
+    let before = first.map_or(state.version, |request| request.version.saturating_sub(1));
+    account_since(&daemon.engine, domain.id, before, u64::MAX).await
+}
+
 async fn recover(
     State(daemon): Shared,
     Extension(peer): Extension<Peer>,
@@ -419,18 +432,18 @@ async fn recover(
         match daemon.engine.load(domain).await {
             Ok(state) => {
                 daemon.engine.retry_what_may_pass(&requester, &state).await?;
-                passes.push((name, domain, state, daemon.dispatcher.run(domain, Wish::Drive)));
+                passes.push((name, state, daemon.dispatcher.run(domain, Wish::Drive)));
             }
             Err(error) if error.spares_others() => came_to.left_out.push(LeftOut::new(name, error)),
             Err(error) => return Err(error.into()),
         }
     }
-    for (name, domain, state, pass) in passes {
+    for (name, state, pass) in passes {
         let Some(pass) = pass.await else { return Err(stopping().into()) };
         let recovered = match &pass.came_to {
             Ok(driven) => {
                 // What was under way already when this was asked is not in the account of the pass, but in the log.
-                let mut since = account_since(&daemon.engine, domain, state.seq + 1, u64::MAX).await?;
+                let mut since = since_open(&daemon, &state).await?;
                 for carried in &mut since.carried {
                     let of_pass = driven.carried.iter().find(|one| one.operation.id == carried.operation.id);
                     carried.found = of_pass.and_then(|one| one.found.clone());

@@ -96,12 +96,11 @@ fn coarsest(reasons: &[Reason], limit: DepthLimit) -> Option<Rule> {
     let mut coarsest: Option<Rule> = None;
     for reason in reasons {
         let (Reason::Newest { rule, .. } | Reason::Oldest { rule, .. }) = reason else { return None };
-        let pressed = match (rule.per, rule.limit, limit) {
-            (Per::Snapshot, Limit::All, _) => false,
-            (Per::Snapshot, Limit::Count(_), DepthLimit::Policy(_)) => false,
-            _ => true,
-        };
-        if !pressed {
+        let spared = matches!(
+            (rule.per, rule.limit, limit),
+            (Per::Snapshot, Limit::All, _) | (Per::Snapshot, Limit::Count(_), DepthLimit::Policy(_))
+        );
+        if spared {
             return None;
         }
         if coarsest.is_none_or(|so_far| so_far.per < rule.per) {
