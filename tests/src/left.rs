@@ -33,7 +33,8 @@ fn works_in(pid: u32, folder: &Path) -> Option<Process> {
         return None;
     }
     let named = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let wanted = folder.as_os_str().as_bytes();
+    // With the slash: `machine` is not `machine-1`.
+    let wanted = [folder.as_os_str().as_bytes(), b"/"].concat();
     let is_named = named.windows(wanted.len()).any(|window| window == wanted);
     let opens = || {
         let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
