@@ -11,6 +11,7 @@ mod context;
 mod demo;
 mod exit;
 mod hooks;
+mod neighbours;
 mod office;
 mod programs;
 mod progress;

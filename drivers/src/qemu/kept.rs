@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
-use snaptree_engine::driver::{DriverError, Head, Kept};
+use snaptree_engine::driver::{DriverError, Head, Kept, KeptHead};
 use snaptree_engine::event::{Actor, Hash, MemoryKind};
 use snaptree_engine::layer::LayerGraph;
 use snaptree_engine::operation::{Code, Failure};
@@ -21,8 +21,9 @@ use super::generation::{self, MANIFEST};
 use super::manifest::{BYTES_MAX, FORMAT, Manifest, ManifestSnapshot};
 use super::qcow2::ReadError;
 
-/// The last event of the log when the layers were switched last. A manifest that cannot be read tells nothing.
-pub(super) fn head(state: &DomainState) -> Result<Option<Head>, DriverError> {
+/// The last event of the log when the layers were switched last, and whose log. A manifest that cannot be read tells
+/// nothing.
+pub(super) fn head(state: &DomainState) -> Result<Option<KeptHead>, DriverError> {
     let (domain, config) = QemuConfig::of(state)?;
     let manifest = match read(&config.layers) {
         Ok(Some((_, manifest))) if manifest.domain == domain.id => manifest,
@@ -32,7 +33,8 @@ pub(super) fn head(state: &DomainState) -> Result<Option<Head>, DriverError> {
             return Ok(None);
         }
     };
-    Ok(hash_of(&manifest.head.hash).map(|hash| Head { seq: manifest.head.seq, hash }))
+    let head = hash_of(&manifest.head.hash).map(|hash| Head { seq: manifest.head.seq, hash });
+    Ok(head.map(|head| KeptHead { head, keeper: manifest.keeper }))
 }
 
 /// All of the manifest, compared with the images.
@@ -58,7 +60,7 @@ pub(super) fn kept(state: &DomainState) -> Result<Option<Kept>, DriverError> {
 }
 
 /// The manifest of the generation that is switched on, and that one's name.
-fn read(layers: &Path) -> Result<Option<(String, Manifest)>, DriverError> {
+pub(super) fn read(layers: &Path) -> Result<Option<(String, Manifest)>, DriverError> {
     let generation = match generation::current(layers) {
         Ok(Some(generation)) => generation,
         Ok(None) => return Ok(None),
@@ -91,7 +93,7 @@ fn unfit(why: String) -> Failure {
     .hint("put the newest copy of snaptree.db back; nothing was touched")
 }
 
-fn hash_of(hex: &str) -> Option<Hash> {
+pub(super) fn hash_of(hex: &str) -> Option<Hash> {
     let mut hash = [0; 32];
     if hex.len() != 64 || !hex.is_ascii() {
         return None;

@@ -459,6 +459,7 @@ impl Driver for SimDriver {
             capabilities: options.profile.capabilities(),
             claims: Vec::new(),
             notes: Vec::new(),
+            kept_by: Vec::new(),
         })
     }
 

@@ -3,6 +3,7 @@
 #![cfg(feature = "lab")]
 
 mod inside;
+mod layers;
 mod unclosed;
 
 use std::path::{Path, PathBuf};

@@ -7,3 +7,4 @@ mod devices;
 mod full;
 mod lengths;
 mod state;
+mod states;
