@@ -22,7 +22,6 @@ use crate::args::{Global, WriterArgs};
 use crate::config::Config;
 use crate::exit::{Exit, NO_STATE_HINT, Trouble};
 use crate::hooks;
-use crate::neighbours::Neighbours;
 use crate::office::there::{self, There};
 use crate::office::{Here, LogHosts, Office, Policies, ReadOut};
 use crate::programs::HookPrograms;
@@ -253,7 +252,6 @@ impl Context {
 
     fn with_config(&self, engine: Engine, config: Config) -> Engine {
         let qemu = QemuDriver::new(self.dir.join(RUN_FOLDER))
-            .of_state(&self.dir)
             .tool_times(config.qemu)
             .job_speed(config.job_speed_bytes)
             .left_out(config.left_out_disks);
@@ -263,7 +261,6 @@ impl Context {
         engine
             .with_settings(config.settings)
             .with_driver(DriverKind::Esx, Arc::new(hosts))
-            .with_states(Arc::new(Neighbours::of(&self.dir)))
             .with_hook_runner(Arc::new(HookPrograms::new(self.dir.join(RUN_FOLDER))))
             .with_driver(DriverKind::Sim, Arc::new(self.sim()))
             .with_driver(DriverKind::Qemu, Arc::new(qemu))

@@ -11,7 +11,6 @@ mod context;
 mod demo;
 mod exit;
 mod hooks;
-mod neighbours;
 mod office;
 mod programs;
 mod progress;

@@ -7,7 +7,6 @@
 //! | `POST /v1/domains/ID/commands` with [`Ask`] | [`Asked`]: the request is in the log, and is being carried out |
 //! | `POST /v1/domains/ID/reconcile` | lines, the last one `driven` |
 //! | `POST /v1/domains/ID/drift` | [`Drifted`] |
-//! | `POST /v1/domains/ID/mend` with a [`Mend`](snaptree_engine::driver::Mend) | [`Mended`] |
 //! | `POST /v1/domains/ID/power` with [`Powering`] | nothing, once it is so |
 //! | `GET /v1/operations/ID/follow` | lines, the last one `driven` |
 //! | `POST /v1/operations/ID/cancel` | the same; it goes back between two steps, if it still can |
@@ -630,11 +629,4 @@ mod tests {
         assert_eq!(serde_json::to_string(&again).unwrap(), text);
         assert_eq!(hash("01"), None);
     }
-}
-
-/// What was put right of where a machine's files are, in words.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Mended {
-    /// Each a sentence without its end.
-    pub what: Vec<String>,
 }

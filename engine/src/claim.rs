@@ -83,14 +83,7 @@ pub struct Claims(BTreeMap<Claim, DomainId>);
 impl Claims {
     /// Whether an event of that kind can take or give back anything, so that these have to be known.
     pub const fn concern(event: &Event) -> bool {
-        matches!(
-            event,
-            Event::DomainRegistered(_)
-                | Event::DomainChanged(_)
-                | Event::DomainRepairBegun(_)
-                | Event::DomainRelocated(_)
-                | Event::DomainUnregistered(_)
-        )
+        matches!(event, Event::DomainRegistered(_) | Event::DomainChanged(_) | Event::DomainUnregistered(_))
     }
 
     /// Whether nobody else has what the event takes.
@@ -112,9 +105,6 @@ impl Claims {
         let StreamId::Domain(domain) = *stream else { return };
         match event {
             Event::DomainUnregistered(_) => self.0.retain(|_, owner| *owner != domain),
-            Event::DomainRelocated(_) => {
-                self.0.retain(|claim, owner| *owner != domain || claim.kind == ClaimKind::Name);
-            }
             Event::DomainChanged(changed) => {
                 self.0.retain(|claim, owner| {
                     let given_back = match claim.kind {
@@ -156,12 +146,6 @@ fn taken(event: &Event) -> Vec<Claim> {
             let images = changed.disks.iter().flat_map(|disks| images(disks));
             changed.claims.iter().flatten().cloned().chain(images).chain(name).collect()
         }
-        Event::DomainRepairBegun(begun) => begun.claims.clone(),
-        Event::DomainRelocated(relocated) => {
-            let paths = relocated.disks.values();
-            let images = paths.map(|path| Claim::new(ClaimKind::Image, path.to_string_lossy()));
-            relocated.claims.iter().cloned().chain(images).collect()
-        }
         _ => Vec::new(),
     }
 }
@@ -171,11 +155,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test")]
 
     use super::*;
-    use crate::event::{
-        DomainChanged, DomainRelocated, DomainRepairBegun, DomainUnregistered, UnregisterWish,
-    };
-    use crate::ids::{DiskName, IdSource, UuidV7};
-    use crate::layer::LayerGraph;
+    use crate::event::{DomainChanged, DomainUnregistered, UnregisterWish};
+    use crate::ids::{IdSource, UuidV7};
 
     fn domain() -> (DomainId, StreamId) {
         let id = DomainId::from_uuid(UuidV7.next());
@@ -213,30 +194,6 @@ mod tests {
         let gone = DomainUnregistered { wish: UnregisterWish::Untouched, left: Vec::new() }.into();
         claims.apply(&of_a, &gone);
         assert_eq!(claims, Claims::default());
-    }
-
-    #[test]
-    fn a_machine_that_moves_has_its_new_place_before_it_is_there_and_gives_the_old_one_back() {
-        let ((a, of_a), (_, of_b)) = (domain(), domain());
-        let layers = |path: &str| Claim::new(ClaimKind::Layers, path);
-        let mut claims = Claims::default();
-        claims.apply(&of_a, &named("web"));
-        claims.apply(&of_a, &having(&["/old/web"]));
-        let begun = DomainRepairBegun { what: Vec::new(), claims: vec![layers("/new/.snaptree")] };
-        claims.apply(&of_a, &begun.clone().into());
-        assert_eq!(claims.check(&of_b, &begun.into()).unwrap_err().owner, a);
-        assert!(claims.check(&of_b, &having(&["/old/web"])).is_err());
-        let relocated = DomainRelocated {
-            config: serde_json::Value::Null,
-            disks: [(DiskName::new("vda").unwrap(), "/new/web".into())].into(),
-            layers: LayerGraph::default(),
-            claims: vec![layers("/new/.snaptree")],
-        };
-        claims.apply(&of_a, &relocated.clone().into());
-        assert_eq!(claims.check(&of_b, &having(&["/old/web"])), Ok(()));
-        assert!(claims.check(&of_b, &having(&["/new/web"])).is_err());
-        assert!(claims.check(&of_b, &relocated.into()).is_err());
-        assert!(claims.check(&of_b, &named("web")).is_err());
     }
 
     #[test]

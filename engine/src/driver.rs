@@ -33,7 +33,6 @@ use crate::layer::{FileStamp, LayerChange, LayerGraph};
 use crate::operation::{Code, Failure, Request, Step};
 use crate::project::DomainState;
 use crate::reconcile::connection::ConnectionId;
-use crate::reconcile::drift::Finding;
 use crate::settings::Stop;
 use crate::tree::{SnapshotState, Tree};
 
@@ -130,36 +129,6 @@ pub struct Probe {
     pub claims: Vec<Claim>,
     /// What the user should know: a raw image that was converted, snapshots that the image already has.
     pub notes: Vec<String>,
-    /// Who says, beside its images, that they are theirs.
-    pub kept_by: Vec<KeptBy>,
-}
-
-/// What of a domain that is to be registered is part of a machine of Snaptree's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// It is that machine, which comes back as it is, if nobody looks after it.
-    Machine,
-    /// Its image is a layer of that machine's.
-    Layer,
-    /// Its image is built upon a layer of that machine's.
-    Base,
-}
-
-/// What lies beside an image says that it is part of a machine of Snaptree's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptBy {
-    /// What is.
-    pub part: Part,
-    /// The image, or the machine's layers folder.
-    pub file: PathBuf,
-    /// The machine.
-    pub domain: DomainId,
-    /// Its name, as it was called there.
-    pub name: DomainName,
-    /// The directory of the state that wrote so; none where it is not written down.
-    pub keeper: Option<PathBuf>,
-    /// The last event of its log then, where that can be read.
-    pub head: Option<Head>,
 }
 
 /// What an image file looks like.
@@ -177,43 +146,6 @@ pub struct FileFacts {
     pub virtual_size_bytes: u64,
     /// Snapshots inside the image.
     pub internal_snapshots: u32,
-}
-
-/// What is wrong with where a machine's files are, and is to be put right. Doing it twice is as good as once.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "mend", rename_all = "kebab-case")]
-pub enum Mend {
-    /// What is at the registered paths is not what leads to the current disks.
-    Paths,
-    /// The machine's files were moved from one folder to another.
-    Moved {
-        /// Where they were.
-        from: PathBuf,
-        /// Where they are.
-        to: PathBuf,
-    },
-}
-
-/// What putting that right would do.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Mending {
-    /// In words, each a sentence without its end; nothing where all is right.
-    pub what: Vec<String>,
-    /// What the domain would have for itself, beside what it has.
-    pub claims: Vec<Claim>,
-}
-
-/// Where a machine's files are from now on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Relocated {
-    /// What the driver wants to remember.
-    pub config: serde_json::Value,
-    /// The registered paths.
-    pub disks: BTreeMap<crate::ids::DiskName, PathBuf>,
-    /// The files.
-    pub layers: LayerGraph,
-    /// All that the domain has for itself; what [`Mending::claims`] were.
-    pub claims: Vec<Claim>,
 }
 
 /// What somebody else keeps inside an image file, by the names that it has there.
@@ -269,15 +201,6 @@ pub struct Kept {
     pub tombstones: BTreeMap<SnapshotId, SnapshotName>,
     /// The files, compared with what is there.
     pub layers: LayerGraph,
-}
-
-/// The least of what is kept beside the layers: when they were written last, and by whom.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptHead {
-    /// The last event of the log then.
-    pub head: Head,
-    /// The directory of the state whose log that was; none where it is not written down.
-    pub keeper: Option<PathBuf>,
 }
 
 /// Who has a file of the domain open.
@@ -610,12 +533,6 @@ pub trait Driver: Send + Sync {
         Ok(seen)
     }
 
-    /// Every difference between the log and what was observed for which this driver would refuse to plan upon it, but
-    /// those that a step in hand explains. Pure; the engine finds the rest by itself.
-    fn differences(&self, _state: &DomainState, _seen: &Observation) -> BTreeSet<Finding> {
-        BTreeSet::new()
-    }
-
     /// Plans a request. Pure.
     ///
     /// # Errors
@@ -652,12 +569,11 @@ pub trait Driver: Send + Sync {
     /// removed does no harm, so nothing is said of it.
     fn forget(&self, _state: &DomainState) {}
 
-    /// The last event of the log when the layers were switched last, and whose log that is; none where nothing of it is
-    /// kept beside them.
+    /// The last event of the log when the layers were switched last; none where nothing of it is kept beside them.
     ///
     /// # Errors
     /// It is kept there and cannot be read.
-    async fn kept_head(&self, _state: &DomainState) -> Result<Option<KeptHead>, DriverError> {
+    async fn kept_head(&self, _state: &DomainState) -> Result<Option<Head>, DriverError> {
         Ok(None)
     }
 
@@ -667,25 +583,6 @@ pub trait Driver: Send + Sync {
     /// It cannot be read, or contradicts the files that are there.
     async fn kept(&self, _state: &DomainState) -> Result<Option<Kept>, DriverError> {
         Ok(None)
-    }
-
-    /// What [`mend`](Driver::mend) would do.
-    ///
-    /// # Errors
-    /// It cannot be put right without somebody who looks, or the driver has nothing that could be.
-    async fn mends(&self, state: &DomainState, _mend: &Mend) -> Result<Mending, DriverError> {
-        let name = state.domain.as_ref().map_or("", |domain| domain.name.as_str());
-        let message = format!("the hypervisor of domain '{name}' looks after its files itself");
-        Err(DriverError::from(Failure::new(Code::Unsupported, message).refused()))
-    }
-
-    /// Does it, and syncs what it did; what was done before is done already. Says where the files are from now on, if
-    /// that is elsewhere.
-    ///
-    /// # Errors
-    /// As [`mends`](Driver::mends), or a file cannot be written; it is then done again from the start.
-    async fn mend(&self, state: &DomainState, mend: &Mend) -> Result<Option<Relocated>, DriverError> {
-        self.mends(state, mend).await.map(|_| None)
     }
 
     /// Starts or ends the machine; one that is as wished is left alone.

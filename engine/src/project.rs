@@ -171,17 +171,6 @@ impl DomainState {
                     }
                 }
             }
-            Event::DomainRelocated(e) => {
-                if let Some(domain) = &mut self.domain {
-                    domain.config.clone_from(&e.config);
-                    for disk in &mut domain.disks {
-                        if let Some(path) = e.disks.get(&disk.name) {
-                            disk.path = Some(path.clone());
-                        }
-                    }
-                }
-                self.layers.clone_from(&e.layers);
-            }
             Event::DomainUnregistered(_) => self.registered = false,
             Event::SnapshotCreated(e) => {
                 self.dated.insert(e.snapshot.id, self.dated(envelope, &e.snapshot));
@@ -212,8 +201,7 @@ impl DomainState {
                 self.drift.remove(&e.finding);
             }
             Event::MergeFinished(e) => self.folded(&e.snapshots),
-            Event::DomainRepairBegun(_)
-            | Event::DomainRepaired(_)
+            Event::DomainRepaired(_)
             | Event::SystemOpened(_)
             | Event::SystemRecovered(_)
             | Event::CheckpointKept(_) => {}

@@ -59,17 +59,6 @@ const DISK_REMOVE_EXAMPLES: &str = "Examples:
   snaptree domain disk remove web vdb --keep-layers     leave every file as it is; snapshots go on holding the disk
 
 A revert leaves alone what the domain has no more. `domain disk add` with the same name and path puts it back.";
-const REPAIR_EXAMPLES: &str = "Examples:
-  snaptree domain repair web --dry-run         say what would be done
-  snaptree domain repair web
-
-Each registered path becomes the link again that opens the machine's current disk. A file in its place stays, as
-FILE.found.";
-const RELOCATE_EXAMPLES: &str = "Example:
-  mv /vm/web /srv/web; snaptree domain relocate web --from /vm/web --to /srv/web
-
-All of the machine's files have to be there: its images' links and the folder .snaptree. It is off meanwhile. What was cut
-off is simply done again.";
 const REMOVE_EXAMPLES: &str = "Examples:
   snaptree domain remove web                   a domain without snapshots
   snaptree domain remove web --flatten         end its snapshots and put one plain image back
@@ -120,32 +109,6 @@ pub enum DomainCommand {
     /// Disks that come to a machine, or go from it
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// Put right what is at a machine's registered paths; what is in the way is kept beside
-    #[command(after_help = REPAIR_EXAMPLES)]
-    Repair {
-        /// Its name or id
-        #[arg(value_name = "NAME")]
-        domain: String,
-        /// How it is done.
-        #[command(flatten)]
-        mend: MendArgs,
-    },
-    /// Look after a machine where its folder was moved to
-    #[command(after_help = RELOCATE_EXAMPLES)]
-    Relocate {
-        /// Its name or id
-        #[arg(value_name = "NAME")]
-        domain: String,
-        /// The folder in which its files were
-        #[arg(long, value_name = "OLD")]
-        from: PathBuf,
-        /// The folder in which they are
-        #[arg(long, value_name = "NEW")]
-        to: PathBuf,
-        /// How it is done.
-        #[command(flatten)]
-        mend: MendArgs,
-    },
     /// Let go of a machine
     #[command(after_help = REMOVE_EXAMPLES)]
     Remove(RemoveArgs),
@@ -284,20 +247,6 @@ pub struct AccessArgs {
     /// The socket of the guest's agent
     #[arg(long, value_name = "SOCKET", value_parser = path_or_none())]
     pub agent: Option<PathBuf>,
-}
-
-/// `domain repair` and `domain relocate`
-#[derive(Debug, Args)]
-pub struct MendArgs {
-    /// Only say what would be done
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Do not ask
-    #[arg(short, long)]
-    pub yes: bool,
-    /// Waiting for the state.
-    #[command(flatten)]
-    pub writer: WriterArgs,
 }
 
 /// `domain remove`

@@ -8,16 +8,15 @@ use snaptree_drivers::qemu::{AccessWish, DisksWish, KeptLayers, RunsWish};
 use snaptree_engine::OperationId;
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
-use snaptree_engine::driver::{Mend, PowerWish};
+use snaptree_engine::driver::PowerWish;
 use snaptree_engine::event::UnregisterWish;
 use snaptree_engine::operation::Operation;
 use snaptree_engine::project::DomainState;
-use snaptree_engine::reconcile::drift::Finding;
 use snaptree_engine::reconcile::recovery;
 
 use super::carry::{Asked, carry, giving_up, open};
 use crate::args::WriterArgs;
-use crate::args::domain::{AccessArgs, AddArgs, DiskCommand, DomainCommand, MendArgs, RemoveArgs, SetArgs};
+use crate::args::domain::{AccessArgs, AddArgs, DiskCommand, DomainCommand, RemoveArgs, SetArgs};
 use crate::args::snapshot::Wait;
 use crate::args::value::labels;
 use crate::confirm::confirm;
@@ -68,11 +67,6 @@ pub async fn run(context: &Context, command: DomainCommand) -> Result<Exit> {
             power(context, &domain, PowerWish::End, &writer).await
         }
         DomainCommand::Disk(command) => disk(context, command).await,
-        DomainCommand::Repair { domain, mend } => put_right(context, &domain, Mend::Paths, mend).await,
-        DomainCommand::Relocate { domain, from, to, mend } => {
-            let moved = Mend::Moved { from: absolute(from)?, to: absolute(to)? };
-            put_right(context, &domain, moved, mend).await
-        }
         DomainCommand::Remove(args) => remove(context, args).await,
     }
 }
@@ -193,59 +187,16 @@ async fn list(context: &Context) -> Result<Exit> {
 async fn show(context: &Context, domain: &str) -> Result<Exit> {
     let reader = context.reader().await?;
     let prefix = reader.prefix(None).await?;
-    let state = reader.domain(domain, prefix).await?;
-    let differences = differences(context, &state).await;
-    tell(context, &state, differences).await
+    tell(context, &reader.domain(domain, prefix).await?).await
 }
 
-/// The document of `domain show`.
-#[derive(Serialize)]
-struct Shown {
-    #[serde(flatten)]
-    domain: DomainView,
-    /// None where that is not asked, since a hypervisor elsewhere would have to be.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    differences: Option<Vec<Difference>>,
-}
-
-/// Where the log and the files disagree.
-#[derive(Serialize)]
-struct Difference {
-    what: String,
-    help: Option<String>,
-}
-
-/// What an operation would find: of files on this host, which are quickly looked at.
-async fn differences(context: &Context, state: &DomainState) -> Option<Vec<Difference>> {
-    let domain =
-        state.domain.as_ref().filter(|domain| state.registered && domain.driver == DriverKind::Qemu)?;
-    let found = match context.planner().await {
-        Ok(planner) => planner.engine.look(domain.id).await,
-        Err(error) => return Some(vec![Difference { what: format!("{error:#}"), help: None }]),
-    };
-    let name = domain.name.as_str();
-    Some(match found {
-        Ok(found) => {
-            let told = |found: &Finding| Difference { what: found.to_string(), help: found.help(name) };
-            found.iter().map(told).collect()
-        }
-        Err(error) => vec![Difference { what: error.to_string(), help: None }],
-    })
-}
-
-async fn tell(context: &Context, state: &DomainState, differences: Option<Vec<Difference>>) -> Result<Exit> {
+async fn tell(context: &Context, state: &DomainState) -> Result<Exit> {
     let view = DomainView::with_machine(state).await;
-    let domain = view.ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
+    let view = view.ok_or_else(|| Trouble::not_found("the domain is not registered"))?;
     if context.json {
-        render::json(&Shown { domain, differences })?;
+        render::json(&view)?;
     } else {
-        let look = Look::of_stdout();
-        let mut text = render::list::domain(&domain, &look);
-        for Difference { what, help } in differences.into_iter().flatten() {
-            text.push_str(&format!("drift  {}\n", look.paint.bad(safe(&what))));
-            text.extend(help.map(|help| format!("       {}\n", safe(&help))));
-        }
-        render::print(&text)?;
+        render::print(&render::list::domain(&view, &Look::of_stdout()))?;
     }
     Ok(Exit::Done)
 }
@@ -259,7 +210,7 @@ async fn set(context: &Context, args: SetArgs) -> Result<Exit> {
     let domain = engine.find_domain(&args.domain).await?;
     let command = Command::Set { name: args.name, labels: labels(&args.label), access };
     office.submit(domain, &command, None).await?;
-    tell(context, &engine.load(domain).await?, None).await
+    tell(context, &engine.load(domain).await?).await
 }
 
 async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
@@ -284,7 +235,7 @@ async fn disk(context: &Context, command: DiskCommand) -> Result<Exit> {
     let access = Some(serde_json::to_value(wish)?);
     let command = Command::Set { name: None, labels: labels(&[]), access };
     office.submit(domain, &command, None).await?;
-    tell(context, &engine.load(domain).await?, None).await
+    tell(context, &engine.load(domain).await?).await
 }
 
 /// None if nothing is said of it.
@@ -298,39 +249,6 @@ fn access(args: AccessArgs) -> Result<Option<serde_json::Value>> {
 /// An empty path says that there is none.
 fn absolute(path: PathBuf) -> std::io::Result<PathBuf> {
     if path.as_os_str().is_empty() { Ok(path) } else { std::path::absolute(path) }
-}
-
-/// The document of `domain repair` and `domain relocate`.
-#[derive(Serialize)]
-struct PutRight {
-    domain: String,
-    done: bool,
-    what: Vec<String>,
-}
-
-/// Says what will be done, asks, and does it.
-async fn put_right(context: &Context, domain: &str, mend: Mend, args: MendArgs) -> Result<Exit> {
-    let planner = context.planner().await?;
-    let id = planner.engine.find_domain(domain).await?;
-    let mut what = planner.engine.mends(id, &mend).await?;
-    let does = !args.dry_run && !what.is_empty();
-    if !context.json {
-        let words = if args.dry_run { "would" } else { "will" };
-        what.iter().for_each(|what| render::note(&format!("{words} {}", safe(what))));
-    }
-    if does {
-        confirm(&format!("Put {} right?", safe(domain)), args.yes)?;
-        let Writer { office, .. } = open(context, &args.writer).await?;
-        what = office.mend(id, &mend).await?;
-    }
-    if context.json {
-        render::json(&PutRight { domain: domain.to_owned(), done: does, what })?;
-    } else if does {
-        render::print(&format!("Put '{}' right.\n", safe(domain)))?;
-    } else if what.is_empty() {
-        render::print(&format!("'{}': there is nothing to put right here.\n", safe(domain)))?;
-    }
-    Ok(Exit::Done)
 }
 
 async fn remove(context: &Context, args: RemoveArgs) -> Result<Exit> {

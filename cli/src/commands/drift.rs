@@ -91,11 +91,7 @@ fn told(drift: &Drift, look: &Look) -> String {
     if drift.findings.is_empty() {
         text.push_str(&format!("{name}: {}\n", look.paint.good("the hypervisor and the log agree")));
     }
-    let line = |finding: &Finding| {
-        let help =
-            finding.help(&drift.domain).map_or_else(String::new, |help| format!("  {}\n", safe(&help)));
-        format!("{name}: {}\n{help}", look.paint.bad(safe(&finding.to_string())))
-    };
+    let line = |finding: &Finding| format!("{name}: {}\n", look.paint.bad(safe(&finding.to_string())));
     text.extend(drift.findings.iter().map(line));
     text
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use async_trait::async_trait;
 use snaptree_engine::command::Command;
-use snaptree_engine::driver::{Mend, PowerWish};
+use snaptree_engine::driver::PowerWish;
 use snaptree_engine::engine::{Engine, EngineError, Requester, Submitted};
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
@@ -74,10 +74,6 @@ impl Office for Here {
 
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
         Ok(self.engine.power(domain, wish).await?)
-    }
-
-    async fn mend(&self, domain: DomainId, mend: &Mend) -> Result<Vec<String>> {
-        Ok(self.engine.mend(&self.requester, domain, mend).await?)
     }
 
     async fn register(&self, registering: Registering) -> Result<Registered> {

@@ -20,7 +20,7 @@ use snaptree_drivers::sim::{Profile, SimOptions};
 use snaptree_drivers::virtualbox::{self, VirtualboxOptions};
 use snaptree_engine::command::Command;
 use snaptree_engine::domain::DriverKind;
-use snaptree_engine::driver::{Mend, PowerWish, Registration};
+use snaptree_engine::driver::{PowerWish, Registration};
 use snaptree_engine::engine::{Engine, Requester, Submitted};
 use snaptree_engine::operation::Outcome;
 use snaptree_engine::project::DomainState;
@@ -91,12 +91,6 @@ pub trait Office: Send + Sync {
     /// # Errors
     /// An operation is open, somebody else starts and ends it, or it could not be done.
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()>;
-
-    /// Puts right where a machine's files are, and says what was done.
-    ///
-    /// # Errors
-    /// An operation is open, it cannot be put right without somebody who looks, or the state cannot be used.
-    async fn mend(&self, domain: DomainId, mend: &Mend) -> Result<Vec<String>>;
 
     /// Registers a machine.
     ///

@@ -14,7 +14,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use snaptree_engine::command::Command;
-use snaptree_engine::driver::{Mend, PowerWish, Progress as _, Watch as _};
+use snaptree_engine::driver::{PowerWish, Progress as _, Watch as _};
 use snaptree_engine::engine::Submitted;
 use snaptree_engine::reconcile::drift::Drift;
 use snaptree_engine::reconcile::worker::Driven;
@@ -28,8 +28,8 @@ use crate::exit::{Exit, FromDaemon, Trouble, is_of_one_domain};
 use crate::progress::Shown;
 use crate::render;
 use crate::wire::{
-    Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, Mended, PolicyAnswer, PolicyAsk,
-    Powering, Registered, Registering, SUDO_USER_HEADER, Status,
+    Accounts, Ask, Asked, Drifted, Failed, HostAnswer, HostAsk, Line, PolicyAnswer, PolicyAsk, Powering,
+    Registered, Registering, SUDO_USER_HEADER, Status,
 };
 
 /// Largest answer, and largest line of one, that is read.
@@ -255,10 +255,6 @@ impl Office for There {
 
     async fn power(&self, domain: DomainId, wish: PowerWish) -> Result<()> {
         self.ask(Method::POST, &format!("/v1/domains/{domain}/power"), &Powering { wish }).await
-    }
-
-    async fn mend(&self, domain: DomainId, mend: &Mend) -> Result<Vec<String>> {
-        Ok(self.ask::<Mended>(Method::POST, &format!("/v1/domains/{domain}/mend"), mend).await?.what)
     }
 
     async fn register(&self, registering: Registering) -> Result<Registered> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use snaptree_engine::domain::{Disk, Domain};
 use snaptree_engine::event::{
     ClockWitness, Course, DeleteScope, DeleteWhat, DomainChanged, DriftCleared, DriftFound, Envelope, Event,
-    HowFinished, RestoredWhy, SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
+    HowFinished, SnapshotEdited, StepFound, SystemRecovered, SystemRestored, UnregisterWish,
 };
 use snaptree_engine::operation::{Request, Verdict};
 use snaptree_engine::reconcile::drift::Finding;
@@ -189,8 +189,6 @@ pub fn words(envelope: &Envelope, known: &Known, look: &Look) -> String {
     match &envelope.event {
         Event::DomainRegistered(_)
         | Event::DomainChanged(_)
-        | Event::DomainRepairBegun(_)
-        | Event::DomainRelocated(_)
         | Event::DomainRepaired(_)
         | Event::DomainUnregisterRequested(_)
         | Event::DomainUnregistered(_)
@@ -236,11 +234,6 @@ fn domain_words(event: &Event) -> String {
     match event {
         Event::DomainRegistered(e) => format!("registered domain '{}' {}", e.domain.name, disks(&e.domain)),
         Event::DomainChanged(e) => changed_words(e),
-        Event::DomainRepairBegun(e) => format!("is about to {}", e.what.join("; ")),
-        Event::DomainRelocated(e) => {
-            let disks = e.disks.iter().map(|(disk, path)| format!("{disk} ({})", path.display()));
-            format!("the machine's files are elsewhere: {}", disks.collect::<Vec<_>>().join(", "))
-        }
         Event::DomainRepaired(e) => format!("repaired the machine: {}", e.what),
         Event::DomainUnregisterRequested(e) => format!("asked to let go of the domain, {}", wish(e.wish)),
         Event::DomainUnregistered(e) => match e.left.len() {
@@ -293,14 +286,10 @@ const fn wish(wish: UnregisterWish) -> &'static str {
 fn restored_words(restored: &SystemRestored) -> String {
     let list =
         |names: &[SnapshotName]| names.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
-    let mut text = match restored.why {
-        RestoredWhy::OlderLog => format!(
-            "the log was restored from an older copy: took over what is kept beside the layers, as of event {} of the \
-             lost log",
-            restored.seq
-        ),
-        RestoredWhy::Registered => "took over what is kept beside the layers of the machine".to_owned(),
-    };
+    let mut text = format!(
+        "the log was restored from an older copy: took over what is kept beside the layers, as of event {} of the lost log",
+        restored.seq
+    );
     if !restored.adopted.is_empty() {
         text.push_str(&format!("; new here: {}", list(&restored.adopted)));
     }

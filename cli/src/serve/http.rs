@@ -18,7 +18,6 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
-use snaptree_engine::driver::Mend;
 use snaptree_engine::engine::{EngineError, Submitted};
 use snaptree_engine::log::{OpenOnly, OperationFilter, OperationRow};
 use snaptree_engine::project::DomainState;
@@ -38,7 +37,7 @@ use super::{Daemon, open, questions};
 use crate::exit::{Exit, Trouble, told};
 use crate::office;
 use crate::wire::{
-    Account, Accounts, Ask, Asked, ClockView, Drifted, Failed, HostAnswer, HostAsk, LeftOut, Line, Mended,
+    Account, Accounts, Ask, Asked, ClockView, Drifted, Failed, HostAnswer, HostAsk, LeftOut, Line,
     PolicyAnswer, PolicyAsk, Powering, QueueView, Registered, Registering, Status, WireError,
 };
 
@@ -198,7 +197,6 @@ fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/domains/{domain}/commands", post(command))
         .route("/v1/domains/{domain}/reconcile", post(reconcile))
         .route("/v1/domains/{domain}/drift", post(drift))
-        .route("/v1/domains/{domain}/mend", post(mend))
         .route("/v1/domains/{domain}/power", post(power))
         .route("/v1/operations/{operation}/follow", get(follow_operation))
         .route("/v1/operations/{operation}/cancel", post(cancel))
@@ -362,20 +360,6 @@ async fn drift(
     let domain = daemon.engine.find_domain(&domain).await?;
     let findings = daemon.engine.drift(&peer.requester(&headers), domain).await?;
     Ok(Json(Drifted { findings }))
-}
-
-async fn mend(
-    State(daemon): Shared,
-    Extension(peer): Extension<Peer>,
-    Path(domain): Path<String>,
-    headers: HeaderMap,
-    Read(mend): Read<Mend>,
-) -> Answer<Mended> {
-    let domain = daemon.engine.find_domain(&domain).await?;
-    let what = daemon.engine.mend(&peer.requester(&headers), domain, &mend).await?;
-    // What was refused before may go on.
-    daemon.dispatcher.wake(domain);
-    Ok(Json(Mended { what }))
 }
 
 async fn power(

@@ -202,7 +202,6 @@ impl Driver for EsxDriver {
                 .map_err(|error| Failure::new(Code::Invalid, error.to_string()))?,
             capabilities: config::capabilities(),
             claims,
-            kept_by: Vec::new(),
         })
     }
 

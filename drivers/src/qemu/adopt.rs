@@ -19,9 +19,8 @@ use snaptree_engine::operation::Code;
 
 use super::config::{PathWish, active};
 use super::files::{self, Doing, beside, folder_of, if_there, remove, stamp, stamp_of, sync};
-use super::generation::{self, Stand};
+use super::generation::Stand;
 use super::img::QemuImg;
-use super::link;
 use super::lock::{QemuLocks, check_unused, writer};
 use super::manifest::{Effect, Manifest, links};
 use super::step::{Adopt, OwnBacking, Turn, Under};
@@ -33,8 +32,6 @@ pub(super) struct Work<'a> {
     pub(super) context: &'a StepContext<'a>,
     pub(super) img: &'a QemuImg,
     pub(super) lock: &'a OperationLock,
-    /// The state directory that this is done for.
-    pub(super) keeper: Option<&'a Path>,
 }
 
 impl Work<'_> {
@@ -51,7 +48,7 @@ impl Work<'_> {
         let Some(domain) = &self.context.state.domain else {
             return Err(DriverError::permanent(Code::NotFound, "the domain is not registered"));
         };
-        Ok(Manifest::new(self.context, self.keeper, (domain.id, domain.name.clone()), after, effect))
+        Ok(Manifest::new(self.context, (domain.id, domain.name.clone()), after, effect))
     }
 }
 
@@ -64,9 +61,9 @@ enum AtPath {
 }
 
 impl Adopt {
-    /// Whether a link at the registered path is the one that leads there once the image is adopted.
-    pub(super) fn is_link(&self, text: &Path) -> bool {
-        link::is_ours(&self.resolved, text, &self.turn.layers, &self.disk)
+    /// Where the registered path leads once the image is adopted.
+    pub(super) fn target(&self) -> PathBuf {
+        active(&self.turn.layers).join(self.disk.as_str())
     }
 
     fn draft_link(&self, work: Work<'_>) -> PathBuf {
@@ -79,7 +76,7 @@ impl Adopt {
         if metadata.is_file() && metadata.ino() == self.stamp.inode {
             return Ok(AtPath::Image);
         }
-        if metadata.is_symlink() && self.is_link(&fs::read_link(path).doing("read the link", path)?) {
+        if metadata.is_symlink() && fs::read_link(path).doing("read the link", path)? == self.target() {
             return Ok(AtPath::OurLink);
         }
         Err(DriverError::permanent(
@@ -115,8 +112,7 @@ impl Adopt {
                 self.check_same_inode()?;
                 let draft = self.draft_link(work);
                 remove(&draft)?;
-                let text = link::registered(&self.resolved, &self.turn.layers, &self.disk);
-                symlink(text, &draft).doing("make the link", &draft)?;
+                symlink(self.target(), &draft).doing("make the link", &draft)?;
                 sync(&self.turn.layers).await?;
                 fs::rename(&draft, &self.resolved).doing("put a link at", &self.resolved)?;
             }
@@ -216,10 +212,6 @@ impl Adopt {
     /// Puts the image back at its path. Renaming does no harm to a machine that was started meanwhile: the inode
     /// that it has open is the one that the path names afterwards.
     pub(super) async fn undo(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
-        let current = generation::current(&self.turn.layers)?;
-        if self.turn.stand(current.as_deref()) == Stand::Elsewhere {
-            return self.leave(work).await;
-        }
         if self.keep_path == PathWish::Follow {
             self.put_back(work).await?;
         }
@@ -256,20 +248,6 @@ impl Adopt {
             Vec::new()
         };
         Ok(StepReport { changes, learnt: serde_json::Value::Null })
-    }
-
-    /// Another state was faster: its is the image and the path, and only what this step added goes.
-    async fn leave(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
-        remove(&self.draft_link(work))?;
-        if let Some(added) = if_there(fs::symlink_metadata(&self.file)).doing("look at", &self.file)?
-            && self.file != self.resolved
-            && added.ino() == self.stamp.inode
-            && added.nlink() > 1
-        {
-            remove(&self.file)?;
-        }
-        self.turn.discard()?;
-        Ok(StepReport::default())
     }
 
     async fn put_back(&self, work: Work<'_>) -> Result<(), DriverError> {

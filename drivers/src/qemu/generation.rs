@@ -16,7 +16,6 @@ use snaptree_engine::{DiskName, OperationId};
 
 use super::config::active;
 use super::files::{Doing, if_there, make_folder, remove, sync};
-use super::link;
 use super::manifest::Manifest;
 use super::step::Turn;
 
@@ -96,7 +95,15 @@ impl Turn {
 
     /// What to say when an unknown generation is switched on.
     pub(super) fn elsewhere(&self, current: Option<&str>) -> DriverError {
-        elsewhere(&self.layers, current, self.previous.as_deref())
+        DriverError::permanent(
+            Code::Drift,
+            format!(
+                "{} leads to {}, and the log says {}",
+                active(&self.layers).display(),
+                current.unwrap_or("nothing"),
+                self.previous.as_deref().unwrap_or("nothing"),
+            ),
+        )
     }
 
     /// Builds the generation's folder, anew if there is one that was not finished, and the symlink that will be renamed
@@ -125,7 +132,7 @@ impl Turn {
         super::files::set_mode(&folder, 0o755)?;
         for (disk, file) in links {
             let link = folder.join(disk.as_str());
-            symlink(link::in_generation(&self.layers, file), &link).doing("make the link", &link)?;
+            symlink(file, &link).doing("make the link", &link)?;
         }
         let path = folder.join(MANIFEST);
         let mut file = fs::OpenOptions::new()
@@ -240,19 +247,6 @@ fn needed_bytes(manifest_bytes: u64, links: usize) -> u64 {
 
 fn piece_bytes(manifest: &[u8], links: usize) -> u64 {
     needed_bytes(u64::try_from(manifest.len()).unwrap_or(u64::MAX), links)
-}
-
-/// What to say when another generation is switched on than the log says.
-pub(super) fn elsewhere(layers: &Path, current: Option<&str>, expected: Option<&str>) -> DriverError {
-    DriverError::permanent(
-        Code::Drift,
-        format!(
-            "{} leads to {}, and the log says {}",
-            active(layers).display(),
-            current.unwrap_or("nothing"),
-            expected.unwrap_or("nothing"),
-        ),
-    )
 }
 
 /// Which generation is switched on, seen from a step.

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
-use snaptree_engine::driver::{DriverError, Head, Kept, KeptHead};
+use snaptree_engine::driver::{DriverError, Head, Kept};
 use snaptree_engine::event::{Actor, Hash, MemoryKind};
 use snaptree_engine::layer::LayerGraph;
 use snaptree_engine::operation::{Code, Failure};
@@ -21,9 +21,8 @@ use super::generation::{self, MANIFEST};
 use super::manifest::{BYTES_MAX, FORMAT, Manifest, ManifestSnapshot};
 use super::qcow2::ReadError;
 
-/// The last event of the log when the layers were switched last, and whose log. A manifest that cannot be read tells
-/// nothing.
-pub(super) fn head(state: &DomainState) -> Result<Option<KeptHead>, DriverError> {
+/// The last event of the log when the layers were switched last. A manifest that cannot be read tells nothing.
+pub(super) fn head(state: &DomainState) -> Result<Option<Head>, DriverError> {
     let (domain, config) = QemuConfig::of(state)?;
     let manifest = match read(&config.layers) {
         Ok(Some((_, manifest))) if manifest.domain == domain.id => manifest,
@@ -33,8 +32,7 @@ pub(super) fn head(state: &DomainState) -> Result<Option<KeptHead>, DriverError>
             return Ok(None);
         }
     };
-    let head = hash_of(&manifest.head.hash).map(|hash| Head { seq: manifest.head.seq, hash });
-    Ok(head.map(|head| KeptHead { head, keeper: manifest.keeper }))
+    Ok(hash_of(&manifest.head.hash).map(|hash| Head { seq: manifest.head.seq, hash }))
 }
 
 /// All of the manifest, compared with the images.
@@ -60,7 +58,7 @@ pub(super) fn kept(state: &DomainState) -> Result<Option<Kept>, DriverError> {
 }
 
 /// The manifest of the generation that is switched on, and that one's name.
-pub(super) fn read(layers: &Path) -> Result<Option<(String, Manifest)>, DriverError> {
+fn read(layers: &Path) -> Result<Option<(String, Manifest)>, DriverError> {
     let generation = match generation::current(layers) {
         Ok(Some(generation)) => generation,
         Ok(None) => return Ok(None),
@@ -93,7 +91,7 @@ fn unfit(why: String) -> Failure {
     .hint("put the newest copy of snaptree.db back; nothing was touched")
 }
 
-pub(super) fn hash_of(hex: &str) -> Option<Hash> {
+fn hash_of(hex: &str) -> Option<Hash> {
     let mut hash = [0; 32];
     if hex.len() != 64 || !hex.is_ascii() {
         return None;

@@ -4,7 +4,7 @@
 //! compared with what is on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -35,9 +35,6 @@ pub struct Manifest {
     pub step: usize,
     /// The last event of the log then.
     pub head: ManifestHead,
-    /// The directory of the state whose log that is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keeper: Option<PathBuf>,
     /// The current snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub current: Option<SnapshotId>,
@@ -108,7 +105,6 @@ impl Manifest {
     /// The manifest of the generation that `context`'s step makes, when the layer graph is `after` then.
     pub(super) fn new(
         context: &StepContext<'_>,
-        keeper: Option<&Path>,
         (domain, name): (DomainId, DomainName),
         after: &LayerGraph,
         effect: Effect,
@@ -163,7 +159,6 @@ impl Manifest {
             operation: context.operation,
             step: context.index,
             head: ManifestHead { seq: context.head.seq, hash: context.head.hash.to_string() },
-            keeper: keeper.map(Path::to_path_buf),
             current,
             disks: links(after),
             snapshots,

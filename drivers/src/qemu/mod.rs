@@ -34,8 +34,6 @@ mod disks;
 mod drift;
 mod files;
 mod flatten;
-mod folder;
-mod found;
 mod generation;
 mod img;
 mod inside;
@@ -43,11 +41,9 @@ mod internal;
 mod keep;
 mod kept;
 mod libvirt;
-mod link;
 mod live;
 mod lock;
 mod manifest;
-mod mend;
 mod merge;
 mod observe;
 mod plan;
@@ -59,13 +55,11 @@ mod probe;
 mod qcow2;
 mod qmp;
 mod record;
-mod relocate;
 mod resolve;
 mod runs;
 mod step;
 mod switch;
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -75,12 +69,11 @@ use serde::Deserialize;
 use snaptree_engine::OperationId;
 use snaptree_engine::domain::{Access, RunState};
 use snaptree_engine::driver::{
-    Driver, DriverError, ErrorClass, Kept, KeptHead, Mend, Mending, Observation, Plan, PowerWish, Probe,
-    Registration, Relocated, Remedy, Resolution, StepContext, StepReport, Touched,
+    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration, Remedy,
+    Resolution, StepContext, StepReport, Touched,
 };
 use snaptree_engine::operation::{Code, Failure, Request, Step};
 use snaptree_engine::project::DomainState;
-use snaptree_engine::reconcile::drift::Finding;
 
 pub use config::{
     AccessWish, DiskPaths, LeftOut, MachineFacts, PathWish, QemuConfig, QemuOptions, RawWish, RepairWish,
@@ -93,10 +86,7 @@ pub use runs::{Runs, RunsWish};
 
 use crate::operation_lock::OperationLock;
 use adopt::Work;
-use folder::FolderLock;
 use img::QemuImg;
-use mend::WrongPath;
-use observe::Detail;
 use step::QemuStep;
 
 /// How long an orphaned tool may go on before it is ended.
@@ -106,7 +96,6 @@ const SETTLE_GRACE_DEFAULT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct QemuDriver {
     run_dir: PathBuf,
-    keeper: Option<PathBuf>,
     img: QemuImg,
     settle_grace: Duration,
     left_out: LeftOut,
@@ -117,19 +106,10 @@ impl QemuDriver {
     pub fn new(run_dir: PathBuf) -> Self {
         Self {
             run_dir,
-            keeper: None,
             img: QemuImg::new("qemu-img".into()),
             settle_grace: SETTLE_GRACE_DEFAULT,
             left_out: LeftOut::default(),
         }
-    }
-
-    /// For that state directory: the manifests beside the layers name it, so that a copy of it is told from it. One
-    /// whose path is no UTF-8 text is not named.
-    #[must_use]
-    pub fn of_state(self, dir: &Path) -> Self {
-        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
-        Self { keeper: Some(dir).filter(|dir| dir.to_str().is_some()), ..self }
     }
 
     /// With another qemu-img than the one on the path.
@@ -210,15 +190,6 @@ impl Driver for QemuDriver {
         }
     }
 
-    fn differences(&self, state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
-        match (QemuConfig::of(state), Detail::of(seen)) {
-            (Ok((_, config)), Ok(detail)) => {
-                drift::differences(state, seen, &config, &detail).into_iter().collect()
-            }
-            _ => BTreeSet::new(),
-        }
-    }
-
     fn plan(
         &self,
         operation: OperationId,
@@ -233,14 +204,7 @@ impl Driver for QemuDriver {
         let step = QemuStep::of(step)?;
         files::check_layers(&QemuConfig::of(context.state)?.1.layers)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let folder = match FolderLock::of_step(context.state, &step).await {
-            Ok(folder) => folder,
-            Err(error) => {
-                lock.release();
-                return Err(error);
-            }
-        };
-        let work = Work { context, img: &self.img, lock: &lock, keeper: self.keeper.as_deref() };
+        let work = Work { context, img: &self.img, lock: &lock };
         let done = match &step {
             QemuStep::Adopt(adopt) => adopt.execute(work).await,
             QemuStep::Switch(switch) => switch.execute(work).await,
@@ -258,7 +222,6 @@ impl Driver for QemuDriver {
             QemuStep::Load(load) => load.execute(work).await,
             QemuStep::Erase(erase) => erase.execute(work).await,
         };
-        drop(folder);
         give_back(lock, &done);
         done
     }
@@ -278,14 +241,7 @@ impl Driver for QemuDriver {
         let step = QemuStep::of(step)?;
         files::check_layers(&QemuConfig::of(context.state)?.1.layers)?;
         let lock = OperationLock::take(&self.run_dir, context.operation)?;
-        let folder = match FolderLock::of_undo(context.state) {
-            Ok(folder) => folder,
-            Err(error) => {
-                lock.release();
-                return Err(error);
-            }
-        };
-        let work = Work { context, img: &self.img, lock: &lock, keeper: self.keeper.as_deref() };
+        let work = Work { context, img: &self.img, lock: &lock };
         let undone = match &step {
             QemuStep::Adopt(adopt) => adopt.undo(work).await,
             QemuStep::Switch(switch) => switch.undo(work).await,
@@ -306,12 +262,11 @@ impl Driver for QemuDriver {
                 "a step behind the point of no return cannot be taken back",
             )),
         };
-        drop(folder);
         give_back(lock, &undone);
         undone
     }
 
-    async fn kept_head(&self, state: &DomainState) -> Result<Option<KeptHead>, DriverError> {
+    async fn kept_head(&self, state: &DomainState) -> Result<Option<Head>, DriverError> {
         kept::head(state)
     }
 
@@ -329,31 +284,6 @@ impl Driver for QemuDriver {
 
     fn forget(&self, state: &DomainState) {
         live::forget_machine(state);
-    }
-
-    async fn mends(&self, state: &DomainState, mend: &Mend) -> Result<Mending, DriverError> {
-        match mend {
-            Mend::Paths => {
-                let what = mend::paths(state)?.iter().map(WrongPath::words).collect();
-                Ok(Mending { what, claims: Vec::new() })
-            }
-            Mend::Moved { from, to } => Ok(relocate::Move::of(state, from, to)?.told()),
-        }
-    }
-
-    async fn mend(&self, state: &DomainState, mend: &Mend) -> Result<Option<Relocated>, DriverError> {
-        match mend {
-            Mend::Paths => mend::put_right(state).await.map(|()| None),
-            Mend::Moved { from, to } => {
-                let (domain, _) = QemuConfig::of(state)?;
-                // Tools hold a lock of their own, which is named by what they work for.
-                let lock = OperationLock::take(&self.run_dir, OperationId::from_uuid(*domain.id.as_uuid()))?;
-                let moving = relocate::Move::of(state, from, to)?;
-                let moved = moving.carry_out(&self.img, &lock, self.keeper.as_deref()).await;
-                lock.release();
-                moved.map(Some)
-            }
-        }
     }
 
     async fn settle(&self, state: &DomainState, operation: OperationId) -> Result<(), DriverError> {

@@ -266,7 +266,7 @@ pub(super) fn current_file(state: &DomainState, config: &QemuConfig, disk: &Disk
     config.written(disk, state).unwrap_or_default()
 }
 
-pub(super) fn entry(path: &Path) -> Result<Entry, DriverError> {
+fn entry(path: &Path) -> Result<Entry, DriverError> {
     let Some(metadata) = if_there(fs::symlink_metadata(path)).doing("look at", path)? else {
         return Ok(Entry::Missing);
     };

@@ -19,7 +19,6 @@ use super::config::{
     capabilities,
 };
 use super::files::{self, Doing, folder_of, make_private, remove, stamp_of, sync};
-use super::found::{self, Found};
 use super::img::{Dirty, ForceShare, Patron, QemuImg};
 use super::inside::foreign_names;
 use super::internal::table;
@@ -65,9 +64,6 @@ pub(super) async fn probe(
         return Err(invalid("a QEMU domain needs at least one disk".to_owned()).hint("--disk vda=FILE"));
     }
     let taken = Owned::new(&registration.taken);
-    if let Some(machine) = found::find(&registration.disks, options.layers_dir.as_deref())? {
-        return known(img, registration, &options, run_dir, &machine, &taken).await;
-    }
     let bases = Owned::new(&options.bases);
     let mut notes = Vec::new();
     let names: Vec<&DiskName> = registration.disks.iter().map(|(name, _)| name).collect();
@@ -107,76 +103,17 @@ pub(super) async fn probe(
     config.layers = layers_folder(registration, &options, &config)?;
     note_running(&registration.name, &config, &mut notes)?;
     let capabilities = capabilities(config.agent.as_ref(), &config.runs);
-    let (claims, kept_by) = (claims(&config)?, found::kept_by(&config)?);
-    Ok(Probe { disks, config: config.to_value()?, capabilities, claims, notes, kept_by })
-}
-
-/// Looks at a machine that comes back with its layers. It has the id that it had.
-async fn known(
-    img: &QemuImg,
-    registration: &Registration,
-    options: &QemuOptions,
-    run_dir: &Path,
-    machine: &Found,
-    taken: &Owned,
-) -> Result<Probe, DriverError> {
-    let names: Vec<&DiskName> = registration.disks.iter().map(|(name, _)| name).collect();
-    let id = machine.domain();
-    let mut config = QemuConfig {
-        layers: machine.layers.clone(),
-        keep_path: machine.keep_path,
-        disks: BTreeMap::new(),
-        removed: BTreeMap::new(),
-        runs: Runs::of(&options.runs, &names, &run_dir.join(id.to_string()))?,
-        agent: options.agent.clone(),
-    };
-    check_agent(&config)?;
-    check_monitor(&config.runs).await?;
-    let own: BTreeSet<&PathBuf> = machine.manifest.layers.files().collect();
-    let (mut disks, mut notes) = (Vec::new(), Vec::new());
-    for (name, given) in &registration.disks {
-        let given = std::path::absolute(given).doing("make absolute", given)?;
-        let (Some(resolved), Some(image)) = (machine.paths.get(name), machine.active_file(name)) else {
-            return Err(invalid(format!("disk '{name}' has no layer that it opens")));
-        };
-        let metadata = check_file(image)?;
-        if let Some(owner) = taken.owner(image, &metadata) {
-            return Err(invalid(format!("image {} already belongs to domain '{owner}'", image.display())));
-        }
-        let (_, _, header) = files::facts(image).map_err(|error| unreadable(image, &error))?;
-        let bases = chain(image, &header, taken)?;
-        let bases: Vec<PathBuf> = bases.into_iter().filter(|base| !own.contains(base)).collect();
-        // Another state may have it: nothing is mended before that is known.
-        check_images(img, (image, &header), &bases, RepairWish::Leave, &mut notes).await?;
-        disks.push(Disk::new(name.clone(), Some(given.clone()), header.virtual_size_bytes));
-        let inside = Some(foreign_snapshots(image)?);
-        let paths = DiskPaths { given, resolved: resolved.clone(), bases, relative_base: None, inside };
-        config.disks.insert(name.clone(), paths);
-    }
-    let (claims, mut kept_by) = (claims(&config)?, found::kept_by(&config)?);
-    kept_by.push(machine.kept_by());
-    check_writable(&config.layers)?;
-    let capabilities = capabilities(config.agent.as_ref(), &config.runs);
-    let config = config.to_value()?;
-    Ok(Probe { disks, config, capabilities, claims, notes, kept_by })
+    let claims = claims(&config)?;
+    Ok(Probe { disks, config: config.to_value()?, capabilities, claims, notes })
 }
 
 /// What the domain would have for itself: its images, by every path that they can be reached by, and its layers folder.
-fn claims(config: &QemuConfig) -> Result<Vec<Claim>, DriverError> {
-    claims_with(config, |_, paths| paths.resolved.clone())
-}
-
-/// The same, where the file behind a disk's path is `file`.
-pub(super) fn claims_with(
-    config: &QemuConfig,
-    file: impl Fn(&DiskName, &DiskPaths) -> PathBuf,
-) -> Result<Vec<Claim>, DriverError> {
+pub(super) fn claims(config: &QemuConfig) -> Result<Vec<Claim>, DriverError> {
     let mut claims = vec![Claim::new(ClaimKind::Layers, config.layers.to_string_lossy())];
-    for (disk, paths) in &config.disks {
+    for paths in config.disks.values() {
         claims.push(Claim::new(ClaimKind::Image, paths.given.to_string_lossy()));
         claims.push(Claim::new(ClaimKind::Image, paths.resolved.to_string_lossy()));
-        let file = file(disk, paths);
-        let found = fs::metadata(&file).doing("look at", &file)?;
+        let found = fs::metadata(&paths.resolved).doing("look at", &paths.resolved)?;
         // A number is used again when its file is gone, so the file's birth is part of what it is. Where the file system
         // knows none, who came first is told by the paths alone.
         let born = found.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok());

@@ -65,7 +65,7 @@ impl Adopt {
     fn resolve(&self, seen: &Observation, detail: &Detail) -> Resolution {
         let ours = match detail.registered.get(&self.disk) {
             Some(Entry::File { inode, .. }) if *inode == self.stamp.inode => false,
-            Some(Entry::Link { target }) if self.is_link(target) => true,
+            Some(Entry::Link { target }) if *target == self.target() => true,
             _ => {
                 return ask(format!(
                     "{} is neither the image that was being adopted nor Snaptree's link",

@@ -1,8 +1,7 @@
 //! The switch: new layers are made and synced, then one rename changes what every disk opens.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use snaptree_engine::driver::{DriverError, ErrorClass, Learnt, StepContext, StepReport};
 use snaptree_engine::layer::{FileStamp, LayerChange, LayerGraph};
@@ -10,11 +9,8 @@ use snaptree_engine::operation::{Code, Failure, Request};
 use snaptree_engine::tree::SnapshotState;
 
 use super::adopt::{Work, backing_name, unreadable};
-use super::config::{PathWish, QemuConfig};
 use super::files::{self, Doing, WRITE_BITS, if_there, remove, set_mode, stamp_of, sync};
 use super::generation::{self, Stand};
-use super::kept;
-use super::link;
 use super::live::{self, Beside, Run};
 use super::lock::QemuLocks;
 use super::manifest::{Effect, links};
@@ -92,7 +88,6 @@ impl Switch {
             set_mode(&push.into_file, push.into_mode)?;
         }
         self.turn.finish().await?;
-        self.turn_links(work).await;
         if let Some(live) = self.live
             && let Some(mut monitor) = live::machine(work.context.state).await?
         {
@@ -102,23 +97,6 @@ impl Switch {
         self.turn.unmark_frozen()?;
         work.reached("qemu.switch.done");
         Ok(self.report(work.context, &|path| stamp_of(path).ok())?)
-    }
-
-    /// Links by absolute paths, as they were made before, become such as lead to a copy's own layers. One that cannot be
-    /// put there leads to the same file as it is.
-    async fn turn_links(&self, work: Work<'_>) {
-        let Ok((_, config)) = QemuConfig::of(work.context.state) else { return };
-        for (disk, paths) in config.disks.iter().filter(|_| config.keep_path == PathWish::Follow) {
-            let Ok(text) = fs::read_link(&paths.resolved) else { continue };
-            let ours = link::is_ours(&paths.resolved, &text, &config.layers, disk);
-            if !ours || text == link::registered(&paths.resolved, &config.layers, disk) {
-                continue;
-            }
-            let draft = format!(".snaptree-{}-{}", work.context.operation, work.context.index);
-            if let Err(error) = link::put(&paths.resolved, &config.layers, disk, &draft).await {
-                tracing::warn!(path = %paths.resolved.display(), %error, "the link stays an absolute one");
-            }
-        }
     }
 
     /// What the log records when it is done.
@@ -230,18 +208,6 @@ impl Switch {
         Ok(after)
     }
 
-    /// Whether nothing that was there before is changed before the switch.
-    fn only_adds(&self) -> bool {
-        self.push.is_empty() && self.restack.is_empty() && self.live.is_none()
-    }
-
-    /// Whether the generation that is switched on has a layer of this step.
-    fn is_listed(&self) -> Result<bool, DriverError> {
-        let Some((_, manifest)) = kept::read(&self.turn.layers)? else { return Ok(true) };
-        let listed: BTreeSet<&PathBuf> = manifest.layers.files().collect();
-        Ok(self.fresh.iter().any(|fresh| listed.contains(&fresh.file)))
-    }
-
     /// Takes back what was prepared.
     pub(super) async fn undo(&self, work: Work<'_>) -> Result<StepReport, DriverError> {
         let current = generation::current(&self.turn.layers)?;
@@ -255,8 +221,6 @@ impl Switch {
             }
             // Another operation went on beside this one while it was stuck before its switch.
             Stand::Elsewhere if current == work.context.state.layers.generation => {}
-            // Another state was faster. What this step made is nobody's, unless that one has the very same step.
-            Stand::Elsewhere if self.only_adds() && !self.is_listed()? => {}
             Stand::Elsewhere => return Err(self.turn.elsewhere(current.as_deref())),
         }
         if let Some(live) = self.live

@@ -459,7 +459,6 @@ impl Driver for SimDriver {
             capabilities: options.profile.capabilities(),
             claims: Vec::new(),
             notes: Vec::new(),
-            kept_by: Vec::new(),
         })
     }
 

@@ -210,7 +210,7 @@ impl Driver for VirtualboxDriver {
         let config = config.map_err(|error| Failure::new(Code::Invalid, error.to_string()))?;
         let disks = self.disks(&[], &detail.settings).await?;
         let notes = left_out_notes(&disks);
-        Ok(Probe { disks, config, capabilities: CAPABILITIES, claims, notes, kept_by: Vec::new() })
+        Ok(Probe { disks, config, capabilities: CAPABILITIES, claims, notes })
     }
 
     async fn observe(&self, state: &DomainState) -> Result<Observation, DriverError> {

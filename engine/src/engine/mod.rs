@@ -1,7 +1,6 @@
 //! The facade: everything that a program does with Snaptree goes through [`Engine`].
 
 mod forget;
-mod mend;
 mod read;
 mod request;
 
@@ -21,7 +20,6 @@ use crate::log::{Append, EventLog, LogError, NewEvent};
 use crate::operation::Code;
 use crate::project::DomainState;
 use crate::reconcile::connection::{Bounded, ConnectionState, Connections, WhenSuspended};
-use crate::reconcile::keeper::{Alone, States};
 use crate::reconcile::recovery::{Recovered, Recovery, recover_domain, unrecovered};
 use crate::reconcile::worker::{Driven, Worker};
 use crate::together::Gates;
@@ -54,7 +52,6 @@ pub struct Engine {
     pub(crate) hook_runner: Arc<dyn HookRunner>,
     pub(crate) settings: Settings,
     pub(crate) stop: Stop,
-    pub(crate) states: Arc<dyn States>,
     loaded: Arc<Loaded>,
     pub(crate) gates: Arc<Gates>,
     pub(crate) connections: Arc<Connections>,
@@ -75,7 +72,6 @@ impl Engine {
             hook_runner: Arc::new(NoHookRunner),
             settings,
             stop: Stop::default(),
-            states: Arc::new(Alone),
             loaded: Arc::default(),
             gates: Arc::default(),
             when_suspended: WhenSuspended::default(),
@@ -114,13 +110,6 @@ impl Engine {
     #[must_use]
     pub fn with_hook_runner(mut self, hook_runner: Arc<dyn HookRunner>) -> Self {
         self.hook_runner = hook_runner;
-        self
-    }
-
-    /// Asks these whether another state looks after a domain; without, there is none.
-    #[must_use]
-    pub fn with_states(mut self, states: Arc<dyn States>) -> Self {
-        self.states = states;
         self
     }
 
@@ -308,7 +297,6 @@ impl Engine {
                 format!("operation {} ({}) on this domain is not finished", open.id, open.request.kind());
             return Err(reject(Code::InUse, message).into());
         }
-        self.check_is_ours(&state).await?;
         self.driver_of(&state)?.power(&state, wish).await.map_err(EngineError::Driver)
     }
 

@@ -12,21 +12,15 @@ use crate::claim::{Claim, ClaimKind};
 use crate::command::{Command, reject};
 use crate::decide::{Ctx, decide};
 use crate::domain::Domain;
-use crate::driver::{
-    CallOff, KeptBy, NoWatch, Observation, Part, Plan, Registration, Resolution, StepContext,
-};
-use crate::event::{
-    DeleteWhat, DomainRegistered, Envelope, Event, RequestTerms, RestoredWhy, UnregisterWish,
-};
+use crate::driver::{CallOff, NoWatch, Observation, Plan, Registration, Resolution, StepContext};
+use crate::event::{DeleteWhat, DomainRegistered, Envelope, Event, RequestTerms, UnregisterWish};
 use crate::ids::{DomainId, DomainName, LayerId, OperationId, StreamId};
 use crate::layer::{LayerChange, Role};
 use crate::log::{LogError, NewEvent};
 use crate::operation::{Code, Request, Verdict as Said};
 use crate::project::DomainState;
 use crate::reconcile::beside::{self, Blocked};
-use crate::reconcile::keeper::{self, Standing};
 use crate::reconcile::merge::Verdict;
-use crate::reconcile::restore::restored;
 use crate::reconcile::space::{self, Frees, Occupied};
 
 /// Longest key of a request, in bytes.
@@ -76,13 +70,8 @@ impl Engine {
         crate::decide::name_is_seen("domain name", registration.name.as_str())?;
         let driver = self.driver(registration.driver)?;
         let probe = driver.probe(&registration).await.map_err(EngineError::Driver)?;
-        for kept_by in &probe.kept_by {
-            self.check_kept_by(kept_by).await?;
-        }
-        let known = probe.kept_by.iter().find(|kept_by| kept_by.part == Part::Machine);
-        let id = known.map_or(registration.id, |known| known.domain);
         let domain = Domain {
-            id,
+            id: registration.id,
             name: registration.name,
             driver: registration.driver,
             disks: probe.disks,
@@ -91,30 +80,17 @@ impl Engine {
             capabilities: probe.capabilities,
         };
         let stream = StreamId::Domain(domain.id);
-        let before = self.load(id).await?;
-        if before.registered {
-            // Since that was looked at, somebody was faster.
-            return Err(reject(Code::Exists, "this machine was registered just now").into());
-        }
-        let mut notes = probe.notes;
         let registered = DomainRegistered { domain: domain.clone(), claims: probe.claims };
-        let mut events: Vec<Event> = vec![registered.into()];
-        if known.is_some() {
-            let (event, note) = self.brought_back(&domain, &before).await?;
-            events.push(event);
-            notes.push(note);
-        }
-        let new = |event: Event| NewEvent::of_itself(stream.clone(), event);
-        let events = events.into_iter().map(new).collect();
-        match self.append(requester, vec![(stream.clone(), before.version)], events).await {
-            Ok(_) => Ok((domain, notes)),
+        let event = NewEvent::of_itself(stream.clone(), registered.into());
+        match self.append(requester, vec![(stream, 0)], vec![event]).await {
+            Ok(_) => Ok((domain, probe.notes)),
             Err(LogError::Claimed { claim, owner }) => Err(self.claimed(&claim, owner).await),
             Err(error) => Err(error.into()),
         }
     }
 
     /// That somebody else has it: whoever asked looked before, and somebody came in between.
-    pub(super) async fn claimed(&self, claim: &Claim, owner: DomainId) -> EngineError {
+    async fn claimed(&self, claim: &Claim, owner: DomainId) -> EngineError {
         if claim.kind == ClaimKind::Name {
             return name_is_taken(&claim.value);
         }
@@ -122,73 +98,6 @@ impl Engine {
         let name = state.and_then(|state| state.domain).map(|domain| domain.name.to_string());
         let message = format!("{claim} already belongs to domain '{}'", name.unwrap_or(owner.to_string()));
         reject(Code::Exists, message).into()
-    }
-
-    /// What is kept beside the layers of a machine that comes back, and what the user is told of it.
-    async fn brought_back(
-        &self,
-        domain: &Domain,
-        before: &DomainState,
-    ) -> Result<(Event, String), EngineError> {
-        let mut state =
-            DomainState { domain: Some(domain.clone()), registered: true, ..DomainState::default() };
-        let kept = self.driver_of(&state)?.kept(&state).await.map_err(EngineError::Driver)?;
-        let gone = || reject(Code::Drift, "what is kept beside the layers went while it was read");
-        let kept = kept.ok_or_else(gone)?;
-        let names: Vec<String> = kept.tree.iter().map(|snapshot| format!("'{}'", snapshot.name)).collect();
-        let note = match names.len() {
-            0 => "Snaptree looked after this machine before: took over its layers; it has no snapshots"
-                .to_owned(),
-            count => format!(
-                "Snaptree looked after this machine before: took over its {count} snapshots: {}",
-                names.join(", ")
-            ),
-        };
-        // What the log had of it is replaced.
-        state.tree = before.tree.clone();
-        Ok((restored(&state, kept, RestoredWhy::Registered).into(), note))
-    }
-
-    /// Refuses an image that is part of a machine which is looked after: by this state, or by another one.
-    async fn check_kept_by(&self, found: &KeptBy) -> Result<(), EngineError> {
-        let (file, name) = (found.file.display(), &found.name);
-        if self.load(found.domain).await?.registered {
-            let message = format!("{file} belongs to machine '{name}', which this state looks after already");
-            return Err(reject(Code::Invalid, message)
-                .hint(format!(
-                    "if the machine was moved: snaptree domain relocate {name} --from OLD --to NEW; if this is a copy: \
-                     qemu-img convert -O qcow2 makes one plain image of it, which can be registered"
-                ))
-                .into());
-        }
-        let nobodys: Result<(), EngineError> = match found.part {
-            Part::Machine | Part::Base => Ok(()),
-            Part::Layer => Err(reject(
-                Code::Invalid,
-                format!("{file} is a layer of machine '{name}', and no machine by itself"),
-            )
-            .hint(
-                "register the machine by its own path, which leads there; or make one plain image of it by qemu-img \
-                 convert -O qcow2",
-            )
-            .into()),
-        };
-        let (Some(keeper), Some(head)) = (&found.keeper, found.head) else { return nobodys };
-        match self.states.standing(keeper, found.domain, head).await {
-            Standing::Here | Standing::Gone => nobodys,
-            Standing::There => {
-                let keeper = keeper.display();
-                let message =
-                    format!("{file} belongs to machine '{name}', which the state {keeper} looks after");
-                Err(reject(Code::InUse, message)
-                    .hint(format!(
-                        "use --state {keeper}; or let go of it there: snaptree --state {keeper} domain remove {name} \
-                         --metadata, and it comes back here with its snapshots"
-                    ))
-                    .into())
-            }
-            Standing::Hidden(why) => Err(keeper::hidden(keeper, name.as_str(), &why).into()),
-        }
     }
 
     /// A fresh domain id.
@@ -373,7 +282,6 @@ impl Engine {
     ) -> Result<DryRun, EngineError> {
         let state = self.load(domain).await?;
         let events = decide(&state, command, &self.ctx(requester, &state, None))?;
-        self.check_is_ours(&state).await?;
         let mut requests: Vec<Request> = events.iter().filter_map(Request::of).collect();
         let request = requests.pop().ok_or_else(|| reject(Code::Invalid, "this command has no steps"))?;
         let driver = self.driver_of(&state)?;

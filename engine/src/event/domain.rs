@@ -1,15 +1,11 @@
 //! What happens to a domain.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 
 use super::{RequestTerms, UnregisterWish};
 use crate::claim::Claim;
 use crate::domain::{Access, Disk, Domain};
-use crate::ids::{DiskName, DomainName};
-use crate::layer::LayerGraph;
+use crate::ids::DomainName;
 use crate::tree::Labels;
 
 /// Payload: a domain was registered.
@@ -42,30 +38,6 @@ pub struct DomainChanged {
     pub claims: Option<Vec<Claim>>,
 }
 
-/// Payload: what is wrong with where a machine's files are is about to be put right.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DomainRepairBegun {
-    /// What will be done, in words.
-    pub what: Vec<String>,
-    /// What the domain has for itself from now on, beside what it has: where its files will be.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub claims: Vec<Claim>,
-}
-
-/// Payload: a machine's files are in another place.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DomainRelocated {
-    /// What the driver remembers from now on.
-    pub config: serde_json::Value,
-    /// The registered paths.
-    pub disks: BTreeMap<DiskName, PathBuf>,
-    /// The files.
-    pub layers: LayerGraph,
-    /// All that it has for itself from now on beside its name.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub claims: Vec<Claim>,
-}
-
 /// Payload: something that the hypervisor had left broken was put right.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DomainRepaired {
@@ -90,5 +62,5 @@ pub struct DomainUnregistered {
     pub wish: UnregisterWish,
     /// Files of Snaptree's that stay, and are nobody's from now on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub left: Vec<PathBuf>,
+    pub left: Vec<std::path::PathBuf>,
 }

@@ -96,10 +96,6 @@ events! {
     DomainChanged = "Domain.Changed" 1,
     /// Something that the hypervisor had left broken was put right.
     DomainRepaired = "Domain.Repaired" 1,
-    /// What is wrong with where its files are is about to be put right.
-    DomainRepairBegun = "Domain.RepairBegun" 1,
-    /// Its files are in another place.
-    DomainRelocated = "Domain.Relocated" 1,
     /// Its end was asked for.
     DomainUnregisterRequested = "Domain.UnregisterRequested" 1,
     /// Snaptree has let go of it.

@@ -11,30 +11,9 @@ use crate::layer::LayerGraph;
 use crate::operation::Failure;
 use crate::tree::Tree;
 
-/// Why something was taken over from beside the layers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RestoredWhy {
-    /// The log was restored from an older copy.
-    #[default]
-    OlderLog,
-    /// The machine was registered, and the log did not know it, or had let go of it.
-    Registered,
-}
-
-impl RestoredWhy {
-    /// For what is not written down.
-    pub fn is_older_log(&self) -> bool {
-        *self == Self::OlderLog
-    }
-}
-
-/// Payload: what was taken over from beside the layers, because they were ahead of the log.
+/// Payload: what was taken over from beside the layers, because the log was restored from an older copy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SystemRestored {
-    /// Why they were.
-    #[serde(default, skip_serializing_if = "RestoredWhy::is_older_log")]
-    pub why: RestoredWhy,
     /// The last event that the lost log had when the layers were switched last.
     pub seq: u64,
     /// Its hash (hex), which this log does not have there.

@@ -28,7 +28,7 @@
 //!
 //! Architecture Invariant: [`Breaker`] is pure; time comes in as an argument.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -39,13 +39,12 @@ use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
 use crate::domain::{Access, Domain};
 use crate::driver::{
-    Driver, DriverError, ErrorClass, Kept, KeptHead, Mend, Mending, Observation, Plan, PowerWish, Probe,
-    Registration, Relocated, Resolution, StepContext, StepReport, Touched,
+    Driver, DriverError, ErrorClass, Head, Kept, Observation, Plan, PowerWish, Probe, Registration,
+    Resolution, StepContext, StepReport, Touched,
 };
 use crate::ids::OperationId;
 use crate::operation::{Code, Failure, Request, Step};
 use crate::project::DomainState;
-use crate::reconcile::drift::Finding;
 use crate::settings::{Clock, Settings, Stop};
 
 /// So many failures in a row open the breaker. More than one operation's tries, so that one broken machine alone does
@@ -495,10 +494,6 @@ impl Driver for Bounded {
         self.ask(context.state, Some(context.operation), Length::Long, call).await
     }
 
-    fn differences(&self, state: &DomainState, seen: &Observation) -> BTreeSet<Finding> {
-        self.driver.differences(state, seen)
-    }
-
     fn resolve(&self, context: &StepContext<'_>, step: &Step, observation: &Observation) -> Resolution {
         self.driver.resolve(context, step, observation)
     }
@@ -511,7 +506,7 @@ impl Driver for Bounded {
         self.driver.touches(step)
     }
 
-    async fn kept_head(&self, state: &DomainState) -> Result<Option<KeptHead>, DriverError> {
+    async fn kept_head(&self, state: &DomainState) -> Result<Option<Head>, DriverError> {
         self.driver.kept_head(state).await
     }
 
@@ -525,14 +520,6 @@ impl Driver for Bounded {
 
     async fn access(&self, state: &DomainState, wish: &serde_json::Value) -> Result<Access, DriverError> {
         self.ask(state, None, Length::Long, self.driver.access(state, wish)).await
-    }
-
-    async fn mends(&self, state: &DomainState, mend: &Mend) -> Result<Mending, DriverError> {
-        self.ask(state, None, Length::Short, self.driver.mends(state, mend)).await
-    }
-
-    async fn mend(&self, state: &DomainState, mend: &Mend) -> Result<Option<Relocated>, DriverError> {
-        self.ask(state, None, Length::Long, self.driver.mend(state, mend)).await
     }
 
     async fn power(&self, state: &DomainState, wish: PowerWish) -> Result<(), DriverError> {

@@ -124,42 +124,6 @@ pub enum Finding {
         /// The snapshot's name there.
         name: String,
     },
-    /// What is at a registered path is not the link that leads to the machine's current disk.
-    PathWrong {
-        /// The disk.
-        disk: DiskName,
-        /// The path.
-        path: PathBuf,
-        /// What is there, in words.
-        found: String,
-        /// Where the link should lead.
-        wanted: PathBuf,
-    },
-    /// A registered image is not there as it was registered, and has no snapshots yet.
-    ImageWrong {
-        /// The disk.
-        disk: DiskName,
-        /// The image.
-        path: PathBuf,
-        /// What is there, in words.
-        found: String,
-    },
-    /// A file of the log is there and cannot be read as what it is.
-    FileUnreadable {
-        /// The file.
-        file: PathBuf,
-        /// Why not.
-        reason: String,
-    },
-    /// A layer is built upon something else than the log says.
-    LayerRebased {
-        /// The layer's file.
-        file: PathBuf,
-        /// What its header says; none for nothing.
-        found: Option<PathBuf>,
-        /// What the log says.
-        expected: PathBuf,
-    },
     /// The machine's disks are switched to something else than the log says.
     GenerationMoved {
         /// What the log says.
@@ -324,39 +288,6 @@ fn compare_layers(state: &DomainState, seen: &Observation, found: &mut BTreeSet<
     }
 }
 
-impl Finding {
-    /// What helps, where something does. `domain` is its name.
-    pub fn help(&self, domain: &str) -> Option<String> {
-        match self {
-            Self::PathWrong { .. } => {
-                Some(format!("`snaptree domain repair {domain}` puts the link right, and keeps what is in its place"))
-            }
-            Self::LayerMissing { file, .. } | Self::ImageWrong { path: file, .. } => Some(format!(
-                "mount the file system that it is on, or put {} back; if the whole machine was moved: `snaptree domain \
-                 relocate {domain} --from OLD --to NEW`",
-                file.display()
-            )),
-            Self::LayerRebased { file, found: None, expected } => Some(format!(
-                "if nobody has written it since: qemu-img rebase -u -F qcow2 -b {} {}",
-                expected.display(),
-                file.display()
-            )),
-            Self::LayerRebased { file, .. } | Self::LayerWritten { file, .. } | Self::FileUnreadable { file, .. } => {
-                Some(format!("put {} back as it was, from a backup", file.display()))
-            }
-            Self::GenerationMoved { found: None, .. } => Some(format!(
-                "mount the file system that its layers are on, or put them back; if the whole machine was moved: \
-                 `snaptree domain relocate {domain} --from OLD --to NEW`"
-            )),
-            Self::GenerationMoved { .. } => Some(
-                "another state may have switched it, or the log may be an older copy: put the newest snaptree.db back"
-                    .to_owned(),
-            ),
-            _ => None,
-        }
-    }
-}
-
 impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "nothing".to_owned());
@@ -402,20 +333,6 @@ impl std::fmt::Display for Finding {
             Self::InsideFound { file, name } => {
                 write!(f, "{} has a snapshot '{name}' inside that was not made by Snaptree", file.display())
             }
-            Self::PathWrong { path, found, wanted, .. } => {
-                write!(f, "{} should be a link to {}, and {found} is there", path.display(), wanted.display())
-            }
-            Self::ImageWrong { disk, path, found } => {
-                write!(f, "the image {} of {disk} should be there, and {found} is", path.display())
-            }
-            Self::FileUnreadable { file, reason } => write!(f, "{} cannot be used: {reason}", file.display()),
-            Self::LayerRebased { file, found, expected } => write!(
-                f,
-                "layer {} is built upon {}, and the log says {}",
-                file.display(),
-                found.as_ref().map_or_else(|| "nothing".to_owned(), |found| found.display().to_string()),
-                expected.display()
-            ),
             Self::GenerationMoved { expected, found } => {
                 write!(
                     f,

@@ -21,8 +21,7 @@ impl Engine {
     pub async fn drift(&self, requester: &Requester, domain: DomainId) -> Result<Drift, EngineError> {
         let state = self.load_for_work(requester, domain).await?;
         if !state.open.is_empty() {
-            let findings = self.beside_open(&state).await;
-            return Ok(Drift { findings, adopted: Vec::new(), disks: Vec::new() });
+            return Ok(Drift { findings: state.drift, adopted: Vec::new(), disks: Vec::new() });
         }
         let seen = self.driver_of(&state)?.observe(&state).await;
         self.looked_at(requester, domain, state, seen).await
@@ -84,8 +83,10 @@ impl Engine {
                     together.entry(connection).or_default().push((*domain, state))
                 }
                 Ok((None, state)) => {
-                    let findings = self.beside_open(&state).await;
-                    drifts.insert(*domain, Ok(Drift { findings, adopted: Vec::new(), disks: Vec::new() }));
+                    drifts.insert(
+                        *domain,
+                        Ok(Drift { findings: state.drift, adopted: Vec::new(), disks: Vec::new() }),
+                    );
                 }
                 Err(error) => {
                     drifts.insert(*domain, Err(error));
@@ -134,36 +135,6 @@ impl Engine {
         Ok(states.into_iter().zip(seen).collect())
     }
 
-    /// What is known of a domain with an open operation, and what no step of that explains. Nothing of it is written
-    /// down: when the operation ends all is looked at again.
-    async fn beside_open(&self, state: &DomainState) -> BTreeSet<Finding> {
-        let mut findings = state.drift.clone();
-        if let (Ok(driver), Ok(seen)) = (self.driver_of(state), self.observe(state).await) {
-            findings.extend(driver.differences(state, &seen));
-        }
-        findings
-    }
-
-    /// Where the hypervisor and the log disagree now. Nothing is taken over or written down.
-    ///
-    /// # Errors
-    /// The hypervisor could not be asked, another state looks after the domain, or the store failed.
-    pub async fn look(&self, domain: DomainId) -> Result<BTreeSet<Finding>, EngineError> {
-        let state = self.load(domain).await?;
-        self.check_is_ours(&state).await?;
-        if !state.open.is_empty() {
-            return Ok(self.beside_open(&state).await);
-        }
-        let seen = self.observe(&state).await?;
-        self.differences(&state, &seen)
-    }
-
-    fn differences(&self, state: &DomainState, seen: &Observation) -> Result<BTreeSet<Finding>, EngineError> {
-        let mut findings = drift::findings(state, seen);
-        findings.extend(self.driver_of(state)?.differences(state, seen));
-        Ok(findings)
-    }
-
     async fn compared(
         &self,
         requester: &Requester,
@@ -188,7 +159,7 @@ impl Engine {
             state = self.load(domain).await?;
             seen = self.observe(&state).await?;
         }
-        let findings = self.differences(&state, &seen)?;
+        let findings = drift::findings(&state, &seen);
         self.note(requester, &state, &findings).await?;
         Ok(Drift { findings, adopted, disks })
     }

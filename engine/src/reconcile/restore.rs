@@ -1,14 +1,14 @@
 //! A log that was restored from an older copy: what is kept beside the layers is ahead of it, and is taken over
 //! before anything else is written.
 //!
-//! Whether the layers are another state's is asked first (see [`keeper`](super::keeper)). The sign is a head that the layers' side knows and the log does not: an event of that number and hash. It is looked
+//! The sign is a head that the layers' side knows and the log does not: an event of that number and hash. It is looked
 //! for whenever a domain is about to be worked on, so that a copy put back under a running installation is noticed too.
 
 use std::collections::BTreeSet;
 
-use crate::driver::{ErrorClass, Head, Kept, KeptHead};
+use crate::driver::{ErrorClass, Head, Kept};
 use crate::engine::{Engine, EngineError, Requester};
-use crate::event::{Actor, Event, OperationNeedsAttention, OperationResolved, RestoredWhy, SystemRestored};
+use crate::event::{Actor, Event, OperationNeedsAttention, OperationResolved, SystemRestored};
 use crate::ids::{DomainId, OperationId, SnapshotName, StreamId};
 use crate::log::{EventFilter, NewEvent, OF_THE_LOG};
 use crate::operation::{Code, Failure, Phase, Verdict};
@@ -33,10 +33,8 @@ impl Engine {
             return Ok(state);
         }
         let driver = self.driver_of(&state)?;
-        let kept_head = driver.kept_head(&state).await.map_err(EngineError::Driver)?;
-        let Some(kept_head) = kept_head else { return Ok(state) };
-        self.check_keeper(&state, &kept_head).await?;
-        let head = kept_head.head;
+        let head = driver.kept_head(&state).await.map_err(EngineError::Driver)?;
+        let Some(head) = head else { return Ok(state) };
         let taken_over = state.restored_from == Some((head.seq, head.hash.to_string()));
         if taken_over || self.has(head).await? {
             return Ok(state);
@@ -67,7 +65,7 @@ impl Engine {
             let Ok(state) = self.load(row.id).await else { continue };
             let Ok(driver) = self.driver_of(&state) else { continue };
             // A hypervisor that cannot be asked is no contradiction.
-            let Ok(Some(KeptHead { head, .. })) = driver.kept_head(&state).await else { continue };
+            let Ok(Some(head)) = driver.kept_head(&state).await else { continue };
             let taken_over = state.restored_from == Some((head.seq, head.hash.to_string()));
             if !taken_over && !self.has(head).await? {
                 found.push(format!(
@@ -107,14 +105,7 @@ fn events(stream: &StreamId, state: &DomainState, kept: Kept) -> Vec<NewEvent> {
             OperationResolved { verdict: Verdict::Abandon, reason: WHY.to_owned(), changes: Vec::new() };
         events.push(new(Some(open.id), resolved.into()));
     }
-    events.push(new(None, restored(state, kept, RestoredWhy::OlderLog).into()));
-    events
-}
-
-/// What takes a domain's place in the log.
-pub(crate) fn restored(state: &DomainState, kept: Kept, why: RestoredWhy) -> SystemRestored {
-    SystemRestored {
-        why,
+    let restored = SystemRestored {
         seq: kept.head.seq,
         hash: kept.head.hash.to_string(),
         switched_by: kept.switched_by,
@@ -123,7 +114,9 @@ pub(crate) fn restored(state: &DomainState, kept: Kept, why: RestoredWhy) -> Sys
         tree: kept.tree,
         tombstones: kept.tombstones,
         layers: kept.layers,
-    }
+    };
+    events.push(new(None, restored.into()));
+    events
 }
 
 /// The names of the snapshots of `tree` that are not in `other`.

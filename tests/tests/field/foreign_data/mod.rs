@@ -3,7 +3,6 @@
 #![cfg(feature = "lab")]
 
 mod inside;
-mod layers;
 mod unclosed;
 
 use std::path::{Path, PathBuf};

@@ -7,4 +7,3 @@ mod devices;
 mod full;
 mod lengths;
 mod state;
-mod states;

@@ -8,8 +8,6 @@ mod grown;
 mod left_out;
 mod listed_disks;
 #[cfg(feature = "lab")]
-mod moved;
-#[cfg(feature = "lab")]
 mod options;
 #[cfg(feature = "lab")]
 mod rig;

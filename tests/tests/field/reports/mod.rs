@@ -4,7 +4,6 @@ mod busy;
 mod forged;
 mod gone;
 mod passing;
-mod paths;
 mod policies;
 mod policies_unreadable;
 mod sick;
